@@ -1126,10 +1126,11 @@ def serve(
         batch_wait_s: Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it
             to get larger batches at the cost of latency. While the encoder is busy, texts gather anyway.
             (default: 0.0)
-        max_requests: Maximum number of requests in progress per gateway. Above it the answer is 429. (default:
-            256)
+        max_requests: Maximum number of requests in progress per gateway. Above it the answer is 429. A domain
+            may have half of them, or as many as are free. (default: 256)
         max_queued_tokens: Maximum number of tokens that wait per version and gateway. Above it the answer is
-            429. Lower it to refuse early instead of answering late. (default: 1048576)
+            429. Lower it to refuse early instead of answering late. A domain may have half of them, or as many
+            as are free. (default: 1048576)
         max_body_bytes: Maximum size of a request in bytes. Above it the answer is 413. (default: 16777216)
         max_inputs: Maximum number of texts per request. (default: 2048)
         truncate: Cut texts that are too long, unless the request says `"truncate": false`. Without it they are

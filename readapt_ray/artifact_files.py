@@ -100,6 +100,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
         "passages/part-#.parquet",
         "passages/.seen-*",
         "passages.footers.parquet",
+        "passages.pieces.json",
         *EXCHANGED,
         "queries/part-#.parquet",
         "qrels/*.parquet",

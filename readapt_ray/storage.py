@@ -272,7 +272,10 @@ class Location:
             with self._refusals_named(_FULL), opened as stream:
                 yield stream
             with self._refusals_named(_FULL | _FORBIDDEN):
-                self._publish(opened, temporary)
+                if object_streams.is_held(opened):
+                    opened.put(self.path)
+                else:
+                    self._publish(temporary)
         except BaseException:
             if not object_streams.is_held(opened):
                 with contextlib.suppress(OSError):
@@ -293,14 +296,11 @@ class Location:
             folder = self.uri.rpartition("/")[0]
             raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {advice}{again}") from error
 
-    def _publish(self, written: IO[bytes], temporary: str) -> None:
-        """Give what was written its final name."""
-        if object_streams.is_held(written):
-            written.put(self.path)
-            return
+    def _publish(self, temporary: str) -> None:
+        """Rename a written file to its final name."""
         if self.is_local:
-            with Path(temporary).open("rb") as file:
-                os.fsync(file.fileno())
+            with Path(temporary).open("rb") as written:
+                os.fsync(written.fileno())
         elif self.filesystem.get_file_info(temporary).size > _MAX_COPY_BYTES:
             object_streams.move_through(self.filesystem, temporary, self.path)
             return

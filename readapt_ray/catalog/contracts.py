@@ -42,7 +42,7 @@ def show_contract(name: str, *, write: bool) -> str:
 
 def _folder(name: str) -> Location:
     folder = models.own_folder(name)
-    if folder is None and "://" not in name:
+    if (folder is None and "://" not in name) or (folder is not None and folder.is_file()):
         raise InputError(
             f"--write: {name!r} is neither a folder here nor a URI; save what is shown without --write in a file, and give "
             f"that to the other commands as --encoding FILE.json"

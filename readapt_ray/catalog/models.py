@@ -1,8 +1,8 @@
 """From the name of a model to a folder on this machine's disk.
 
-A `MODEL` is a catalog name, a local folder, a URI, or a hub id (`owner/name`, `owner/name@commit`), in this order. Only
-safetensors, configuration and tokenizer files are fetched (`fetching.py`), and pickled weights where there are no
-others, which are converted (`pickled.py`); nothing in a model folder is ever executed.
+A `MODEL` is a catalog name, a local folder or GGUF file, a URI, or a hub id (`owner/name`, `owner/name@commit`), in this
+order. Only safetensors, configuration and tokenizer files are fetched (`fetching.py`), and pickled weights where there are
+no others, which are converted (`pickled.py`), as GGUF files are; nothing in a model folder is ever executed.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME
 from readapt_ray.artifacts import fingerprint, read_lease, read_manifest
-from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
+from readapt_ray.catalog import fetching, gguf_files, pickled, retrievers, sentence_transformers_folder
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.likely_encoding import as_contract, guess_encoding
 from readapt_ray.catalog.model_folder import ModelFolder
@@ -162,7 +162,7 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base:
     """Bring a model onto this machine's disk, unless it is there.
 
     Args:
-        name: a catalog name, a local folder, a URI, or a hub id; the two from the hub may end with `@` and a commit.
+        name: a catalog name, a local folder or GGUF file, a URI, or a hub id; those of the hub may end with `@` and a commit.
         with_weights: False brings configuration and tokenizer alone, which is a thousandth of a large model.
         base: for factors, where the model is that they were made of; None if it is where they say.
 
@@ -188,25 +188,13 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base:
         known = [*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)]
         hint = meant(name, known) or f"the catalog has {', '.join(known)}"
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog; {hint}")
-    folder_read = pickled.safe_folder(folder, name) if with_weights else folder
+    is_read = with_weights or pickled.is_gguf(folder)  # such a file holds configuration and tokenizer, too
+    folder_read = pickled.safe_folder(folder, name) if is_read else folder
     model = OpenModel(name=name, folder=folder_read, base_given=base or "")
-    if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
-        raise ModelError(
-            f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}{_said_of_gguf(folder)}"
-        )
+    if not model.is_adapter and not (folder_read / CONFIG_NAME).is_file():
+        raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
     _check_own_code(model)
     return model
-
-
-def _said_of_gguf(folder: Path) -> str:
-    """Return what to do with a folder whose weights are a GGUF file; nothing for others."""
-    file = next(iter(sorted(folder.glob("*.gguf"))), None)
-    if file is None:
-        return ""
-    return (
-        f"; its {file.name} is not read here: load it with transformers (from_pretrained(..., gguf_file={file.name!r}), which needs "
-        f"the package gguf), copy its weights into a new model of its config, and give the folder that save_pretrained writes"
-    )
 
 
 def refuse_other_base(what: str, made_of: Mapping[str, Any], base: OpenModel, advice: str) -> None:
@@ -245,8 +233,10 @@ def base_name(name: str) -> str:
 
 
 def own_folder(name: str) -> Path | None:
-    """Return the local folder that a name means; a catalog name means one only if a model is there."""
+    """Return the local folder, or GGUF file, that a name means; a catalog name means one only if a model is there."""
     folder = Path(name).expanduser()
+    if folder.suffix == gguf_files.SUFFIX and folder.is_file():
+        return folder.resolve()
     if not folder.is_dir():
         return None
     in_catalog = retrievers.hub_id(name) != name

@@ -1,9 +1,9 @@
-"""Pickled weights (`.bin`) turned into safetensors, once, without running what a pickle may hold.
+"""Pickled weights (`.bin`) turned into safetensors, once, without running what a pickle may hold; and GGUF files.
 
-In: a model or adapter folder that has `pytorch_model*.bin` or `adapter_model.bin` and no safetensors.
+In: a model or adapter folder that has `pytorch_model*.bin` or `adapter_model.bin` and no safetensors, or a GGUF file.
 Out: a folder in the cache with the same tensors as safetensors and the small files beside them,
 under a name made from the content of the `.bin` files. torch's weights-only loader takes
-tensors and nothing else; it maps the file, so its memory is the page cache.
+tensors and nothing else; it maps the file, so its memory is the page cache. GGUF: `gguf_files.py`.
 """
 
 import collections
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from readapt_ray.artifacts import fingerprint
-from readapt_ray.catalog import cache_entries
+from readapt_ray.catalog import cache_entries, gguf_files
 from readapt_ray.errors import ModelError, first_line
 from readapt_ray.model_file_names import INDEX_NAME
 from readapt_ray.storage import Location
@@ -39,26 +39,36 @@ def has_safetensors(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
+def is_gguf(folder: Path) -> bool:
+    """Return whether a model is a GGUF file: of that name, or the only weights of a folder."""
+    if folder.is_file():
+        return True
+    return not has_safetensors(folder) and not _pickled_files(folder) and any(folder.glob(f"*{gguf_files.SUFFIX}"))
+
+
 def safe_folder(folder: Path, name: str) -> Path:
-    """Return the folder itself where it has safetensors; else one in the cache that was converted from its `.bin`
-    files.
+    """Return the folder itself where it has safetensors; else one in the cache that was converted from its `.bin` files or
+    its GGUF file.
 
     Args:
-        folder: a local model or adapter folder.
+        folder: a local model or adapter folder, or a GGUF file.
         name: what the user calls it; used in errors.
 
     Raises:
-        ModelError: a `.bin` file holds more than tensors, or cannot be read.
+        ModelError: a `.bin` file holds more than tensors, or a file cannot be read.
+        InputError: what reads GGUF files is not installed.
     """
-    files = [] if has_safetensors(folder) else _pickled_files(folder)
+    files = _files_to_convert(folder, name)
     if not files:
         return folder
+    is_alone = folder.is_file()
+    folder = folder.parent if is_alone else folder
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise ModelError(
             f"{name!r} lacks {len(missing)} of {len(files)} weight files, first {missing[0]!r}; fetch it again"
         )
-    small = Location(str(folder)).content_fingerprint(_SMALL)
+    small = {} if is_alone else Location(str(folder)).content_fingerprint(_SMALL)
     cache = cache_entries.folder_of("converted")
     seen = cache / f"{fingerprint([str(folder.resolve()), _states(folder, files), small])}.seen"
     if seen.is_file():
@@ -98,13 +108,13 @@ def _converted(folder: Path, files: list[str], small: Mapping[str, str], name: s
 
 def _fill(target: Path, folder: Path, files: list[str], small: Mapping[str, str], name: str) -> None:
     """Convert the weights and copy the small files; nothing is left of a conversion that fails."""
-    logger.warning(
-        "%s has pickled weights only: they are converted once to safetensors in %s, by torch's weights-only loader",
-        name,
-        target,
-    )
-    copied = [file for file in small if file != _INDEX]
-    sizes_bytes = {_converted_name(file): (folder / file).stat().st_size for file in files}
+    of_gguf = files[0].endswith(gguf_files.SUFFIX)
+    copied = [file for file in small if file != _INDEX and not (of_gguf and file in gguf_files.WRITTEN)]
+    if of_gguf:
+        size_bytes = (folder / files[0]).stat().st_size
+        sizes_bytes = dict.fromkeys(gguf_files.WRITTEN, 0) | {gguf_files.WRITTEN[0]: size_bytes}
+    else:
+        sizes_bytes = {_converted_name(file): (folder / file).stat().st_size for file in files}
     sizes_bytes |= {file: (folder / file).stat().st_size for file in copied}
     # RECORD_NAME first: a removal that was killed does not leave what looks whole.
     due = {RECORD_NAME: 0, INDEX_NAME: 0, **sizes_bytes}
@@ -112,12 +122,24 @@ def _fill(target: Path, folder: Path, files: list[str], small: Mapping[str, str]
     cache_entries.make_room()
     target.mkdir(exist_ok=True)
     try:
-        _convert(folder, files, target, name)
+        if of_gguf:
+            gguf_files.convert(folder / files[0], target, name)
+            due |= {file: (target / file).stat().st_size for file in gguf_files.WRITTEN if (target / file).is_file()}
+            cache_entries.note_files(target, {file: {"size_bytes": size_bytes} for file, size_bytes in due.items()})
+        else:
+            _convert(folder, files, target, name)
         for file in copied:
             Location(str(folder / file)).copy_to(Location(str(target / file)))
     except BaseException:
         cache_entries.remove_files(target)
         raise
+
+
+def _files_to_convert(folder: Path, name: str) -> list[str]:
+    """Return the names of weight files that are to be converted; none where there are safetensors."""
+    if folder.is_file():
+        return [folder.name]
+    return [] if has_safetensors(folder) else _pickled_files(folder) or gguf_files.in_folder(folder, name)
 
 
 def _pickled_files(folder: Path) -> list[str]:
@@ -129,6 +151,11 @@ def _pickled_files(folder: Path) -> list[str]:
 def _convert(folder: Path, files: list[str], target: Path, name: str) -> None:
     from safetensors.torch import save_file
 
+    logger.warning(
+        "%s has pickled weights only: they are converted once to safetensors in %s, by torch's weights-only loader",
+        name,
+        target,
+    )
     weight_map: dict[str, str] = {}
     for file in files:
         tensors = _load(folder / file, name)

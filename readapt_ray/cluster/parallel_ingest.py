@@ -23,6 +23,7 @@ from readapt_ray.sources import piece_files, row_checks
 from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.exchange import ROW_BITS
 from readapt_ray.sources.kept_passages import KeptPassages
+from readapt_ray.sources.known_pieces import key_of, write_pieces
 from readapt_ray.sources.labels import WrittenLabels, write_labels
 from readapt_ray.sources.piece_job import PieceJob
 from readapt_ray.sources.pieces import Piece
@@ -36,7 +37,7 @@ _NEAR_PARTITION_BYTES = 32 << 20
 _TASKS_PER_CPU = 2
 _SUMMARY = "summary.json"
 _PLAN = "plan"
-_FORMAT = 2
+_FORMAT = 3
 """Format of the exchange's files: files of another release are not read."""
 _PARTS = "passages/part-#.parquet"
 
@@ -86,7 +87,12 @@ class ParallelIngest:
         if self._job.splitting:
             names = (file.name for file in (self._job.output / "passages").files(".parquet"))
             self.split_counts = list(self._tasks(piece_files.split_into_passages, ((name,) for name in names)))
-        footers.write_table(self._job.output, "passages")
+        said = footers.write_table(self._job.output, "passages")
+        if self._job.is_plain:
+            pairs = zip(self._pieces, found["pieces"], strict=True)
+            pieces = ((piece, key_of(piece, self._source.contents), record) for piece, record in pairs)
+            metadata = {name: each.metadata for name, each in said.items()}
+            write_pieces(location, self._job.made_by, pieces, metadata)
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
         # First the summary says that no repeat is left; while it is there, a run that resumes needs no other file.
@@ -196,6 +202,7 @@ class ParallelIngest:
             },
             "parts": kept.parts,
             "lists": lists,
+            "pieces": pieces,
             "num_changed_ids": sum(piece["num_changed_ids"] for piece in pieces),
         }
 

@@ -257,7 +257,8 @@ def _tokenizer(model: str) -> Any:
     names += [row.pretrained] if row else []
     for name in names:
         try:
-            if retrievers.hub_id(name).startswith("builtin:") or Location(name).is_folder():
+            is_here = models.own_folder(name) is not None or Location(name).is_folder()
+            if is_here or retrievers.hub_id(name).startswith("builtin:"):
                 return models.open_model(name).tokenizer
             return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ModelError):

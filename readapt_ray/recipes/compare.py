@@ -46,6 +46,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     plan.check_outputs(candidates)
     evaluate = plan.evaluate(candidates)
     plan.check_files()
+    for step in (step for each in candidates for step in each.making):
+        if step.stage == "merge":
+            _check_layers(step.config)
     rows: list[dict[str, Any]] = []
     for candidate in candidates:
         logger.info("compare: %s", candidate.name)
@@ -68,6 +71,15 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     (folder / "compare.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     (folder / "compare.md").write_text(to_markdown(result))
     return result
+
+
+def _check_layers(merge: Any) -> None:
+    """See that the model has the layers of `layer_scales` before an adapter is trained."""
+    from readapt_ray.weights.merge_plan import check_pair
+
+    if merge.layer_scales:
+        pretrained, retriever = models.open_model(merge.pretrained), models.open_model(merge.retriever)
+        check_pair(pretrained, retriever, accept=merge.accept, layer_scales=merge.layer_scales)
 
 
 def _refuse_foreign_report(config: CompareConfig) -> None:

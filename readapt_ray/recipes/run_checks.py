@@ -152,7 +152,7 @@ def _check_pair(pretrained: OpenModel, retriever: OpenModel, merge: Any) -> None
     from readapt_ray.weights.merge_plan import check_pair
 
     if not pretrained.is_adapter:
-        check_pair(pretrained, retriever, accept=merge.accept)
+        check_pair(pretrained, retriever, accept=merge.accept, layer_scales=merge.layer_scales)
 
 
 def _check_encoding(config: RunConfig, retriever: OpenModel) -> None:

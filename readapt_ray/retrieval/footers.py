@@ -53,8 +53,11 @@ def named_footers(folder: Location) -> dict[str, Footer]:
     return dict(zip(names, read_footers(folder, names), strict=True))
 
 
-def write_table(artifact: Location, what: str) -> None:
-    """Write down what the footers of a folder of an artifact say; of files with other columns than the first, nothing."""
+def write_table(artifact: Location, what: str) -> dict[str, Footer]:
+    """Write down what the footers of a folder of an artifact say, and return it.
+
+    Of files with other columns than the first nothing is written.
+    """
     found = named_footers(artifact / what)
     schema = next(iter(found.values())).schema.remove_metadata()
     rows = [
@@ -66,6 +69,7 @@ def write_table(artifact: Location, what: str) -> None:
     table = pa.table(columns).replace_schema_metadata({_SCHEMA_KEY: schema.serialize().to_pybytes()})
     with _table(artifact, what).open_output() as stream:
         pq.write_table(table, stream)
+    return found
 
 
 def listed_footers(artifact: Location, what: str) -> dict[str, Footer]:

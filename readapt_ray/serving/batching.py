@@ -3,10 +3,11 @@
 Enters: the token ids of a request. Leaves: their vectors. Whenever the encoder is free, it gets as many rows as fit a
 budget of tokens; while it is busy, rows wait. Whose rows go next is start-time fair queueing (Goyal, Vin and Cheng,
 1996) with tokens for bytes: among n requests that wait, each gets one n-th of the tokens, so a
-request of one row overtakes the rest of one with thousands, and the thousands still progress.
+request of one row overtakes the rest of one with thousands, and the thousands still progress. Requests of domains that
+share an encoder are a flow per domain: domains take turns first, so that a flood of one delays and fills no other's.
 
-A request is accepted only if, at the present rate, it and all that wait would be done in half of the time that each has
-left. The other half is for the requests that come later and overtake it.
+A request is accepted only if, at the present rate, it and all that wait in its flow would be done in half of the time that
+each has left. The other half is for the requests and flows that come later.
 """
 
 import asyncio
@@ -57,7 +58,42 @@ class Timing:
 
 
 @dataclass(eq=False)
+class _Flow:
+    """The requests that wait of one domain, or of a version."""
+
+    name: str | None
+    turn: float
+    """Tokens that other flows of the same age had before it is served again."""
+    heap: "list[tuple[float, int, _Job, int]]" = field(default_factory=list)
+    num_dead: int = 0
+    """Rows in the heap whose request was given up."""
+    virtual: float = 0.0
+    waiting: "set[_Job]" = field(default_factory=set)
+
+    @property
+    def queued_tokens(self) -> int:
+        return sum(each.queued_tokens for each in self.waiting)
+
+    def first(self) -> "tuple[_Job, int]":
+        """Return the row that is next."""
+        while not self.heap[0][2].queued:
+            heapq.heappop(self.heap)
+            self.num_dead -= 1
+        return self.heap[0][2:]
+
+    def drop(self, job: "_Job") -> None:
+        """Forget rows that wait. The heap is rebuilt once most of it is dead: requests that end together cost no rebuild each."""
+        self.num_dead += job.queued
+        job.queued = 0
+        if 2 * self.num_dead > len(self.heap):
+            self.heap = [entry for entry in self.heap if entry[2].queued]
+            heapq.heapify(self.heap)
+            self.num_dead = 0
+
+
+@dataclass(eq=False)
 class _Job:
+    flow: _Flow
     rows: Rows
     vectors: list[NDArray[np.float32] | None]
     done: asyncio.Future[None]
@@ -103,12 +139,10 @@ class Batcher:
         self._max_queued_tokens = max_queued_tokens
         self._free_slots = num_slots
         self._on_batch = on_batch
-        self._heap: list[tuple[float, int, _Job, int]] = []
-        self._num_dead = 0
-        """Rows in the heap whose request was given up."""
         self._numbers = itertools.count()
-        self._virtual = 0.0
-        self._waiting: set[_Job] = set()
+        self._flows: dict[str | None, _Flow] = {}
+        """Those in which something waits."""
+        self._turn = 0.0
         self._queued_tokens = 0
         self._encoding_tokens = 0
         self._num_slots = num_slots
@@ -123,11 +157,22 @@ class Batcher:
         """Count the tokens that are queued now."""
         return self._queued_tokens
 
-    async def submit(self, rows: Rows, *, deadline_s: float = math.inf) -> tuple[NDArray[np.float32], Timing]:
+    @property
+    def _waiting(self) -> list[_Job]:
+        return [job for flow in self._flows.values() for job in flow.waiting]
+
+    async def submit(
+        self, rows: Rows, *, deadline_s: float = math.inf, flow: str | None = None
+    ) -> tuple[NDArray[np.float32], Timing]:
         """Return the vectors of a request's rows, [N, D], before the event loop's clock shows `deadline_s`.
 
         When the caller is cancelled (its client went away, its deadline passed), the rows that wait are forgotten,
         and a batch that was for nobody else is cancelled.
+
+        Args:
+            rows: token ids.
+            deadline_s: when the answer must be there.
+            flow: the domain, whose requests take turns with other domains' as one; None for a version.
 
         Raises:
             QueueFullError: too many tokens wait, or this request or another would not be done in time.
@@ -137,6 +182,7 @@ class Batcher:
         num_tokens = sum(map(len, rows))
         loop = asyncio.get_running_loop()
         job = _Job(
+            flow=self._flows.get(flow) or _Flow(flow, self._turn),
             rows=rows,
             vectors=[None] * len(rows),
             done=loop.create_future(),
@@ -147,11 +193,12 @@ class Batcher:
             deadline_s=deadline_s,
         )
         self._admit(job)
-        tag = self._virtual
+        tag = job.flow.virtual
         for place, row in enumerate(rows):
-            heapq.heappush(self._heap, (tag, next(self._numbers), job, place))
+            heapq.heappush(job.flow.heap, (tag, next(self._numbers), job, place))
             tag += len(row)
-        self._waiting.add(job)
+        job.flow.waiting.add(job)
+        self._flows[flow] = job.flow
         self._queued_tokens += num_tokens
         self._pump()
         try:
@@ -164,7 +211,10 @@ class Batcher:
 
     def _admit(self, job: _Job) -> None:
         """Refuse a request that cannot be answered in time, or that would make another late."""
-        if self._queued_tokens and self._queued_tokens + job.queued_tokens > self._max_queued_tokens:
+        free = self._max_queued_tokens - self._queued_tokens
+        # A domain may hold as much as it leaves free: however many are flooded, there is room for one more.
+        held = 0 if job.flow.name is None else job.flow.queued_tokens
+        if self._queued_tokens and held + job.queued_tokens > free:
             raise QueueFullError(self._queued_tokens / (self._tokens_per_s or self._batch_tokens))
         now_s = job.came_s
         if now_s > self._rate_seen_s + _RATE_KNOWN_FOR_S:
@@ -177,11 +227,13 @@ class Batcher:
         time_s = _SHARE_OF_TIME * (job.deadline_s - now_s)
         if job.queued_tokens > rate * time_s:
             raise RequestTooLargeError(_num_rows_in_time(job, rate))
-        jobs = sorted((*self._waiting, job), key=lambda each: each.queued_tokens)
-        before, others = self._encoding_tokens, len(jobs)
+        jobs = sorted((*job.flow.waiting, job), key=lambda each: each.queued_tokens)
+        other_flows = [each.queued_tokens for each in self._flows.values() if each is not job.flow]
+        before, others = 0, len(jobs)
         for each in jobs:
-            # Those that wait take turns: each larger one has had as many tokens encoded when this one is done.
-            done_in_s = (before + others * each.queued_tokens) / rate
+            # Those that wait take turns: each larger one has had as many tokens encoded when this one is done. So do flows.
+            own = before + others * each.queued_tokens
+            done_in_s = (self._encoding_tokens + own + sum(min(own, its) for its in other_flows)) / rate
             left_s = each.deadline_s - now_s
             if _SHARE_OF_TIME * left_s < done_in_s and (each is job or done_in_s < left_s):
                 raise QueueFullError(done_in_s - _SHARE_OF_TIME * left_s)
@@ -191,27 +243,24 @@ class Batcher:
         """Drop the queued rows of a request that was answered or cancelled."""
         if not job.done.done():
             job.done.cancel()
-        if job.queued:
-            self._queued_tokens -= job.queued_tokens
-            self._num_dead += job.queued
-            job.queued = 0
-            self._drop_dead_rows()
-        self._waiting.discard(job)
+        self._queued_tokens -= job.queued_tokens
+        job.queued_tokens = 0
+        job.flow.drop(job)
+        self._leave(job)
         for batch in list(job.batches):
             if all(other.done.done() for other in self._owners[batch]):
                 batch.cancel()
 
-    def _drop_dead_rows(self) -> None:
-        """Rebuild the heap once most of its rows are dead: requests that end together cost no rebuild each."""
-        if 2 * self._num_dead > len(self._heap):
-            self._heap = [entry for entry in self._heap if entry[2].queued]
-            heapq.heapify(self._heap)
-            self._num_dead = 0
+    def _leave(self, job: _Job) -> None:
+        """Let a job wait no more, and its flow end with its last one."""
+        job.flow.waiting.discard(job)
+        if not job.flow.waiting and self._flows.get(job.flow.name) is job.flow:
+            del self._flows[job.flow.name]
 
     def _pump(self) -> None:
         """Send batches while there are rows and a free slot."""
-        while self._waiting and self._free_slots:
-            oldest_s = min(job.came_s for job in self._waiting)
+        while self._free_slots and (waiting := self._waiting):
+            oldest_s = min(job.came_s for job in waiting)
             remaining_s = self._wait_s - (asyncio.get_running_loop().time() - oldest_s)
             if self._queued_tokens < self._batch_tokens and remaining_s > 0:
                 self._set_timer(remaining_s)
@@ -224,26 +273,25 @@ class Batcher:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._pump)
 
     def _next_batch(self) -> list[tuple[_Job, int]]:
-        """Take rows in turn from each client, up to the budget of tokens."""
+        """Take rows in turn from each flow, and in it from each client, up to the budget of tokens."""
         batch: list[tuple[_Job, int]] = []
-        num_jobs, num_tokens = len(self._waiting), 0
-        while self._waiting:
-            _, _, job, place = self._heap[0]
-            if not job.queued:
-                heapq.heappop(self._heap)
-                self._num_dead -= 1
-                continue
+        num_jobs, num_tokens = {name: len(each.waiting) for name, each in self._flows.items()}, 0
+        while self._flows:
+            flow = min(self._flows.values(), key=lambda each: each.turn)
+            job, place = flow.first()
             length = len(job.rows[place])
             if batch and num_tokens + length > self._batch_tokens:
                 break
-            heapq.heappop(self._heap)
+            heapq.heappop(flow.heap)
             batch.append((job, place))
             num_tokens += length
             job.queued -= 1
             job.queued_tokens -= length
+            self._turn = flow.turn
+            flow.turn += length
+            flow.virtual += length / num_jobs[flow.name]
             if not job.queued:
-                self._waiting.discard(job)
-        self._virtual += num_tokens / num_jobs
+                self._leave(job)
         self._queued_tokens -= num_tokens
         return batch
 

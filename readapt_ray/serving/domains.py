@@ -4,7 +4,9 @@ The encoder knows no names. A row of token ids says where its domain's factors a
 rows of many domains share a batch, and domains are added and removed by the gateway alone, while the encoder runs.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -215,6 +217,50 @@ async def rows_of(
     except DomainUnavailableError as error:
         raise domain_down(error) from None
     return [DomainRow(row, backend.source, backend.source.scales if scales is None else scales) for row in rows]
+
+
+def flow_of(backend: Backend) -> str | None:
+    """Return whose requests take turns as one: a domain's; None for a version."""
+    return backend.source.name if isinstance(backend, DomainBackend) else None
+
+
+class Places:
+    """Share the places of requests among domains: each may hold as many as it leaves free.
+
+    So one that is flooded takes half, two take a third each, and there is always room for one more.
+
+    Args:
+        most: requests under way at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._held: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def held_by(self, backend: Backend) -> Iterator[None]:
+        """Hold a place within the block; versions that are no domains have no share of their own.
+
+        Raises:
+            RequestError: the domain has as many as are free.
+        """
+        name = flow_of(backend)
+        if name is None:
+            yield
+            return
+        if self._held[name] >= self._most - self._held.total():
+            raise RequestError(
+                f"{self._held[name]:,} requests for {name!r} are under way already, and {self._most:,} are shared by all domains; try "
+                f"again after the seconds in Retry-After",
+                status=429,
+                code="too_many_requests",
+                retry_after_s=1,
+            )
+        self._held[name] += 1
+        try:
+            yield
+        finally:
+            self._held[name] -= 1
 
 
 def encoded_by(backend: Backend, scales: Sequence[float]) -> str:

@@ -27,10 +27,11 @@ class Limits(Config):
     """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches at
     the cost of latency. While the encoder is busy, texts gather anyway."""
     max_requests: int = Field(default=256, ge=1)
-    """Maximum number of requests in progress per gateway. Above it the answer is 429."""
+    """Maximum number of requests in progress per gateway. Above it the answer is 429. A domain may have half of them, or as
+    many as are free."""
     max_queued_tokens: int = Field(default=1 << 20, ge=1)
     """Maximum number of tokens that wait per version and gateway. Above it the answer is 429. Lower it to refuse early
-    instead of answering late."""
+    instead of answering late. A domain may have half of them, or as many as are free."""
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
     """Maximum size of a request in bytes. Above it the answer is 413."""
     max_inputs: int = Field(default=2048, ge=1, le=2048)

@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.records import Passage
-from readapt_ray.serving import answers, cohere, schema
+from readapt_ray.serving import answers, cohere, domains, schema
 from readapt_ray.serving.batching import QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
-from readapt_ray.serving.domains import DomainUnavailableError, at_scale, domain_down, encoded_by, rows_of, scales_of
 from readapt_ray.serving.hit_texts import texts_of
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import Recent, checked
@@ -58,6 +57,7 @@ class SearchService:
     def __init__(self, limits: Limits, telemetry: Telemetry) -> None:
         self.limits = limits
         self._telemetry = telemetry
+        self._places = domains.Places(limits.max_requests)
         self._registry = Registry()
         self._readiness = Recent(functools.partial(checked, {}, {}))
         self.side_searches = SideSearches(self._searched, limits.timeout_s, telemetry)
@@ -157,7 +157,7 @@ class SearchService:
         name, version, kind_of_model = self._registry.named(body.model, trace.domains)
         trace.version = name
         info = version.info
-        scales = scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
+        scales = domains.scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
         dimensions = body.dimensions or info.dimension
         if dimensions > info.dimension:
             field = "output_dimension" if param == "texts" else "dimensions"  # Cohere's word
@@ -171,17 +171,17 @@ class SearchService:
             )
             raise invalid(message, "input_type")
         truncate = self.limits.truncate if body.truncate is None else body.truncate
-        async with self._deadline(body.timeout_s) as deadline_s:
+        async with self._deadline(version, body.timeout_s) as deadline_s:
             rows: Sequence[Sequence[int]] = await self._tokenized(
                 version, body.input, kind, trace, param=param, truncate=truncate
             )
-            rows = await rows_of(version.backend, rows, scales)
+            rows = await domains.rows_of(version.backend, rows, scales)
             vectors = await self._encoded(version, rows, trace, deadline_s)
         if dimensions < info.dimension:
             vectors = vectors[:, :dimensions]
             if info.encoding.normalize:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return _Embedded(vectors, encoded_by(version.backend, scales))
+        return _Embedded(vectors, domains.encoded_by(version.backend, scales))
 
     def _check_token_ids(self, body: schema.EmbeddingsRequest, encoder_fingerprint: str) -> None:
         """Refuse token ids that may be another tokenizer's: they would give vectors of other texts."""
@@ -205,7 +205,7 @@ class SearchService:
         trace.version = name
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
         tokenize = functools.partial(version.tokenizer.whole, body.prompt, kind, param="prompt")
-        async with self._deadline(body.timeout_s):
+        async with self._deadline(version, body.timeout_s):
             ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenize)
         limit = version.tokenizer.max_tokens(kind)
         return schema.TokenizeResponse(count=len(ids), max_model_len=limit, tokens=ids)
@@ -219,13 +219,13 @@ class SearchService:
         registry = self._registry
         name, version = registry.for_search(body, trace.domains)
         if body.knowledge_scale is not None:
-            scales = scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
-            name = at_scale(registry.versions, name, scales, trace.domains)
+            scales = domains.scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
+            name = domains.at_scale(registry.versions, name, scales, trace.domains)
             version = registry.versions[name]
         trace.version = name
         if not version.info.slices:
             raise RequestError(f"version {name!r} has no index to search", status=404, code="no_index")
-        async with self._deadline(body.timeout_s, functools.partial(self._why_late, name)) as deadline_s:
+        async with self._deadline(version, body.timeout_s, functools.partial(self._why_late, name)) as deadline_s:
             vectors, found = await self._searched(version, body, trace, deadline_s)
             passages = await _passages(version, found) if body.with_text else {}
         self.side_searches.shadow(registry, name, body, found, within=trace.within)
@@ -246,11 +246,12 @@ class SearchService:
 
     @asynccontextmanager
     async def _deadline(
-        self, wanted_s: float | None, why_late: Callable[[], Awaitable[str]] | None = None
+        self, version: Version, wanted_s: float | None, why_late: Callable[[], Awaitable[str]] | None = None
     ) -> AsyncIterator[float]:
         """Give up when the time of a request is over, and drop what it has in a queue. Gives the end by the event loop's clock.
 
         Args:
+            version: answers, within its share of the places.
             wanted_s: seconds that the request allows.
             why_late: says what does not work, or "" if all does.
         """
@@ -258,7 +259,8 @@ class SearchService:
         try:
             deadline_s = asyncio.get_running_loop().time() + seconds
             async with asyncio.timeout_at(deadline_s):
-                yield deadline_s
+                with self._places.held_by(version.backend):
+                    yield deadline_s
         except TimeoutError:
             broken = await why_late() if why_late else ""
             advice = broken or "send fewer texts at a time, or start the server with a higher --timeout-s"
@@ -297,7 +299,8 @@ class SearchService:
         self, version: Version, rows: Sequence[Sequence[int]], trace: Trace, deadline_s: float
     ) -> NDArray[np.float32]:
         try:
-            vectors, timing = await _by_this_version(version.batcher.submit(rows, deadline_s=deadline_s))
+            flow = domains.flow_of(version.backend)
+            vectors, timing = await _by_this_version(version.batcher.submit(rows, deadline_s=deadline_s, flow=flow))
         except RequestTooLargeError as error:
             advice = (
                 f"send at most {error.num_rows:,} such texts at a time" if error.num_rows else "send a shorter text"
@@ -315,8 +318,8 @@ class SearchService:
                 code="queue_full",
                 retry_after_s=max(1, round(error.retry_after_s)),
             ) from None
-        except DomainUnavailableError as error:  # in the replica that encodes; another one had it
-            raise domain_down(error) from None
+        except domains.DomainUnavailableError as error:  # in the replica that encodes; another one had it
+            raise domains.domain_down(error) from None
         trace.seconds |= {"queue": timing.queue_s, "encode": timing.encode_s}
         self._telemetry.encoded(trace.version, timing)
         self._check_finite(vectors, trace)
@@ -352,7 +355,7 @@ class SearchService:
             trace.num_items = len(texts)
         else:
             rows = await self._tokenized(version, body.query, "query", trace, param="query", truncate=body.truncate)
-            vectors = await self._encoded(version, await rows_of(version.backend, rows), trace, deadline_s)
+            vectors = await self._encoded(version, await domains.rows_of(version.backend, rows), trace, deadline_s)
         before_s = time.perf_counter()
         wanted = doc_filter(body, trace.within)
         try:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import pyarrow.fs as pafs
 
-from readapt_ray.artifacts import fingerprint
 from readapt_ray.damage import READ_ERRORS
 from readapt_ray.sources.lines import plain_name, refuse_damaged
 from readapt_ray.storage import Location, state_of
@@ -117,8 +116,8 @@ def is_hidden(name: str, hidden: tuple[str, ...] = HIDDEN) -> bool:
     return any(part.startswith(hidden) for part in name.split("/"))
 
 
-def files_fingerprint(files: Iterable[DataFile]) -> str:
-    """Return a fingerprint of the content and names of files.
+def contents_of(files: Iterable[DataFile]) -> dict[str, list[str]]:
+    """Return what identifies the content of each file, by its name.
 
     Raises:
         CorpusError: one cannot be read.
@@ -130,4 +129,4 @@ def files_fingerprint(files: Iterable[DataFile]) -> str:
         except READ_ERRORS as error:
             refuse_damaged(file.label, "to its end", error)
             raise
-    return fingerprint(contents)
+    return contents

@@ -91,10 +91,20 @@ class PartWriter:
         """Write what is left. Parts behind the last, which only another stream could have left, go."""
         if self.num_rows > self._starts[-1]:
             self._close_part()
+        self.remove_behind(len(self._starts) - 1)
+
+    def remove_behind(self, num_parts: int) -> None:
+        """Remove the parts behind so many."""
         for name, _ in self._folder.listing(".parquet"):
             found = self._name.fullmatch(name)
-            if found and int(found[1]) >= len(self._starts) - 1:
+            if found and int(found[1]) >= num_parts:
                 (self._folder / name).delete()
+
+    def share(self, part: Location, number: int) -> str:
+        """Share an earlier part as it is, under a number; return its name."""
+        target = self._file(number)
+        share(part, target)
+        return target.name
 
     def doc_ids(self, rows: Iterable[int]) -> dict[int, str]:
         """Return the ids of some rows, counted from 0 over all parts; after `close`."""

@@ -6,9 +6,12 @@ a killed run resumes. `exchange/` holds digests and what each task found, and is
 one part of passages, and the digests of a million of them or of one partition.
 """
 
+import itertools
 import json
+import logging
 from array import array
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +19,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from readapt_ray.damage import READ_ERRORS
+from readapt_ray.errors import first_line
 from readapt_ray.sources import exchange
 from readapt_ray.sources.bad_rows import NUM_NAMED
 from readapt_ray.sources.cleaning import num_bytes
 from readapt_ray.sources.duplicates import digest
+from readapt_ray.sources.known_pieces import rows_of
 from readapt_ray.sources.near_pieces import SketchWriter
 from readapt_ray.sources.parts import PartWriter
 from readapt_ray.sources.piece_job import PieceJob, dropped_rows, write_moves
@@ -28,6 +34,8 @@ from readapt_ray.sources.row_checks import RowChecks
 from readapt_ray.sources.source import BadRow
 from readapt_ray.sources.splitting import split_part
 from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
 
 _CHUNK_ROWS = 1 << 20
 """Passages whose digests are written to one file."""
@@ -85,14 +93,38 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     """
     record = job.file("piece", piece.number)
     if not record.is_file():
-        record.write_text(json.dumps(_read_piece(piece, job)))
+        content = _share_piece(piece, job) if piece.number in job.known else _read_piece(piece, job)
+        record.write_text(json.dumps(content))
     found: dict[str, Any] = json.loads(record.read_text())
     return found
 
 
+def _writer(number: int, job: PieceJob) -> PartWriter:
+    prefix, to = f"{number:06d}", job.output / "passages"
+    return PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
+
+
+def _share_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
+    """Share the passages of a piece with an earlier corpus, and write their digests. If a file is damaged, read the source."""
+    number = piece.number
+    folder, record = job.known[number]
+    writer, digests, parts = _writer(number, job), _Digests(job, number), {}
+    lines = itertools.count(1)
+    try:
+        for part, (name, num_rows) in enumerate(record["parts"].items()):
+            for doc_id, content, size_bytes in rows_of(folder / name):
+                digests.add(doc_id, content, next(lines), size_bytes)
+            parts[writer.share(folder / name, part)] = num_rows
+    except READ_ERRORS as error:
+        logger.warning("ingest: cannot read %s (%s), so the source is read", folder, first_line(error))
+        return _read_piece(piece, replace(job, earlier={}))
+    writer.remove_behind(len(parts))
+    digests.flush()
+    return {**record, "number": number, "parts": parts, "num_chunks": digests.num_chunks}
+
+
 def _read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
-    prefix, to = f"{piece.number:06d}", job.output / "passages"
-    writer = PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
+    writer = _writer(piece.number, job)
     checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
     digests = _Digests(job, piece.number)
     sketches = SketchWriter(job, piece.number) if job.deduplicate == "near" else None

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from readapt_ray.artifacts import fingerprint
 from readapt_ray.sources import exchange
 from readapt_ray.sources.duplicates import Deduplication
+from readapt_ray.sources.known_pieces import KnownPiece
 from readapt_ray.sources.parts import EarlierPart
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.splitting import Splitting
@@ -35,6 +38,19 @@ class PieceJob:
     num_near_partitions: int
     earlier: Mapping[str, EarlierPart]
     """Parts of an earlier corpus, for `PartWriter`."""
+    known: Mapping[int, KnownPiece]
+    """What an earlier ingest found in pieces that did not change."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows of the source become passages as they are, and are compared as wholes."""
+        return self.splitting is None and self.deduplicate != "near"
+
+    @property
+    def made_by(self) -> str:
+        """Fingerprint of what decides how a piece is read."""
+        reading = (self.table_format, self.options, self.kept, self.rows_per_file, version("readapt-ray"))
+        return fingerprint([str(each) for each in reading])
 
     def file(self, what: str, number: int, chunk: int = 0) -> Location:
         """Return the place of one file of the exchange."""

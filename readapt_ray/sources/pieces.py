@@ -7,7 +7,7 @@ file is never cut.
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -84,22 +84,33 @@ class Piece:
             before += span.num_lines
 
 
-def plan_pieces(source: TableSource) -> tuple[list[Piece], int]:
-    """Return the pieces in the order of the rows, and about how many bytes they hold when decompressed."""
+def plan_pieces(source: TableSource, earlier: Set[tuple[str, int]] = frozenset()) -> tuple[list[Piece], int]:
+    """Return the pieces in the order of the rows, and about how many bytes they hold when decompressed.
+
+    Args:
+        source: what is read.
+        earlier: file and place where pieces of an earlier state began. Pieces begin there again where they can, so that
+            those behind a change are what they were.
+    """
     files = source.files()
     with ThreadPoolExecutor(_THREADS) as pool:
         cuts = list(pool.map(lambda file: _cut(file, source), files))
         units = list(pool.map(lambda file, cut: _unit_bytes(file, cut, source), files, cuts))
     total = sum(map(sum, units))
-    piece_bytes = min(max(MIN_PIECE_BYTES, total // _WANTED_PIECES), _MAX_PIECE_BYTES)
+    # A power of two, so that it rarely changes with the corpus.
+    piece_bytes = min(max(MIN_PIECE_BYTES, 1 << (total // _WANTED_PIECES).bit_length()), _MAX_PIECE_BYTES)
+    most_bytes = piece_bytes * 3 // 2 if earlier else piece_bytes
     pieces: list[Piece] = []
     gathered: list[FileRange] = []
     gathered_bytes = 0
     for file, cut, sizes in zip(files, cuts, units, strict=True):
         for (start, end), size in _ranges(cut, sizes, piece_bytes):
+            if (file.label, start) in earlier and 2 * gathered_bytes >= piece_bytes:
+                pieces.append(Piece(len(pieces), tuple(gathered)))
+                gathered, gathered_bytes = [], 0
             gathered.append(FileRange(file.label, file.location, file.state(), start, end))
             gathered_bytes += size
-            if gathered_bytes >= piece_bytes:
+            if gathered_bytes >= most_bytes:
                 pieces.append(Piece(len(pieces), tuple(gathered)))
                 gathered, gathered_bytes = [], 0
     if gathered:

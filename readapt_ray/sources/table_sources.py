@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.arrow_files import saved_files
 from readapt_ray.sources.columns import FIELDS, kept_schema
 from readapt_ray.sources.judgements import iter_qrels, iter_queries
-from readapt_ray.sources.listing import DataFile, Listing, files_fingerprint, listed, others
+from readapt_ray.sources.listing import DataFile, Listing, contents_of, listed, others
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Source
 from readapt_ray.sources.tables import Layout, TableFormat
@@ -36,10 +37,12 @@ class TableSource(Source):
         self._only = tuple(only)
         self.name = str(location)
         self._columns: dict[str, Any] = {}
+        self.contents: dict[str, list[str]] = {}
+        """What identifies the content of each file of passages, by its label; known after `fingerprint`."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what was listed: a task that reads queries and judgements does not need it."""
-        return {name: value for name, value in self.__dict__.items() if name != "_listing"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_listing", "contents")}
 
     @functools.cached_property
     def _listing(self) -> Listing:
@@ -94,7 +97,8 @@ class TableSource(Source):
 
     def fingerprint(self) -> str:
         """Hash the content of its files."""
-        return files_fingerprint(self._files)
+        self.contents = contents_of(self._files)
+        return fingerprint(self.contents)
 
 
 def _described(layout: Layout) -> dict[str, Any]:
@@ -143,4 +147,5 @@ class LabelledTableSource(TableSource):
         """Hash the content of passages, queries and judgements."""
         queries = [DataFile("queries", self._queries)] if self._queries is not None else []
         qrels = [DataFile(f"qrels/{split}", file) for split, file in self._qrels.items()]
-        return files_fingerprint([*self._files, *queries, *qrels])
+        self.contents = contents_of(self._files)
+        return fingerprint(self.contents | contents_of([*queries, *qrels]))

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
+from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.progress import amount
 from readapt_ray.sources import documents
@@ -22,7 +23,7 @@ from readapt_ray.sources.cleaning import encoded_white_space
 from readapt_ray.sources.columns import FIELDS, first_of, is_absent, kept_schema, type_of_values
 from readapt_ray.sources.documents import Document, UnreadableDocumentError
 from readapt_ray.sources.lines import plain_name, read_lines, read_whole
-from readapt_ray.sources.listing import DataFile, Listing, files_fingerprint, listed
+from readapt_ray.sources.listing import DataFile, Listing, contents_of, listed
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import MISSING, BadRow, Row, Source
 from readapt_ray.storage import Location
@@ -150,7 +151,7 @@ class TextSource(Source):
 
     def fingerprint(self) -> str:
         """Hash the content of the files and their names."""
-        return files_fingerprint(self._files)
+        return fingerprint(contents_of(self._files))
 
 
 def _field(document: Document, name: str) -> object:

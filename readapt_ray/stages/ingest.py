@@ -5,11 +5,13 @@ Enters a source by name, one row at a time; leaves `passages/part-00000.parquet`
 read by Ray tasks (`cluster/parallel_ingest.py`); one of these holds the queries and judgements. Anything else is read by one
 process, some 30,000 passages of 80 words a second. In its memory: one part, 32 to 48 bytes a passage for its id and as many
 again for its text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts do not
-depend on when a process was killed: the next one reads the source again and keeps the parts that are there.
+depend on when a process was killed: the next one reads the source again and keeps the parts that are there. After an
+earlier corpus, tasks do not read pieces of the source that did not change (`sources/known_pieces.py`).
 """
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -24,6 +26,7 @@ from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.cleaning import num_bytes
 from readapt_ray.sources.columns import ColumnChoice, ColumnsOption
 from readapt_ray.sources.duplicates import Deduplication, RowTable, digest, duplicate_finder
+from readapt_ray.sources.known_pieces import key_of, read_pieces
 from readapt_ray.sources.labels import write_labels
 from readapt_ray.sources.opening import Format, open_source
 from readapt_ray.sources.parts import DIGEST, FIRST_ID, EarlierPart, PartWriter
@@ -34,6 +37,7 @@ from readapt_ray.sources.row_checks import RowChecks
 from readapt_ray.sources.source import BadRow, Source
 from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
 from readapt_ray.sources.table_sources import TableSource
+from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
@@ -181,7 +185,8 @@ def _in_parallel(
     workspace: Workspace, config: IngestConfig, source: TableSource, options: ReadOptions, splitting: Splitting | None
 ) -> bool:
     """Read a large source of rows on the cluster; False where one process is to read it."""
-    pieces, total_bytes = plan_pieces(source)
+    earlier = read_pieces(on_worker.absolute(Location(config.previous))) if config.previous is not None else None
+    pieces, total_bytes = plan_pieces(source, earlier.starts if earlier else frozenset())
     if total_bytes < (MIN_NEAR_BYTES if config.deduplicate == "near" else MIN_PARALLEL_BYTES):
         return False
     job = PieceJob(
@@ -197,7 +202,10 @@ def _in_parallel(
         num_partitions=parallel_ingest.num_partitions(total_bytes),
         num_near_partitions=parallel_ingest.num_near_partitions(total_bytes),
         earlier=_earlier_parts(config),
+        known={},
     )
+    if earlier is not None and job.is_plain:
+        job = replace(job, known=earlier.known(job.made_by, (key_of(piece, source.contents) for piece in pieces)))
     run = parallel_ingest.ParallelIngest(workspace, source, pieces, job, config.bad_rows)
     run.run()
     if splitting:

@@ -115,17 +115,20 @@ def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
     return plan
 
 
-def check_pair(pretrained: OpenModel, retriever: OpenModel, *, accept: Sequence[str]) -> None:
-    """Check that a retriever was made from a pretrained model, as far as `plan_merge` does without an adapter.
+def check_pair(
+    pretrained: OpenModel, retriever: OpenModel, *, accept: Sequence[str], layer_scales: Sequence[str] = ()
+) -> None:
+    """Check that a retriever was made from a pretrained model, as far as a merge does without an adapter.
 
     Headers of weights, configs and tokenizers are read; the pretrained model is hashed only for an adapter of ours.
 
     Raises:
         WeightMismatchError: they do not fit each other; the message lists what differs.
         ModelError: a model cannot be read, or is for queries alone.
+        InputError: they lack layers that have scales of their own.
     """
     refuse_query_model(retriever)
-    _open_pair(pretrained, retriever, (), accept)
+    check_layers(ranges_of(layer_scales), _open_pair(pretrained, retriever, (), accept).names())
     check_bases(pretrained, [retriever], accept="base" in accept)
 
 

@@ -246,9 +246,3 @@ def test_a_commit_behind_a_name_names_the_same_row() -> None:
     assert retrievers.split_commit(f"me/it@{'0' * 40}") == ("me/it", "0" * 40)
     for name in ("me/it", "me/it@main", f"s3://bucket/m@{'0' * 40}"):
         assert retrievers.split_commit(name) == (name, None)
-
-
-def test_a_gguf_file_is_named_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "small.Q4_1.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"small\.Q4_1\.gguf is not read here: load it with transformers"):
-        models.open_model(str(tmp_path))

@@ -15,6 +15,7 @@ import pytest
 from readapt_ray.cluster import connection, parallel_ingest
 from readapt_ray.errors import CorpusError, StorageError
 from readapt_ray.sources import near_pieces, piece_files, pieces
+from readapt_ray.sources.known_pieces import read_pieces
 from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.storage import Location
 from tests import small_disk
@@ -450,6 +451,75 @@ def test_a_disk_that_fills_is_named_and_it_goes_on_when_there_is_room(tmp_path, 
         small_disk.free(disk)
         assert _many(source, disk / "out", **options) == one
         assert not list((disk / "out").rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_files_that_did_not_change_are_not_read_and_the_rows_are_those_of_a_fresh_run(
+    tmp_path, no_ray, many_pieces, monkeypatch, seed
+):
+    """Files are changed, removed, added, and given rows that repeat others, before and after them."""
+    draw, is_json = random.Random(seed), seed % 2
+    options = {"deduplicate": draw.choice(["exact", "none"]), "keep": KEPT, "rows_per_file": 9}
+    files = {number: _clean_rows(f"{number}-", 30) for number in range(40)}
+    files[33][5] |= {"text": 7}
+    source = tmp_path / "source"
+    source.mkdir()
+
+    def write(number):
+        name = source / f"{number:02d}.{'jsonl' if is_json else 'parquet'}"
+        if is_json:
+            name.write_text("".join(f"{json.dumps(row)}\n" for row in files[number]))
+        else:
+            pq.write_table(pa.Table.from_pylist([row | {"text": str(row["text"])} for row in files[number]]), name)
+
+    for number in files:
+        write(number)
+    _many(source, tmp_path / "earlier", **options)
+    files[12] = files[12][3:]
+    files[20] += [files[3][0], files[25][1] | {"_id": "same text, other id"}]
+    files |= {40: _clean_rows("40-", 30), 41: _clean_rows("41-", 30)}
+    for number in (12, 20, 40, 41):
+        write(number)
+    next(source.glob("16.*")).unlink()
+    alone = _many(source, tmp_path / "alone", **options)
+    read, read_piece = [], piece_files._read_piece
+    monkeypatch.setattr(
+        piece_files, "_read_piece", lambda piece, job: read.append(piece.ranges) or read_piece(piece, job)
+    )
+    assert _many(source, tmp_path / "after", previous=str(tmp_path / "earlier"), **options) == alone
+    names = {each.label.partition(".")[0] for ranges in read for each in ranges}
+    assert {"12", "20", "40", "41"} <= names and len(names) < 20
+    read.clear()
+    assert _many(source, tmp_path / "again", previous=str(tmp_path / "after"), **options) == alone
+    again = {each.label.partition(".")[0] for ranges in read for each in ranges}
+    assert len(again) < 20 and not {"00", "39", "41"} & again
+    read.clear()
+    _many(source, tmp_path / "other", previous=str(tmp_path / "after"), **options | {"keep": KEPT[:1]})
+    assert len({each.label for ranges in read for each in ranges}) == len(files) - 1, "other options read all again"
+
+
+def _clean_rows(prefix, num_rows):
+    return [
+        {"_id": f"{prefix}{number}", "title": "ti é", "text": f"{prefix} text é {number}", "year": "2020", "url": "u"}
+        for number in range(num_rows)
+    ]
+
+
+def test_a_piece_whose_earlier_files_are_damaged_is_read_from_the_source(tmp_path, no_ray, many_pieces, caplog):
+    source = tmp_path / "source.jsonl"
+    source.write_text("".join(f"{json.dumps(row)}\n" for row in _clean_rows("", 300)))
+    alone = _many(source, tmp_path / "earlier", rows_per_file=5)
+    note = tmp_path / "earlier/passages.pieces.json"
+    whole = note.read_text()
+    for cut_short in ("", whole[:50], "[]", "{}"):
+        note.write_text(cut_short)
+        assert not read_pieces(Location(str(tmp_path / "earlier"))).pieces
+    note.write_text(whole)
+    damaged = sorted((tmp_path / "earlier/passages").glob("part-000001*"))[1]
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:4] + bytes(200) + content[204:])  # its footer is whole
+    assert _many(source, tmp_path / "after", previous=str(tmp_path / "earlier"), rows_per_file=5) == alone
+    assert "so the source is read" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -153,6 +153,16 @@ def test_what_is_readapted_is_the_model_that_was_named(
     assert not [step for each in plan.candidates() for step in each.making]  # a folder, of which nothing is known
 
 
+def test_layers_that_the_model_lacks_are_refused_before_an_adapter_is_trained(
+    pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_as_tiny(monkeypatch, pieces, "first")
+    asked = {"retrievers": ["tiny"], "readapt": True, "merge_options": {"layer_scales": "0-7=0.5"}}
+    with pytest.raises(InputError, match=r"layer_scales = '0-7=0.5': the model has the layers 0 to 1"):
+        compare.compare(config(pieces, **asked, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_rows_for_queries_alone_and_behind_a_bridge_search_the_vectors_of_the_retriever(
     pieces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,6 +212,7 @@ def _manifest(**inputs: str) -> dict[str, Any]:
         ),
         ({"embed": {"num_cpus_per_worker": 5000}}, "1 workers of section 'embed' of 5000 CPU each cannot be placed"),
         ({"train": {"num_workers": 5000, "batch_size": 5000}}, "5000 workers of section 'train' of 1 CPU each cannot"),
+        ({"merge": {"layer_scales": "0-9=0.5"}}, "layer_scales = '0-9=0.5': the model has the layers 0 to 1"),
         ({"merge": {"num_workers": 1, "num_cpus_per_worker": 5000}}, "1 workers of section 'merge' of 5000 CPU"),
         (
             {"evaluate": {"measures": ["nDCG@1000"]}, "search": {"top_k": 10}},

@@ -175,11 +175,11 @@ def test_requests_that_end_together_do_not_stop_the_loop():
             task.cancel()
         await settle()
         assert time.process_time() - before_s < 4  # 20 s where each rebuilds the heap
-        assert queue.queued_tokens <= 2000 and len(queue._heap) <= 4000
+        assert queue.queued_tokens <= 2000 and len(queue._flows[None].heap) <= 4000
         encoder.gate.set()
         assert (await tasks[-1])[0].tolist() == [[250, 1]] * 2000
         assert (await queue.submit(rows(3, 1)))[0].tolist() == [[3, 10]]
-        assert sum(map(len, encoder.batches)) <= 2200 and not queue._num_dead
+        assert sum(map(len, encoder.batches)) <= 2200 and not queue._flows
 
     asyncio.run(run())
 
@@ -287,13 +287,13 @@ class SteadyEncoder:
         return np.zeros((len(rows), 1), np.float32)
 
 
-async def ask(queue, tokens, timeout_s, row_tokens=20):
+async def ask(queue, tokens, timeout_s, row_tokens=20, flow=None):
     """How one request ended."""
     now_s = asyncio.get_running_loop().time()
     given = [[1] * min(row_tokens, tokens)] * max(1, tokens // row_tokens)
     try:
         async with asyncio.timeout(timeout_s):
-            await queue.submit(given, deadline_s=now_s + timeout_s)
+            await queue.submit(given, deadline_s=now_s + timeout_s, flow=flow)
     except TimeoutError:
         return "late"
     except QueueFullError:
@@ -329,6 +329,40 @@ def test_at_twice_the_capacity_what_is_accepted_is_done_in_time(num_slots, sizes
     if len(set(sizes)) > 1:
         small = [how for tokens, how in ended if tokens == min(sizes)]
         assert small.count("done") > 0.3 * len(small)
+
+
+@pytest.mark.parametrize("max_queued_tokens", [10**9, 6000])
+@pytest.mark.parametrize("sizes", [[100], [100, 2000]], ids=["small", "mixed"])
+def test_floods_of_some_domains_refuse_and_delay_no_request_of_another(sizes, max_queued_tokens):
+    """Two domains ask for five times what the encoder can do each, and a third for a tenth of it."""
+    chance, seconds = random.Random(0), 120.0
+
+    async def main():
+        queue = batcher(SteadyEncoder(), batch_tokens=500, max_queued_tokens=max_queued_tokens)
+        tasks, loop = {"a": [], "b": [], "quiet": []}, asyncio.get_running_loop()
+        waited_s = []
+
+        async def quiet():
+            came_s = loop.time()
+            how = await ask(queue, 200, 60.0, flow="quiet")
+            waited_s.append(loop.time() - came_s)
+            return how
+
+        while loop.time() < seconds:
+            for flow in ("a", "b"):
+                asked = ask(queue, chance.choice(sizes), 60.0, flow=flow)
+                tasks[flow].append(asyncio.create_task(asked))
+            if len(tasks["quiet"]) < loop.time() / 2:
+                tasks["quiet"].append(asyncio.create_task(quiet()))
+            await asyncio.sleep(sum(sizes) / len(sizes) / 5000)
+        return {flow: [await task for task in asked] for flow, asked in tasks.items()}, waited_s
+
+    ended, waited_s = run_in_no_time(main())
+    assert set(ended["quiet"]) == {"done"} and len(ended["quiet"]) > 50
+    assert max(waited_s) < 5  # a third of 1,000 tokens per second, behind a batch of 500
+    for flow in ("a", "b"):
+        assert 0 < ended[flow].count("done") < len(ended[flow])
+        assert ended[flow].count("late") <= 0.01 * len(ended[flow])
 
 
 def test_what_can_never_be_done_in_time_is_refused_with_what_would_fit():

@@ -1,5 +1,6 @@
 import asyncio
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -286,6 +287,31 @@ def test_a_domain_that_fails_in_the_replica_that_encodes_is_down_and_no_failure(
             (status, body), (fine, _) = await asyncio.gather(embed(client, "legal"), embed(client, "med"))
             assert (status, body["error"]["code"], fine) == (503, "domain_unavailable", 200)
             assert "domain 'legal' cannot be used: " in body["error"]["message"]
+
+    asyncio.run(run())
+
+
+def test_a_flood_of_one_domain_takes_no_place_of_another(folder):
+    """200 clients ask one domain at once; without shares they take all places, and the others are refused."""
+
+    async def run():
+        shared = SharedInProcess(folder)
+        limits = {"max_requests": 40, "max_queued_tokens": 2000}
+        async with local_server(backends(shared, folder), **limits) as local, local.client() as client:
+            for name in NAMES:
+                await embed(client, name)
+            shared.gate.clear()
+            flood = [asyncio.create_task(embed(client, "legal", TEXTS[0])) for _ in range(200)]
+            async with asyncio.timeout(60):
+                while sum(each.done() for each in flood) < 180:  # refused; half of the places are taken
+                    await asyncio.sleep(0.01)
+            others = [asyncio.create_task(embed(client, name)) for name in ("med", "tax") * 5]
+            await asyncio.sleep(0.3)
+            shared.gate.set()
+            assert [(await each)[0] for each in others] == [200] * 10
+            flooded = Counter([(await each)[0] for each in flood])
+            assert set(flooded) == {200, 429} and flooded[200] <= 20
+            assert (await embed(client, "legal"))[0] == 200
 
     asyncio.run(run())
 

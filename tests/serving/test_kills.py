@@ -51,9 +51,10 @@ def _title(process: psutil.Process) -> str:
 
 
 class Load:
-    """Clients that ask one search after the other, and count what they get."""
+    """Clients that ask one thing after the other, by default searches, and count what they get."""
 
-    def __init__(self, url: str, num_clients: int, body: dict) -> None:
+    def __init__(self, url: str, num_clients: int, body: dict, path: str = "/v1/search") -> None:
+        self._path = path
         self.answers: list[tuple[float, int, str]] = []
         self._ended = threading.Event()
         self._pool = concurrent.futures.ThreadPoolExecutor(num_clients)
@@ -63,7 +64,7 @@ class Load:
         with httpx.Client(base_url=url, timeout=120) as client:
             while not self._ended.is_set():
                 try:
-                    answer = client.post("/v1/search", json=body)
+                    answer = client.post(self._path, json=body)
                     is_json = answer.headers["content-type"] == "application/json"
                     name = answer.json().get("model", answer.text[:300]) if is_json else answer.text[:300]
                     self.answers.append((time.monotonic(), answer.status_code, name))

@@ -1,8 +1,8 @@
 """Refresh a root: find what changed in the source, and make a new generation of corpus, vectors, index and export.
 
 In: a source, and the generations under the root. Out: one more generation under `generations/`, and last of all its entry
-in `refresh.json`, which makes it the present one. The source is read as a whole; files of corpus, vectors and index
-that did not change are shared; only new and changed passages are encoded and sent to a vector database. A refresh that
+in `refresh.json`, which makes it the present one. Of a large source only files that changed are read; files of corpus,
+vectors and index that did not change are shared; only new and changed passages are encoded and sent to a vector database. A refresh that
 was killed is resumed by the same command. Until its entry is written, readers have the old state.
 """
 

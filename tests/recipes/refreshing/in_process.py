@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from readapt_ray.cluster import compaction, connection, digest_join, index_shards, on_worker, shard_runner
+from readapt_ray.cluster.parallel_ingest import ParallelIngest
 from readapt_ray.cluster.shard_encoder import ShardEncoder
 from readapt_ray.cluster.shard_source import ShardSource
 from readapt_ray.stages import index
@@ -23,6 +24,8 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest_join, "connect", connection.connect)
     monkeypatch.setattr(index, "task_cpus", lambda *_: 1)
     monkeypatch.setattr(shard_runner, "_results", _encoded)
+    monkeypatch.setattr(ParallelIngest, "_place", lambda _: None)
+    monkeypatch.setattr(ParallelIngest, "_tasks", _in_turn)
     for module in (compaction, digest_join, index_shards):
         monkeypatch.setattr(module, "run_bounded", _one_by_one)
 
@@ -32,6 +35,10 @@ class _Task:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.remote = function
+
+
+def _in_turn(ingest: Any, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    return (function(*item, job=ingest._job) for item in items)
 
 
 def _one_by_one(start: Callable[[Any], Any], items: Iterable[Any], _: int) -> Iterator[Any]:
