@@ -458,6 +458,8 @@ def test_a_batch_that_cannot_feed_all_workers_is_refused_before_any_stage(
     if known_by == "option":
         options += ["--set", "train.num_workers=8"]
         monkeypatch.setattr(hardware, "num_cores", lambda: 8)
+        monkeypatch.delenv("READAPT_NUM_CPUS", raising=False)
+        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: False))
     elif known_by == "autoscaler":
         monkeypatch.setenv("READAPT_NUM_GPUS", "8")
     elif known_by == "cluster":
