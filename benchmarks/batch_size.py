@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import logging
-import platform
 import statistics
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import readapt_ray as ra
+from readapt_ray import hardware
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models
 from readapt_ray.recipes import quickstart
@@ -63,7 +63,7 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/batch_size.py --seeds {options.seeds}",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, 2 cores",
+        "machine": hardware.machine_info(),
         "versions": corpus.manifest.versions,
         "num_withheld": len(withheld),
         "loss_before": withheld_loss(recipe.pretrained, None, withheld),
