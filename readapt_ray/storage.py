@@ -214,8 +214,18 @@ class Location:
         return json.loads(self.read_bytes())
 
     def open_input(self) -> IO[bytes]:
-        """Open a readable, seekable binary file; a small object of a store is read at once."""
-        file: IO[bytes] = self.filesystem.open_input_file(self.path)
+        """Open a readable, seekable binary file; a small object of a store is read at once.
+
+        Raises:
+            FileNotFoundError: there is none.
+            IsADirectoryError: a folder has its name.
+        """
+        try:
+            file: IO[bytes] = self.filesystem.open_input_file(self.path)
+        except OSError as error:  # pyarrow has no type of error for a folder
+            if self.is_local and self.local_path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder", self.path) from error
+            raise
         return file if self.is_local else object_streams.read_if_small(file)
 
     def write_bytes(self, data: bytes) -> None:

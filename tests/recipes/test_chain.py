@@ -166,7 +166,7 @@ def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_pu
         "ingest": ["columns", "keep", "tokenizer"],
         "pack": ["exclude", "new_since", "only"],
         "train": ["continue_from", "exclude", "new_since", "only", "target_modules"],
-        "merge": ["measures"],
+        "merge": ["layer_scales", "measures"],
         "embed": [],
         "index": ["factory"],
         "search": ["columns"],
