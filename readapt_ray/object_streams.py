@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 _MAX_HELD_BYTES = 4 << 20
 """S3 takes parts of 5 MB at least, so up to there a stream is one request."""
 _MAX_READ_BYTES = 512 << 10
-"""What a store sends in the time of a request."""
+"""A larger object is read in ranges: sending it whole would take longer than another request."""
 _CHUNK_BYTES = 8 << 20
 
 
@@ -35,7 +35,7 @@ class Upload(io.RawIOBase):
 
     @property
     def is_small(self) -> bool:
-        """Whether all that was written is held, and nothing is in the store."""
+        """Whether everything written so far is in memory, and nothing is in the store."""
         return self._stream is None
 
     def put(self, path: str) -> None:

@@ -22,6 +22,17 @@ def test_bfloat16_units_are_amx_or_avx512_bf16(capabilities, has_units, monkeypa
     assert hardware.has_bfloat16_units() is has_units
 
 
+def _in_group(own: str, files: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Put this process into a control group with these files."""
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        file = tmp_path / "cgroups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroups")
+
+
 @pytest.mark.parametrize(
     ("own", "files", "cores"),
     [
@@ -41,13 +52,7 @@ def test_bfloat16_units_are_amx_or_avx512_bf16(capabilities, has_units, monkeypa
 def test_cores_are_no_more_than_the_containers_quota(
     own: str, files: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "own").write_text(own)
-    for name, text in files.items():
-        file = tmp_path / "cgroups" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
-    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroups")
+    _in_group(own, files, monkeypatch, tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(192)))
     assert hardware.num_cores() == cores
 
@@ -87,13 +92,7 @@ def test_memory_is_no_more_than_the_containers_limit(
 ) -> None:
     import psutil
 
-    (tmp_path / "own").write_text(own)
-    for name, text in files.items():
-        file = tmp_path / "cgroups" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text + "\n")
-    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
-    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroups")
+    _in_group(own, files, monkeypatch, tmp_path)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10**9, available=10**8))
     assert (hardware.memory_bytes(), hardware.free_memory_bytes()) == (limit_and_left or (10**9, 10**8))
 

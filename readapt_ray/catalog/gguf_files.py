@@ -36,7 +36,7 @@ _UNREADABLE = (
     RuntimeError,
     OSError,
 )
-"""What transformers and gguf raise for files that they cannot decode."""
+"""Errors that transformers and gguf raise for a file they cannot decode."""
 
 
 def in_folder(folder: Path, name: str) -> list[str]:

@@ -26,7 +26,7 @@ _ROOM_SAID_S = 20.0
 _ROOM_LOG_S = 60.0
 _ROOM_JOIN_S = 2.0
 _CORES_PER_ACTOR = 4
-"""Where several actors share a GPU: a core that launches kernels, and three that tokenise."""
+"""Cores per actor where several share a GPU: one launches kernels, three tokenise."""
 _SETTLE_S = 3.0
 """What a stage held is free again a second or two after it ends."""
 

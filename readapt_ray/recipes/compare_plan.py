@@ -117,7 +117,7 @@ NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
 """Options of stages that a comparison refuses, each with the reason and what to do instead."""
 
 BM25 = "BM25"
-"""What the table calls search by words."""
+"""Name of the row of search by words."""
 RULES = SectionRules(recipe="the comparison", where="{stage}_options", refused=NOT_IN_A_COMPARISON)
 
 
@@ -136,7 +136,7 @@ class Candidate:
     bridge: Step | None = None
     """Maps its queries to vectors of another model."""
     index: Step | None = None
-    """What is searched by words, if it is: its vectors with the words of their passages."""
+    """Builds an index with BM25 scores, for a candidate that is searched by words."""
 
     @property
     def stages(self) -> tuple[Step, ...]:

@@ -16,13 +16,13 @@ _DEVICE_FLOPS: Final = {"GPU": 4.5e14, "CPU": 1.6e11}
 _SHARD_BYTES: Final = 256 << 20
 """Most bytes of a shard's texts, and of its vectors in float32."""
 _HOST_S: Final = 0.004
-"""What the host takes for a batch: grouping it, launching the kernels of some ten layers, taking the vectors. A guess."""
+"""Seconds of CPU time per batch: grouping, launching kernels, copying vectors. Estimated, not measured."""
 _MOST_PER_GPU: Final = 4
 _USUAL_TOKENS: Final = 128
 
 
 class TextSize(NamedTuple):
-    """How long a passage is, on average."""
+    """Mean length of a passage."""
 
     num_tokens: float
     num_bytes: float

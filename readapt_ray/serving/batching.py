@@ -141,7 +141,7 @@ class Batcher:
         self._on_batch = on_batch
         self._numbers = itertools.count()
         self._flows: dict[str | None, _Flow] = {}
-        """Those in which something waits."""
+        """The flows that have jobs waiting, by name."""
         self._turn = 0.0
         self._queued_tokens = 0
         self._encoding_tokens = 0
@@ -231,7 +231,7 @@ class Batcher:
         other_flows = [each.queued_tokens for each in self._flows.values() if each is not job.flow]
         before, others = 0, len(jobs)
         for each in jobs:
-            # Those that wait take turns: each larger one has had as many tokens encoded when this one is done. So do flows.
+            # Waiting jobs take turns, and so do flows: until this job is done, each larger one gets as many tokens encoded.
             own = before + others * each.queued_tokens
             done_in_s = (self._encoding_tokens + own + sum(min(own, its) for its in other_flows)) / rate
             left_s = each.deadline_s - now_s

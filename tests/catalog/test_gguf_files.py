@@ -160,7 +160,7 @@ def test_a_folder_keeps_what_says_how_the_model_encodes(tmp_path: Path, source: 
     write(tmp_path / "tiny.gguf", source)
     plain = models.open_model(str(tmp_path))
     with pytest.raises(ModelError, match="no pooling or prompt settings found"):
-        plain.encoding  # noqa: B018
+        _ = plain.encoding
     contracts.show_contract(str(tmp_path), write=True)
     (tmp_path / "config.json").write_text("{}")  # what the file says counts
     for with_weights in (True, False):

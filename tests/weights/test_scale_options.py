@@ -21,9 +21,10 @@ GIVEN = {"pretrained": "p", "retriever": "r", "adapter": "a", "output": "o"}
     ],
 )
 def test_ranges_are_kept_in_one_way(given: object, kept: tuple[str, ...]) -> None:
-    for config_class, more in ((MergeConfig, {}), (TuneConfig, {"corpus": "c"})):
+    classes: dict[type[MergeConfig | TuneConfig], dict[str, str]] = {MergeConfig: {}, TuneConfig: {"corpus": "c"}}
+    for config_class, more in classes.items():
         config = config_class.parse(GIVEN | more | {"layer_scales": given})
-        assert config.layer_scales == kept  # type: ignore[attr-defined]
+        assert config.layer_scales == kept
         assert config_class.parse(config.settings()) == config
 
 

@@ -31,7 +31,7 @@ MAX_LOSS_GAP = 0.05
 """Above these, adapting again is advised. recipes/README.md says what was measured."""
 ADAPT_AGAIN = "adapt again"
 _PLACES, _PLACE_ROWS = 16, 1024
-"""Where vectors of kept passages are sampled: so many ranges of so many rows."""
+"""The sample of kept passages: the number of ranges, and the rows of each."""
 _WORD = re.compile(r"\w+")
 
 
