@@ -141,6 +141,7 @@ def test_as_many_as_fit_are_placed_where_no_number_is_given(
         ([{"CPU": 64.0, "GPU": 2.0}], None, 4, (8, 1, 0.25)),
         ([{"CPU": 64.0, "GPU": 2.0}], 0.1, 4, (20, 1, 0.1)),
         ([{"CPU": 64.0, "GPU": 2.0}], 0.7, 4, (2, 1, 0.7)),
+        ([{"CPU": 64.0, "GPU": 7.0}], 0.28, 4, (25, 1, 0.28)),  # 7 / 0.28 is below 25 in floating point
         ([{"CPU": 4.0}], 0.5, 4, (4, 1, 0.0)),
     ],
 )
