@@ -65,6 +65,8 @@ class DataShard:
     that no kept file has."""
     kept: KeptFile | None = None
     """The file that it shares; it has no range then."""
+    sources: tuple[str, ...] = ()
+    """Digests of the parts of the corpus that its passages are in; empty if they are not known."""
 
     @property
     def name(self) -> str:
