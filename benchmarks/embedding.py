@@ -88,29 +88,28 @@ def candidates(file: Path | None) -> set[str]:
 
 
 def write_corpus(work: Path, found: set[str], num_passages: int) -> tuple[int, int]:
-    """An ingested corpus of some of these texts; how many passages and tokens it has."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from readapt_ray import artifacts
+    """Ingest some of these texts; return how many passages and tokens there are."""
     from readapt_ray.catalog.models import open_model
-    from readapt_ray.config import StageConfig
     from readapt_ray.retrieval.tokenization import TextTokenizer
 
     texts = random.Random(0).sample(sorted(found), min(num_passages, len(found)))
-    rows = {"doc_id": [f"d{row:06d}" for row in range(len(texts))], "title": [""] * len(texts), "text": texts}
-
-    def write(workspace: artifacts.Workspace) -> None:
-        table = pa.table(rows)
-        with (workspace.location / "passages/part-00000.parquet").open_output() as stream:
-            pq.write_table(table, stream, row_group_size=4096)
-        workspace.counts["num_passages"] = len(texts)
-
-    config = StageConfig(output=str(work / "corpus"))
-    artifacts.produce("ingest", config, inputs={"source": artifacts.fingerprint(texts)}, work=write)
+    work.mkdir(parents=True, exist_ok=True)
+    rows = (json.dumps({"_id": f"d{row:06d}", "text": text}) for row, text in enumerate(texts))
+    (work / "passages.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    command = [sys.executable, "-m", "readapt_ray.cli", "ingest", "--source", str(work / "passages.jsonl")]
+    subprocess.run([*command, "--output", str(work / "corpus")], check=True, stdout=subprocess.DEVNULL)
+    texts = ingested_texts(work)
     model = open_model(model_folder())
     ids = TextTokenizer(model.tokenizer, model.encoding).ids(texts, "passage", [""] * len(texts))
     return len(texts), sum(map(len, ids))
+
+
+def ingested_texts(work: Path) -> list[str]:
+    """Return the texts in the order of their doc_ids."""
+    import pyarrow.parquet as pq
+
+    texts: list[str] = pq.read_table(work / "corpus/passages").sort_by("doc_id")["text"].to_pylist()
+    return texts
 
 
 def run_part(name: str, work: Path, batch_size: int) -> dict[str, Any]:
@@ -120,10 +119,9 @@ def run_part(name: str, work: Path, batch_size: int) -> dict[str, Any]:
 
 def encode_theirs(name: str, work: Path, batch_size: int) -> dict[str, Any]:
     """sentence-transformers, in one process with all threads, or in a pool of one process a core."""
-    import pyarrow.parquet as pq
     from sentence_transformers import SentenceTransformer
 
-    texts = pq.read_table(work / "corpus/passages")["text"].to_pylist()
+    texts = ingested_texts(work)
     model = SentenceTransformer(model_folder(), device="cpu")
     started_s = time.monotonic()
     if name == "encode":

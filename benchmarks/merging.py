@@ -136,7 +136,7 @@ def random_tensor(size: tuple[int, ...], seed: int) -> torch.Tensor:
     return block.repeat(-(-count // len(block)))[:count].view(size)
 
 
-def write_dora(folder: Path, shape: str, base: Path) -> Path:
+def write_dora(folder: Path, shape: str, base: Path, seed: int = 0) -> Path:
     """A PEFT folder with a DoRA adapter of rank 32 on the projections that the paper adapts."""
     folder.mkdir(parents=True)
     tensors = {}
@@ -144,8 +144,10 @@ def write_dora(folder: Path, shape: str, base: Path) -> Path:
         if name.split(".")[-2] not in DORA_TARGETS:
             continue
         module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = random_tensor((DORA_RANK, size[1]), 7 * number + 1) / math.sqrt(size[1])
-        tensors[f"{module}.lora_B.weight"] = random_tensor((size[0], DORA_RANK), 7 * number + 2) * 1e-2
+        tensors[f"{module}.lora_A.weight"] = random_tensor((DORA_RANK, size[1]), seed + 7 * number + 1) / math.sqrt(
+            size[1]
+        )
+        tensors[f"{module}.lora_B.weight"] = random_tensor((size[0], DORA_RANK), seed + 7 * number + 2) * 1e-2
         tensors[f"{module}.lora_magnitude_vector"] = torch.full(size[:1], WEIGHT_STD * math.sqrt(size[1]))
     from safetensors.torch import save_file
 
@@ -316,12 +318,15 @@ def errors(work: Path, mergekit: str | None) -> list[dict[str, Any]]:
     """||merged - exact|| / ||exact - pretrained|| over all weights, the exact sum in float64 of the same inputs."""
     models = [write_model(work / name, "small", seed) for seed, name in enumerate(("pretrained", "retriever", "tuned"))]
     dora = write_dora(work / "dora", "small", models[0])
+    other = write_dora(work / "other", "small", models[0], seed=1_000_000)
     before, after, tuned = (read_float64(model) for model in models)
-    by_peft = peft_merged(models[0], dora)
+    by_peft, other_by_peft = peft_merged(models[0], dora), peft_merged(models[0], other)
     exact = {
         "full weights": {n: p + SCALES[0] * (after[n] - p) + SCALES[1] * (tuned[n] - p) for n, p in before.items()},
         "DoRA adapter": {n: p + SCALES[0] * (after[n] - p) + SCALES[1] * (by_peft[n] - p) for n, p in before.items()},
-        "two adapters": {n: p + (SCALES[0] + SCALES[1]) * (by_peft[n] - p) for n, p in before.items()},
+        "two adapters": {
+            n: p + SCALES[0] * (by_peft[n] - p) + SCALES[1] * (other_by_peft[n] - p) for n, p in before.items()
+        },
     }
     rows: list[dict[str, Any]] = []
 
@@ -347,12 +352,12 @@ def errors(work: Path, mergekit: str | None) -> list[dict[str, Any]]:
             "PEFT add_weighted_adapter",
             "two adapters",
             str(dtype).removeprefix("torch."),
-            peft_weighted(models[0], dora, dtype),
+            peft_weighted(models[0], (dora, other), dtype),
         )
     encoding = work / "encoding.json"
     encoding.write_text(json.dumps(json.loads((models[0] / "readapt.json").read_text())["encoding"]))
     for dtype in ("float32", "bfloat16"):
-        measure(ours([models[0], dora, dora], work / "output", "--dtype", dtype, "--encoding", str(encoding)))
+        measure(ours([models[0], dora, other], work / "output", "--dtype", dtype, "--encoding", str(encoding)))
         add("readapt merge", "two adapters", dtype, read_float64(work / "output"))
         shutil.rmtree(work / "output")
     return rows
@@ -368,14 +373,14 @@ def peft_merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
     return headless(laid.merge_and_unload())
 
 
-def peft_weighted(base: Path, adapter: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The same adapter twice, with both scales, combined by PEFT without a loss of rank, and merged."""
+def peft_weighted(base: Path, adapters: tuple[Path, Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Two adapters with their scales, combined by PEFT without a loss of rank, and merged."""
     import peft
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    laid = peft.PeftModel.from_pretrained(model, str(adapter), adapter_name="retriever")
-    laid.load_adapter(str(adapter), adapter_name="knowledge")
+    laid = peft.PeftModel.from_pretrained(model, str(adapters[0]), adapter_name="retriever")
+    laid.load_adapter(str(adapters[1]), adapter_name="knowledge")
     laid.add_weighted_adapter(["retriever", "knowledge"], list(SCALES), "both", combination_type="cat")
     laid.set_adapter("both")
     return headless(laid.merge_and_unload())

@@ -129,6 +129,15 @@ def has_bfloat16_units() -> bool:
     return any(capabilities.get(name) for name in _BFLOAT16_UNITS)
 
 
+@functools.cache
+def is_amd() -> bool:
+    """Return whether this CPU is AMD's."""
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 def memory_bytes() -> int:
     """Return the memory of this machine in bytes, free or not, and no more than its container's limit."""
     import psutil

@@ -6,7 +6,7 @@ the order of the corpus. The driver sees counts alone. A task holds four million
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,10 +21,8 @@ from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows
 from readapt_ray.retrieval.shard_plan import (
     PASSAGE_COLUMNS,
     DataShard,
-    files_to_keep,
     hashes_of,
     matching_rows,
-    plan_rest,
     plan_shards,
 )
 from readapt_ray.sources.duplicates import digest
@@ -82,6 +80,12 @@ class Matches:
         rows: NDArray[np.int64] = found[_has_own(found)] >> 1
         return rows
 
+    def holders(self, first: int, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return those of the passages from `first` on whose own vector is in an earlier file, and the number of that file."""
+        found = self._read(first, num_rows)
+        own = np.flatnonzero(_has_own(found))
+        return first + own, np.searchsorted(self.ends, found[own] >> 1, side="right")
+
     def _read(self, first: int, num_rows: int) -> NDArray[np.int64]:
         parts = [np.empty(0, _EARLIER)]
         for chunk in range(first // self.chunk_rows, -(-(first + num_rows) // self.chunk_rows)):
@@ -114,34 +118,20 @@ class Joined:
     earlier_counts: RowCounts
     """Names and rows of the files of earlier vectors."""
 
-    def shards(
-        self, passages: ParquetRows, rows_per_shard: int, known: Mapping[str, Mapping[str, int]]
-    ) -> tuple[list[DataShard], Matches]:
-        """Plan which earlier files are shared as they are, and cut the passages that these do not have into shards.
-
-        A byte per earlier vector is held.
-
-        Args:
-            passages: of the corpus.
-            rows_per_shard: most passages of a shard.
-            known: counts of the earlier files; one that is not known is not kept.
-
-        Returns:
-            Shards, the kept ones first, and the matches for those that are encoded.
-        """
-        lives = np.zeros(sum(count for _, count in self.earlier_counts), bool)
+    def lives(self, passages: ParquetRows) -> NDArray[np.bool_]:
+        """Return for all earlier vectors whether a passage has their doc_id and content."""
+        found = np.zeros(sum(count for _, count in self.earlier_counts), bool)
         for first, num_rows in self.matches.pieces(passages.num_rows):
-            lives[self.matches.living(first, num_rows)] = True
-        kept = files_to_keep(self.earlier_counts, known, lives, rows_per_shard)
-        names = {each.name for each in kept}
-        matches = replace(
+            found[self.matches.living(first, num_rows)] = True
+        return found
+
+    def keeping(self, names: Set[str]) -> Matches:
+        """Return the matches if these earlier files are shared as they are."""
+        return replace(
             self.matches,
             ends=np.cumsum([count for _, count in self.earlier_counts]),
             is_kept=np.array([name in names for name, _ in self.earlier_counts], bool),
         )
-        left = ((first, matches.left(first, size)) for first, size in matches.pieces(passages.num_rows))
-        shards = [DataShard(number, 0, (), kept=each) for number, each in enumerate(kept)]
-        return shards + plan_rest(passages.counts, rows_per_shard, left, number=len(kept)), matches
 
 
 def bin_bounds(num_passages: int) -> NDArray[np.int64]:

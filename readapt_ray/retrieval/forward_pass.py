@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from readapt_ray.catalog.encoding import Pooling
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
-from readapt_ray.nn import attention, norms
+from readapt_ray.nn import attention, norms, packed_linear
 from readapt_ray.nn.transfer import to_device
 from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
 
@@ -76,6 +76,8 @@ class ForwardPass:
         self.device = next(network.parameters()).device
         if self.device.type == "cuda":
             norms.fuse(network)
+        else:
+            packed_linear.install(network)
         self.first_position = first_position(network)
         self.is_packed = False
         self._pooling = pooling

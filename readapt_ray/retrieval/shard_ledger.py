@@ -7,7 +7,7 @@ repeats what the footers say, so that resuming takes one listing: only files tha
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,15 @@ _SECONDS_KEY = b"seconds"
 _ROWS_KEY = b"rows_per_shard"
 _PLAN_KEY = b"plan"
 _FILES = ("vectors/part-#.parquet", "vectors/part-#-partly.parquet", "vectors/_part-#-partly.dead", LEDGER_NAME)
+
+
+class Origin(NamedTuple):
+    """Where the vectors of a file are from."""
+
+    sources: tuple[str, ...]
+    """Digests of the parts of the corpus that hold its passages; empty if they are not known."""
+    kept: str
+    """Name of the same file among the earlier vectors; empty if it was written anew."""
 
 
 class ShardLedger:
@@ -129,7 +138,12 @@ class ShardLedger:
 
     def _write(self, numbers: NDArray[np.int64]) -> None:
         done = self.figures[numbers]
-        table = pa.table({"number": numbers, **{name: done[name] for name in COUNTS}})
+        shards = [self.shards[number] for number in numbers.tolist()]
+        origins = {
+            "sources": pa.array([list(each.sources) for each in shards], pa.list_(pa.string())),
+            "kept": pa.array([each.kept.name if each.kept else "" for each in shards], pa.string()),
+        }
+        table = pa.table({"number": numbers, **{name: done[name] for name in COUNTS}, **origins})
         seconds = json.dumps({name: done[name].round(3).tolist() for name in SECONDS})
         said = {_SECONDS_KEY: seconds, b"encoder": self._made_by, _ROWS_KEY: str(self._rows_per_shard)}
         said |= {_PLAN_KEY: self._plan}
@@ -215,8 +229,19 @@ def open_vectors(artifact: Artifact) -> ParquetRows:
 
 def known_files(artifact: Location) -> dict[str, dict[str, int]]:
     """Return the counts of each file of vectors by its name, as far as `shards.parquet` says."""
+    return files_and_origins(artifact)[0]
+
+
+def files_and_origins(artifact: Location) -> tuple[dict[str, dict[str, int]], dict[str, Origin]]:
+    """Return the counts of each file of vectors by its name, and where its vectors are from, as far as `shards.parquet` says."""
     table = _read_ledger(artifact)
-    return dict(_by_name(table)) if table is not None else {}
+    if table is None:
+        return {}, {}
+    counts = dict(_by_name(table))
+    if "sources" not in table.column_names:  # of an older release
+        return counts, {}
+    pairs = zip(table["sources"].to_pylist(), table["kept"].to_pylist(), strict=True)
+    return counts, {name: Origin(tuple(sources), kept) for name, (sources, kept) in zip(counts, pairs, strict=True)}
 
 
 def shared_files(artifact: Location) -> frozenset[str]:
@@ -234,7 +259,11 @@ def write_compacted(source: Location, target: Location) -> int:
         counts = _counts_of(table)
         names = [shard_name(number) for number in table["number"].to_pylist()]
         counts |= {"num_bytes": np.array([sizes[name] for name in names]), "num_dead": 0 * counts["num_dead"]}
-        written = pa.table({"number": table["number"], **counts}).replace_schema_metadata(table.schema.metadata)
+        written = pa.table({"number": table["number"], **counts})
+        if "sources" in table.column_names:
+            written = written.append_column("sources", table["sources"])
+            written = written.append_column("kept", pa.array([""] * len(names), pa.string()))
+        written = written.replace_schema_metadata(table.schema.metadata)
         with (target / LEDGER_NAME).open_output() as stream:
             pq.write_table(written, stream)
     return sum(sizes.values())

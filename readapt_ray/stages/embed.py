@@ -24,7 +24,8 @@ from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.catalog.shapes import ModelShape, shape_of
 from readapt_ray.cluster import connection, on_worker
-from readapt_ray.cluster.digest_join import Changes, Joined, join_digests
+from readapt_ray.cluster.digest_join import Changes
+from readapt_ray.cluster.earlier_plan import plan_on_earlier, sources_of
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
@@ -35,11 +36,12 @@ from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval import truncation
 from readapt_ray.retrieval.encoder_sizes import MIN_SHARD_ROWS, SHARDS, TextSize, encoders_per_gpu, shard_rows
-from readapt_ray.retrieval.footers import open_passages
+from readapt_ray.retrieval.footers import listed_footers, open_passages
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
-from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, known_files, open_vectors
-from readapt_ray.retrieval.shard_plan import DataShard, plan_fingerprint, plan_shards
+from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, open_vectors
+from readapt_ray.retrieval.shard_plan import DataShard, plan_shards
+from readapt_ray.sources.parts import DIGEST
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -271,7 +273,7 @@ def _encode(
     job: EmbedJob, passages: ParquetRows, config: EmbedConfig, placement: Placement, workspace: Workspace
 ) -> None:
     """Plan, encode what is missing, and put what came of it into the manifest."""
-    shards, job, joined = _planned(job, passages, config)
+    shards, job, changes = _planned(job, passages, config)
     ledger = encode_shards(
         shards,
         job,
@@ -292,26 +294,31 @@ def _encode(
         **_tell_work(ledger, job),
         "left_out": _tell_left_out(ledger, config.max_left_out),
     }
-    if joined is not None:
-        workspace.details["changes"] = _tell_changes(joined.changes, str(config.previous))
-        joined.matches.remove()
+    if changes is not None and job.matches is not None:
+        workspace.details["changes"] = _tell_changes(changes, str(config.previous))
+        workspace.details["previous"] = open_artifact(str(config.previous), "embed").fingerprint
+        job.matches.remove()
 
 
 def _planned(
     job: EmbedJob, passages: ParquetRows, config: EmbedConfig
-) -> tuple[list[DataShard], EmbedJob, Joined | None]:
+) -> tuple[list[DataShard], EmbedJob, Changes | None]:
     """Plan the shards, with earlier vectors where there are any; refuse files that were written by another plan."""
+    digests = {
+        name: each.metadata.get(DIGEST) or ""
+        for name, each in listed_footers(Location(config.corpus), "passages").items()
+    }
+    changes = None
     if job.earlier is None:
-        joined, shards = None, plan_shards(passages.counts, job.rows_per_shard)
+        shards = [
+            replace(each, sources=sources_of(each, digests))
+            for each in plan_shards(passages.counts, job.rows_per_shard)
+        ]
     else:
-        joined, earlier = join_digests(passages, job.earlier, job.output / "join"), str(config.previous)
-        artifact = open_artifact(earlier, "embed")
-        shards, matches = joined.shards(passages, job.rows_per_shard, known_files(artifact.location))
-        dimension = int(artifact.manifest.details["encoder"]["dimension"])
-        plan = plan_fingerprint(shards, artifact.fingerprint)
-        job = replace(job, matches=matches, dimension=dimension, plan=plan)
+        earlier = open_artifact(str(config.previous), "embed")
+        shards, job, changes = plan_on_earlier(job, passages, digests, earlier)
     shard_ledger(shards, job).begin(config.previous, may_clear=config.overwrite)
-    return shards, job, joined
+    return shards, job, changes
 
 
 def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from readapt_ray.errors import ModelError
+from readapt_ray.nn.packed_linear import PackedLinear, PackedProduct
 from readapt_ray.weights.deltas import Factors
 
 
@@ -100,6 +101,10 @@ class DomainLinear(nn.Linear):
         self.pretrained = None if pretrained_OI is None else nn.Parameter(pretrained_OI, requires_grad=False)
         self.retriever = retriever
         self.norm_squared_O = norm_squared_O
+        self.replaced = (linear,)
+        """In a tuple, so that its weight has one name in this module."""
+        self._by_weight = linear.product if isinstance(linear, PackedLinear) else functional.linear
+        self._by_pretrained = PackedProduct() if isinstance(linear, PackedLinear) else functional.linear
 
     def forward(self, input: Tensor) -> Tensor:  # the name is torch's
         """Return [..., O] of [..., I].
@@ -110,14 +115,14 @@ class DomainLinear(nn.Linear):
         batch = self.batch
         batch.called.add(self.name)
         if not any(use is not None and self.name in use.domain.terms for use in batch.uses):
-            return functional.linear(input, self.weight, self.bias)
+            return self._by_weight(input, self.weight, self.bias)
         x_NI = input.reshape(-1, self.in_features)
         if len(x_NI) != sum(batch.num_tokens):
             raise ModelError(
                 f"{self.name} is multiplied with {len(x_NI):,} rows where the batch has {sum(batch.num_tokens):,} tokens, so "
                 f"its output cannot be told apart by text; merge this domain into a model"
             )
-        y_NO = functional.linear(x_NI, self.weight)
+        y_NO = self._by_weight(x_NI, self.weight)
         plain_NO = self._pretrained_output(x_NI, y_NO)
         start = 0
         for use, length in zip(batch.uses, batch.num_tokens, strict=True):
@@ -135,7 +140,7 @@ class DomainLinear(nn.Linear):
         if not any(terms is not None and terms.gains is not None for terms in in_batch):
             return None
         if self.pretrained is not None:
-            return functional.linear(x_NI, self.pretrained)
+            return self._by_pretrained(x_NI, self.pretrained)
         if self.retriever is None:
             return None
         A_rI, B_Or = self.retriever.A_rI.to(x_NI.dtype), self.retriever.B_Or.to(x_NI.dtype)

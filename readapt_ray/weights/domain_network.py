@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.nn.packed_linear import PackedLinear
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.bundle import Bundle
 from readapt_ray.weights.deltas import Factors
@@ -138,7 +139,7 @@ class DomainNetwork:
             linear = self.module.get_submodule(path)
         except AttributeError:
             linear = None
-        if type(linear) is not nn.Linear:
+        if type(linear) not in (nn.Linear, PackedLinear):
             kind = "no module" if linear is None else type(linear).__name__
             raise ModelError(
                 f"{weight} of {type(self.module).__name__} belongs to {kind}, and only linear layers take domains; merge "
@@ -179,9 +180,7 @@ class DomainNetwork:
         for weight in weights:
             layer = self._layers.pop(weight, None)
             if layer is not None:
-                linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-                linear.weight, linear.bias = layer.weight, layer.bias
-                self.module.set_submodule(weight.removesuffix(".weight"), linear.eval())
+                self.module.set_submodule(weight.removesuffix(".weight"), layer.replaced[0])
 
 
 @torch.no_grad()

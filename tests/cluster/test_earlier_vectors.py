@@ -10,6 +10,7 @@ import pytest
 
 from readapt_ray import dead_rows
 from readapt_ray.cluster import digest_join, shard_runner, shard_source
+from readapt_ray.cluster.earlier_plan import planned
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.placement import Placement
 from readapt_ray.records import Passage
@@ -17,6 +18,7 @@ from readapt_ray.retrieval.footers import named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import ShardLedger, known_files
 from readapt_ray.retrieval.shard_plan import DataShard, files_to_keep, plan_rest, plan_shards
+from readapt_ray.retrieval.unread_parts import EarlierVectors, ToRead
 from readapt_ray.storage import Location
 from tests import factories
 from tests.recipes.refreshing.in_process import without_ray
@@ -47,7 +49,8 @@ def embedded(
     if earlier is not None:
         before = opened(earlier / "out/vectors")
         joined = digest_join.join_digests(rows, before, job.output / "join")
-        shards, matches = joined.shards(rows, ROWS, known_files(Location(str(earlier / "out"))))
+        there = EarlierVectors(before, known_files(Location(str(earlier / "out"))), {})
+        shards, matches = planned(joined, ToRead(rows, before, frozenset()), there, {}, ROWS)
         job = replace(job, earlier=before, matches=matches, dimension=job.encoder.get("dimension", 32))
     ledger = shard_runner.encode_shards(shards, job, Placement(None, None), lambda *_: None)
     resumed = ShardLedger(shards, job.output, made_by=job.encoder["fingerprint"], rows_per_shard=ROWS)

@@ -1,0 +1,112 @@
+"""Plan the shards of a corpus of which an earlier state has vectors: what is shared, and what is encoded.
+
+In: passages and earlier vectors. Out: shards, and which passages have a vector. Parts that did not change, and their
+vectors, are not read (`retrieval/unread_parts.py`). The driver holds a byte per earlier vector.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.cluster.digest_join import Changes, Joined, Matches, join_digests
+from readapt_ray.cluster.embed_job import EmbedJob
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.shard_ledger import files_and_origins
+from readapt_ray.retrieval.shard_plan import DataShard, files_to_keep, plan_fingerprint, plan_rest
+from readapt_ray.retrieval.unread_parts import EarlierVectors, ToRead, to_read
+
+
+def plan_on_earlier(
+    job: EmbedJob, passages: ParquetRows, digests: Mapping[str, str], artifact: Artifact
+) -> tuple[list[DataShard], EmbedJob, Changes]:
+    """Plan the shards, kept files of earlier vectors first.
+
+    Args:
+        job: with all earlier vectors; the returned one has those that were read.
+        passages: of the corpus.
+        digests: of the rows of its parts, by name; empty for a part without one.
+        artifact: the earlier vectors.
+    """
+    assert job.earlier is not None
+    earlier = EarlierVectors(job.earlier, *files_and_origins(artifact.location))
+    for part in (to_read(passages, digests, earlier), ToRead(passages, earlier.rows, frozenset())):
+        joined = join_digests(part.passages, part.earlier, job.output / "join")
+        shards, matches = planned(joined, part, earlier, digests, job.rows_per_shard)
+        if part.whole <= {each.kept.name for each in shards if each.kept}:
+            break  # else passages that were not read would have to be copied
+    changes = _of_all(joined.changes, passages.num_rows - part.passages.num_rows, earlier.rows.num_rows)
+    dimension = int(artifact.manifest.details["encoder"]["dimension"])
+    plan = plan_fingerprint(shards, artifact.fingerprint)
+    return shards, replace(job, earlier=part.earlier, matches=matches, dimension=dimension, plan=plan), changes
+
+
+def planned(
+    joined: Joined, part: ToRead, earlier: EarlierVectors, digests: Mapping[str, str], rows_per_shard: int
+) -> tuple[list[DataShard], Matches]:
+    """Plan which earlier files are shared as they are, and cut the passages that these do not have into shards.
+
+    Args:
+        joined: the passages and the vectors that were read.
+        part: which these are.
+        earlier: all earlier vectors; a file that the ledger does not know is not kept.
+        digests: of the parts of the corpus.
+        rows_per_shard: most passages of a shard.
+
+    Returns:
+        Shards, the kept ones first, and the matches for those that are encoded.
+    """
+    kept = files_to_keep(earlier.rows.counts, earlier.known, _lives(joined, part, earlier.rows), rows_per_shard)
+    matches = joined.keeping({each.name for each in kept})
+    there = _sources(matches, part, digests) if kept else {}
+    shards = []
+    for number, each in enumerate(kept):
+        sources = earlier.origins[each.name].sources if each.name in part.whole else there[each.name]
+        shards.append(DataShard(number, 0, (), kept=each, sources=sources))
+    left = ((first, matches.left(first, size)) for first, size in matches.pieces(part.passages.num_rows))
+    rest = plan_rest(part.passages.counts, rows_per_shard, left, number=len(kept))
+    return shards + [replace(each, sources=sources_of(each, digests)) for each in rest], matches
+
+
+def sources_of(shard: DataShard, digests: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the digests of the parts that a shard is cut from."""
+    return tuple(sorted({digests.get(each.name, "") for each in shard.ranges}))
+
+
+def _lives(joined: Joined, part: ToRead, earlier: ParquetRows) -> NDArray[np.bool_]:
+    """Return for all earlier vectors whether their passage is there as it was."""
+    found = np.ones(earlier.num_rows, bool)
+    in_read = dict(zip((name for name, _ in part.earlier.counts), _ranges(part.earlier), strict=True))
+    lives = joined.lives(part.passages)
+    for (name, _), rows in zip(earlier.counts, _ranges(earlier), strict=True):
+        if name in in_read and name not in part.whole:
+            found[rows] = lives[in_read[name]]
+    return found
+
+
+def _ranges(rows: ParquetRows) -> list[slice]:
+    ends = np.cumsum([0, *(count for _, count in rows.counts)]).tolist()
+    return [slice(*each) for each in itertools.pairwise(ends)]
+
+
+def _sources(matches: Matches, part: ToRead, digests: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Return the digests of the parts that hold the live passages of each earlier file that was read."""
+    ends = np.cumsum([count for _, count in part.passages.counts])
+    found: dict[str, set[str]] = defaultdict(set)
+    for first, size in matches.pieces(part.passages.num_rows):
+        rows, files = matches.holders(first, size)
+        pairs = np.unique(np.stack([np.searchsorted(ends, rows, side="right"), files]), axis=1)
+        for passages, vectors in pairs.T.tolist():
+            found[part.earlier.counts[vectors][0]].add(digests.get(part.passages.counts[passages][0], ""))
+    return {name: tuple(sorted(found[name])) for name, _ in part.earlier.counts}
+
+
+def _of_all(read: Changes, num_unread: int, num_earlier: int) -> Changes:
+    """Return the changes of all passages; those that were not read are as they were."""
+    num_unchanged = read.num_unchanged + num_unread
+    num_deleted = num_earlier - num_unchanged - read.num_changed
+    return replace(read, num_unchanged=num_unchanged, num_deleted=num_deleted)
