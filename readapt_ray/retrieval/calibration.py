@@ -5,7 +5,7 @@ fitted the map. Leaves: a factor and an offset per query, by which its bridged s
 standard deviation of the new model's. With half of the quickstart's passages re-embedded, .91 of the 10 best are those of a full
 re-embedding; by raw scores .50, since a bridged score of .3 says something else than a real one. To shrink the scores
 besides, by their correlation, is no better for models that are near, and worse for others (`benchmarks/reembedding.py`).
-A sample of 1,000 takes 8 KB per dimension in memory, and a query 4,000 multiplications per dimension.
+A sample of 1,000 takes 8 KB per dimension in memory, and a query 2,000 multiplications per dimension.
 """
 
 from dataclasses import dataclass

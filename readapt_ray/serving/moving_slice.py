@@ -5,10 +5,10 @@ model. New vectors are compared with it as it is. Old ones are compared with wha
 are brought to the scale of the others (`retrieval/calibration.py`). Each passage is searched by one of its two vectors. Words,
 columns and doc_ids stay those of the old index.
 
-New vectors are compared one by one, at the price of a flat index. Of an old shard that has lost passages FAISS searches
-the others, or each is compared once few are left: a search of a half re-embedded shard took .5 to 1.4 times the time of a
-whole one (100,000 vectors of 256 numbers; flat, IVF and HNSW), and its recall stayed. Memory is that of the index, the new
-vectors, and some 200 bytes per passage. An old shard is let go once none of its vectors is searched.
+New vectors are compared one by one, at the price of a flat index. Of an old shard that has lost passages FAISS searches the
+others, or each is compared once few are left: a search took .4 to 2 times the time of one of the whole shard with half of it
+gone, and less after that, and its recall stayed (100,000 vectors of 256 numbers; flat, IVF and HNSW). Memory is that of
+the index, the new vectors, and some 200 bytes per passage. An old shard is let go once none of its vectors is searched.
 """
 
 import math
