@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.dead_rows import MAX_DEAD
-from readapt_ray.retrieval.index_files import ShardRecord, read_ids
+from readapt_ray.retrieval.index_files import ShardRecord, deleted_rows, read_id_table, read_ids
 from readapt_ray.retrieval.index_shard import DELETED
-from readapt_ray.retrieval.shard_plan import Contents, matching_rows
+from readapt_ray.retrieval.shard_plan import Contents, hashes_of, matching_rows
 from readapt_ray.storage import Location
 
 _MOST_SMALL = 16
@@ -51,9 +51,52 @@ def kept_and_added(
     return [(record, part >= 0) for record, part in stay], np.flatnonzero(~present)
 
 
+def kept_and_added_by_changes(
+    before: Contents, now: Contents, num_now: int, folder: Location, records: Sequence[ShardRecord]
+) -> tuple[list[tuple[ShardRecord, NDArray[np.bool_]]], NDArray[np.int64]] | None:
+    """Return what `kept_and_added` returns, without looking at vectors that are the same before and now.
+
+    Args:
+        before: those of the vectors that the index was made of that may have gone since.
+        now: those of the present vectors that may be new; the rows that have none are counted in these.
+        num_now: how many present vectors there are.
+        folder, records: as for `kept_and_added`.
+
+    Returns:
+        None if a shard does not stay, a content is not known, or the index is not that of the vectors before: all present
+        vectors are to be looked at then.
+    """
+    if not (before.hashes.any(axis=1).all() and now.hashes.any(axis=1).all()):
+        return None
+    gone = np.flatnonzero(matching_rows(_keys(before), _keys(now)) < 0)
+    added = np.flatnonzero(matching_rows(_keys(now), _keys(before)) < 0)
+    lost = Contents(before.ids[gone], before.hashes[gone])
+    stay = [(record, _without(folder, record, lost)) for record in records]
+    sizes = [int(np.count_nonzero(mask)) for _, mask in stay]
+    if any(np.mean(~mask) > MAX_DEAD for _, mask in stay) or len(_small_sizes(sizes)) > _MOST_SMALL:
+        return None
+    return (stay, added) if sum(sizes) + len(added) == num_now else None
+
+
+def _without(folder: Location, record: ShardRecord, lost: Contents) -> NDArray[np.bool_]:
+    """Return which vectors of a shard are still found once some are lost."""
+    table = read_id_table(folder, record)
+    kept = ~deleted_rows(folder, record, table)
+    hashes = hashes_of(table)
+    rows = np.flatnonzero(kept & np.isin(hashes[:, 0], lost.hashes[:, 0]))
+    ids = table["doc_id"].take(rows).to_pylist()
+    keys = _keys(Contents(np.fromiter(map(hash, ids), np.int64, len(ids)), hashes[rows]))
+    kept[rows[matching_rows(keys, _keys(lost)) >= 0]] = False
+    return kept
+
+
 def _small(parts: Sequence[NDArray[np.int64]]) -> set[int]:
     """Return which shards have few vectors, of those that are still found."""
-    sizes = np.array([np.count_nonzero(part >= 0) for part in parts])
+    return _small_sizes([int(np.count_nonzero(part >= 0)) for part in parts])
+
+
+def _small_sizes(numbers: Sequence[int]) -> set[int]:
+    sizes = np.array(numbers)
     return set(np.flatnonzero(sizes < _SMALL * sizes.max(initial=0)).tolist())
 
 

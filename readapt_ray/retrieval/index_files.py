@@ -173,6 +173,21 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
     return found
 
 
+def read_id_table(folder: Location, record: ShardRecord, *, is_kept: bool = False) -> pa.Table:
+    """Return doc_id and content hash of each vector of a shard, deleted ones too; arguments and errors as for `read_ids`."""
+    content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256, is_kept=is_kept)
+    return pq.read_table(io.BytesIO(content))
+
+
+def deleted_rows(folder: Location, record: ShardRecord, table: pa.Table) -> NDArray[np.bool_]:
+    """Return which vectors of a shard were deleted, [N], given its table of ids."""
+    deleted = table["doc_id"].is_null().to_numpy()
+    if record.num_dead:
+        deleted = deleted.copy()
+        deleted[read_rows(_dead_file(folder, record.name))] = True
+    return np.asarray(deleted, bool)
+
+
 def read_ids(folder: Location, record: ShardRecord, *, is_kept: bool = False) -> tuple[NDArray[np.object_], bytes]:
     """Return the doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
 
@@ -182,8 +197,7 @@ def read_ids(folder: Location, record: ShardRecord, *, is_kept: bool = False) ->
     Raises:
         CorruptFileError: the file is gone, or is not the one that was written.
     """
-    content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256, is_kept=is_kept)
-    table = pq.read_table(io.BytesIO(content))
+    table = read_id_table(folder, record, is_kept=is_kept)
     doc_ids = np.array([doc_id or DELETED for doc_id in table["doc_id"].to_pylist()], dtype=object)
     if record.num_dead:
         doc_ids[read_rows(_dead_file(folder, record.name))] = DELETED

@@ -199,8 +199,15 @@ def hashes_of(table: pa.Table) -> NDArray[np.uint64]:
     """Return the content hashes of rows, [N, 2]; zeros, which match nothing, where there are none."""
     if "content_hash" not in table.column_names:
         return np.zeros((table.num_rows, 2), np.uint64)
-    digests = table["content_hash"].to_pylist()
-    return np.frombuffer(packed_hashes(digests), np.uint64).reshape(-1, 2)
+    column = table["content_hash"]
+    if column.null_count or column.type != pa.binary(_HASH_BYTES):
+        return np.frombuffer(packed_hashes(column.to_pylist()), np.uint64).reshape(-1, 2)
+    chunks = [
+        np.frombuffer(each.buffers()[1], np.uint64, 2 * len(each), _HASH_BYTES * each.offset)
+        for each in column.chunks
+        if len(each)
+    ]
+    return np.concatenate([np.empty(0, np.uint64), *chunks]).reshape(-1, 2)
 
 
 def packed_hashes(digests: Iterable[bytes | None]) -> bytes:

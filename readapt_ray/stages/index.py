@@ -53,6 +53,7 @@ from readapt_ray.retrieval.index_kinds import (
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import open_vectors
 from readapt_ray.retrieval.shard_plan import scan_vectors
+from readapt_ray.retrieval.vector_changes import changed_files
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def index(config: IndexConfig) -> Artifact:
         vectors = opened or _open_vectors(source)
         corpus = corpus_of(source) if config.bm25 else None
         shards = on_worker.absolute(workspace.location) / "shards"
-        kept, rows = _split_rows(previous, vectors, encoder["fingerprint"], shards)
+        kept, rows = _split_rows(previous, source, vectors, shards)
         plan = ShardPlan(spec, options, dimension, encoder["fingerprint"], shards, num_cpus=1)
         if len(rows):
             plan = _prepared(plan, previous, NewShard(0, 0, vectors, rows, plan), rows_per_shard, source)
@@ -221,19 +222,26 @@ def _open_vectors(source: Artifact) -> ParquetRows:
 
 
 def _split_rows(
-    previous: Artifact | None, vectors: ParquetRows, encoder: str, shards: Location
+    previous: Artifact | None, source: Artifact, vectors: ParquetRows, shards: Location
 ) -> tuple[list[KeptShard], NDArray[np.int64] | range]:
     """Return the shards of an earlier index with what is still found in each, and the rows that none of them has."""
     if previous is None:
         return [], range(vectors.num_rows)
-    from readapt_ray.retrieval.index_changes import kept_and_added
+    from readapt_ray.retrieval.index_changes import kept_and_added, kept_and_added_by_changes
     from readapt_ray.retrieval.index_files import ShardRecord
 
-    source = on_worker.absolute(previous.location / "shards")
-    records = previous.manifest.details["shards"]
-    now = scan_vectors(vectors.folder, vectors.counts)
-    stay, rows = kept_and_added(now, source, [ShardRecord(**record) for record in records])
-    return [KeptShard(asdict(record), mask, encoder, source, shards) for record, mask in stay], rows
+    folder = on_worker.absolute(previous.location / "shards")
+    records = [ShardRecord(**record) for record in previous.manifest.details["shards"]]
+    changed, found = changed_files(source, vectors, previous.manifest.inputs["vectors"]), None
+    if changed is not None:
+        before, now = (scan_vectors(each.folder, each.counts) for each in (changed.before, changed.now))
+        found = kept_and_added_by_changes(before, now, vectors.num_rows, folder, records)
+    if changed is not None and found is not None:
+        stay, rows = found[0], changed.rows[found[1]]
+    else:
+        stay, rows = kept_and_added(scan_vectors(vectors.folder, vectors.counts), folder, records)
+    encoder = source.manifest.details["encoder"]["fingerprint"]
+    return [KeptShard(asdict(record), mask, encoder, folder, shards) for record, mask in stay], rows
 
 
 def _prepared(

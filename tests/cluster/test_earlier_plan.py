@@ -1,4 +1,4 @@
-"""Embed on earlier vectors reads the parts that changed, and finds what reading everything finds."""
+"""Embed and index on earlier artifacts read what changed, and find what reading everything finds."""
 
 import json
 import random
@@ -13,11 +13,15 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import earlier_plan
 from readapt_ray.records import Passage, content_hash
+from readapt_ray.retrieval import index_changes
 from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.index_files import ShardRecord, read_ids
+from readapt_ray.retrieval.index_shard import DELETED
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import Origin, files_and_origins
 from readapt_ray.retrieval.unread_parts import EarlierVectors, to_read
 from readapt_ray.stages.embed import EmbedConfig, embed
+from readapt_ray.stages.index import IndexConfig, index
 from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.storage import Location
 from tests import factories
@@ -64,6 +68,22 @@ def vectors(folder: Path, model: Path, previous: Path | None) -> Artifact:
     return embed(EmbedConfig.parse(values | given))
 
 
+def indexed_again(folder: Path, previous: Path | None) -> Artifact:
+    given = {"previous": str(previous / "index")} if previous else {}
+    return index(IndexConfig.parse({"vectors": str(folder / "vectors"), "output": str(folder / "index"), **given}))
+
+
+def indexed(artifact: Artifact) -> dict[str, bytes]:
+    """Content hash of each doc_id that is found."""
+    found: dict[str, bytes] = {}
+    for record in artifact.manifest.details["shards"]:
+        doc_ids, hashes = read_ids(artifact.location / "shards", ShardRecord(**record))
+        here = {each: hashes[16 * row : 16 * row + 16] for row, each in enumerate(doc_ids) if each != DELETED}
+        assert not here.keys() & found.keys()
+        found |= here
+    return found
+
+
 def passage(number: int, version: int = 0) -> Passage:
     return Passage(f"d{number:04d}", "", f"passage {number} of version {version}")
 
@@ -107,13 +127,25 @@ def test_of_unchanged_parts_nothing_is_read(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_after_random_changes_every_passage_has_its_vector_once(
-    tmp_path: Path, model: Path, read: list[tuple[list[str], list[str]]], seed: int
+    tmp_path: Path,
+    model: Path,
+    read: list[tuple[list[str], list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
 ) -> None:
     """Changes in one place or in many, deletions, additions, ids that come back, texts that move to other ids."""
     draw = random.Random(seed)
     now = [passage(number) for number in range(100)]
     corpus(tmp_path / "0", now, None)
     vectors(tmp_path / "0", model, None)
+    indexed_again(tmp_path / "0", None)
+    by_changes: list[bool] = []
+    looked = index_changes.kept_and_added_by_changes
+    monkeypatch.setattr(
+        index_changes,
+        "kept_and_added_by_changes",
+        lambda *given: by_changes.append((found := looked(*given)) is not None) or found,
+    )
     for step in range(1, 6):
         before = {each.doc_id: each for each in now}
         first = draw.randrange(len(now))
@@ -141,9 +173,13 @@ def test_after_random_changes_every_passage_has_its_vector_once(
         known = len(there.keys() & before.keys())
         counts = (same, known - same, len(there) - known, len(before) - known)
         assert tuple(made.manifest.details["changes"].values()) == counts
+        assert indexed(indexed_again(tmp_path / str(step), tmp_path / str(step - 1))) == {
+            each.doc_id: content_hash(each.title, each.text) for each in now
+        }
         known_files, origins = files_and_origins(made.location)
         assert known_files.keys() == origins.keys() and all(each.sources for each in origins.values())
     assert min(len(parts) for parts, _ in read) < 6
+    assert len(by_changes) == 5 and by_changes[0]
 
 
 def test_everything_is_read_where_a_file_does_not_say_where_its_passages_are(tmp_path: Path) -> None:
