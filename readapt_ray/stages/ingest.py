@@ -36,7 +36,7 @@ from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_
 from readapt_ray.sources.row_checks import RowChecks
 from readapt_ray.sources.source import BadRow, Source
 from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
-from readapt_ray.sources.table_sources import TableSource
+from readapt_ray.sources.table_sources import LabelledTableSource, TableSource
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -203,9 +203,13 @@ def _in_parallel(
         num_near_partitions=parallel_ingest.num_near_partitions(total_bytes),
         earlier=_earlier_parts(config),
         known={},
+        by_changes=False,
     )
     if earlier is not None and job.is_plain:
-        job = replace(job, known=earlier.known(job.made_by, (key_of(piece, source.contents) for piece in pieces)))
+        known = earlier.known(job.made_by, (key_of(piece, source.contents) for piece in pieces))
+        changed_bytes = total_bytes * (len(pieces) - len(known)) // len(pieces)
+        is_small = changed_bytes <= parallel_ingest.MAX_CHANGED_BYTES and not isinstance(source, LabelledTableSource)
+        job = replace(job, known=known, by_changes=is_small and earlier.deduplicate == job.deduplicate)
     run = parallel_ingest.ParallelIngest(workspace, source, pieces, job, config.bad_rows)
     run.run()
     if splitting:
