@@ -10,7 +10,7 @@ and piece. Ray repeats a lost task; a run that was killed resumes from the files
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from readapt_ray.cluster import bounded_tasks, connection, on_worker, placement
 from readapt_ray.cluster.near_rounds import drop_near
 from readapt_ray.cluster.nodes import alive
 from readapt_ray.retrieval import footers
+from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.sources import piece_files, row_checks
 from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.exchange import ROW_BITS
@@ -74,8 +75,11 @@ class ParallelIngest:
         self.split_counts: list[dict[str, int]] = []
         """Counts of the parts, if documents were split."""
 
-    def run(self) -> None:
+    def run(self, earlier: Mapping[str, Footer]) -> None:
         """Fill the workspace.
+
+        Args:
+            earlier: what the files of the earlier corpus say of themselves, as far as it is known.
 
         Raises:
             CorpusError: a file changed or is damaged, no passage is left, or a row is bad and none may be.
@@ -90,7 +94,7 @@ class ParallelIngest:
         if self._job.splitting:
             names = (file.name for file in (self._job.output / "passages").files(".parquet"))
             self.split_counts = list(self._tasks(piece_files.split_into_passages, ((name,) for name in names)))
-        said = footers.write_table(self._job.output, "passages")
+        said = footers.write_table(self._job.output, "passages", self._shared(found, earlier))
         if self._job.is_plain:
             pairs = zip(self._pieces, found["pieces"], strict=True)
             pieces = ((piece, key_of(piece, self._source.contents), record) for piece, record in pairs)
@@ -102,6 +106,17 @@ class ParallelIngest:
         summary.write_text(json.dumps(found | {"lists": {}}))
         artifact_files.clear(location, [each for each in artifact_files.EXCHANGED if each != f"exchange/{_SUMMARY}"])
         artifact_files.clear(location, (f"exchange/{_SUMMARY}",))
+
+    def _shared(self, found: Mapping[str, Any], earlier: Mapping[str, Footer]) -> dict[str, Footer]:
+        """Return what is known of the files of pieces that did not change, by their names here."""
+        if any(found["lists"].values()):
+            return {}  # repeats were taken out of some
+        names = [
+            pair
+            for number, each in self._job.known.items()
+            for pair in zip(found["pieces"][number]["parts"], each.record["parts"], strict=True)
+        ]
+        return {name: earlier[before] for name, before in names if before in earlier}
 
     def _remove_other_plan(self) -> None:
         """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""

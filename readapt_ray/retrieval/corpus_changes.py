@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray.records import content_hash
-from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
+from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows, scan_rows
 
 _READ_ROWS = 65_536
 SAMPLE = 2048
@@ -170,7 +170,7 @@ def _columns(
     for (name, count), before in zip(passages.counts, ends, strict=False):
         for start in range(0, count if name not in left_out else 0, _READ_ROWS):
             size = min(_READ_ROWS, count - start)
-            table = read_rows(passages.folder / name, start, size, ("doc_id", "content_hash", *columns))
+            table = scan_rows(passages.folder / name, start, size, ("doc_id", "content_hash", *columns))
             kept = table.select([each for each in columns if each in table.column_names])
             if "content_hash" in table.column_names:
                 yield before + start, table["doc_id"].to_pylist(), table["content_hash"].to_pylist(), kept

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from readapt_ray import dead_rows
 from readapt_ray.artifacts import fingerprint
+from readapt_ray.object_streams import MAX_SCANNED_BYTES
 from readapt_ray.sources.parts import DIGEST
 from readapt_ray.sources.pieces import Piece
 from readapt_ray.storage import Location
@@ -88,7 +89,10 @@ class KnownKeys(NamedTuple):
 
 
 def _keys_of(file: Location) -> pa.Table:
-    with file.open_input() as stream, pq.ParquetFile(stream, pre_buffer=True) as parquet:
+    with (
+        file.open_input(max_bytes=MAX_SCANNED_BYTES) as stream,
+        pq.ParquetFile(stream, pre_buffer=True) as parquet,
+    ):
         return parquet.read(columns=["doc_id", "content_hash"])
 
 
