@@ -158,14 +158,18 @@ class LiveRows:
 
 
 @contextlib.contextmanager
-def opened(file: Location) -> Iterator[LiveRows]:
+def opened(file: Location, *, max_bytes: int = 0) -> Iterator[LiveRows]:
     """Open a part.
+
+    Args:
+        file: the part.
+        max_bytes: as for `Location.open_input`.
 
     Raises:
         CorruptFileError: its dead rows are gone or altered.
     """
     dead = read_dead(file)
-    with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
+    with file.open_input(max_bytes=max_bytes) as stream, pq.ParquetFile(stream) as parquet:
         num_bytes = stream.seek(0, io.SEEK_END)  # known already: no request
         yield LiveRows(parquet, dead, num_bytes)
 

@@ -16,6 +16,8 @@ _MAX_HELD_BYTES = 4 << 20
 """S3 takes parts of 5 MB at least, so up to there a stream is one request."""
 _MAX_READ_BYTES = 512 << 10
 """A larger object is read in ranges: sending it whole would take longer than another request."""
+MAX_SCANNED_BYTES = 4 << 20
+"""An object up to this size is read whole for two columns of all its rows: a Parquet file has a range per column and row group."""
 _CHUNK_BYTES = 8 << 20
 
 
@@ -84,9 +86,14 @@ def is_held(stream: object) -> TypeGuard[Upload]:
     return isinstance(stream, Upload) and stream.is_small
 
 
-def read_if_small(file: Any) -> Any:
-    """Return a file of an object store as it is, or a small one from memory."""
-    if file.size() > _MAX_READ_BYTES:
+def read_if_small(file: Any, max_bytes: int = 0) -> Any:
+    """Return a file of an object store as it is, or a small one from memory.
+
+    Args:
+        file: open for reading.
+        max_bytes: a larger one, up to so many bytes, is small, too: for who reads something in all of it.
+    """
+    if file.size() > max(_MAX_READ_BYTES, max_bytes):
         return file
     with file:
         return pa.BufferReader(file.read_buffer())

@@ -213,8 +213,8 @@ class Location:
                 return json.loads(self.read_bytes())
         return json.loads(self.read_bytes())
 
-    def open_input(self) -> IO[bytes]:
-        """Open a readable, seekable binary file; a small object of a store is read at once.
+    def open_input(self, *, max_bytes: int = 0) -> IO[bytes]:
+        """Open a readable, seekable binary file; a small object of a store is read at once, one of up to `max_bytes` in any case.
 
         Raises:
             FileNotFoundError: there is none.
@@ -226,7 +226,7 @@ class Location:
             if self.is_local and self.local_path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a folder", self.path) from error
             raise
-        return file if self.is_local else object_streams.read_if_small(file)
+        return file if self.is_local else object_streams.read_if_small(file, max_bytes)
 
     def write_bytes(self, data: bytes) -> None:
         """Write the whole file, replacing an existing one.

@@ -17,7 +17,7 @@ from readapt_ray import artifact_files
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.connection import connect
 from readapt_ray.records import content_hash
-from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows
+from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows, scan_rows
 from readapt_ray.retrieval.shard_plan import (
     PASSAGE_COLUMNS,
     DataShard,
@@ -236,7 +236,7 @@ def _records(source: Location, chunk: DataShard) -> tuple[NDArray[np.void], NDAr
 
 def _digests(file: Location, start: int, num_rows: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     """Return the digests of the contents and of the doc_ids of some passages or vectors, [N, 2] each."""
-    table = read_rows(file, start, num_rows, ("doc_id", "content_hash"))
+    table = scan_rows(file, start, num_rows, ("doc_id", "content_hash"))
     contents = hashes_of(table)
     if "content_hash" not in table.column_names:
         texts = read_rows(file, start, num_rows, PASSAGE_COLUMNS[1:])

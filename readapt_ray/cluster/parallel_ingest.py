@@ -10,7 +10,8 @@ and piece. Ray repeats a lost task; a run that was killed resumes from the files
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from readapt_ray import artifact_files
@@ -19,6 +20,7 @@ from readapt_ray.cluster import bounded_tasks, connection, on_worker, placement
 from readapt_ray.cluster.near_rounds import drop_near
 from readapt_ray.cluster.nodes import alive
 from readapt_ray.retrieval import footers
+from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.sources import piece_files, row_checks
 from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.exchange import ROW_BITS
@@ -34,6 +36,8 @@ logger = logging.getLogger("readapt_ray")
 
 _PARTITION_BYTES = 512 << 20
 _NEAR_PARTITION_BYTES = 32 << 20
+MAX_CHANGED_BYTES = 512 << 20
+"""Source in changed pieces whose doc_ids and contents each task may hold, to look for them in the pieces that did not change."""
 _TASKS_PER_CPU = 2
 _SUMMARY = "summary.json"
 _PLAN = "plan"
@@ -71,8 +75,11 @@ class ParallelIngest:
         self.split_counts: list[dict[str, int]] = []
         """Counts of the parts, if documents were split."""
 
-    def run(self) -> None:
+    def run(self, earlier: Mapping[str, Footer]) -> None:
         """Fill the workspace.
+
+        Args:
+            earlier: what the files of the earlier corpus say of themselves, as far as it is known.
 
         Raises:
             CorpusError: a file changed or is damaged, no passage is left, or a row is bad and none may be.
@@ -87,12 +94,12 @@ class ParallelIngest:
         if self._job.splitting:
             names = (file.name for file in (self._job.output / "passages").files(".parquet"))
             self.split_counts = list(self._tasks(piece_files.split_into_passages, ((name,) for name in names)))
-        said = footers.write_table(self._job.output, "passages")
+        said = footers.write_table(self._job.output, "passages", self._shared(found, earlier))
         if self._job.is_plain:
             pairs = zip(self._pieces, found["pieces"], strict=True)
             pieces = ((piece, key_of(piece, self._source.contents), record) for piece, record in pairs)
             metadata = {name: each.metadata for name, each in said.items()}
-            write_pieces(location, self._job.made_by, pieces, metadata)
+            write_pieces(location, self._job.made_by, self._job.deduplicate, pieces, metadata)
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
         # First the summary says that no repeat is left; while it is there, a run that resumes needs no other file.
@@ -100,10 +107,22 @@ class ParallelIngest:
         artifact_files.clear(location, [each for each in artifact_files.EXCHANGED if each != f"exchange/{_SUMMARY}"])
         artifact_files.clear(location, (f"exchange/{_SUMMARY}",))
 
+    def _shared(self, found: Mapping[str, Any], earlier: Mapping[str, Footer]) -> dict[str, Footer]:
+        """Return what is known of the files of pieces that did not change, by their names here."""
+        if any(found["lists"].values()):
+            return {}  # repeats were taken out of some
+        names = [
+            pair
+            for number, each in self._job.known.items()
+            for pair in zip(found["pieces"][number]["parts"], each.record["parts"], strict=True)
+        ]
+        return {name: earlier[before] for name, before in names if before in earlier}
+
     def _remove_other_plan(self) -> None:
         """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""
         ranges = [[(each.label, each.start, each.end) for each in piece.ranges] for piece in self._pieces]
-        plan = fingerprint([_FORMAT, ranges, self._job.num_partitions, self._job.num_near_partitions])
+        known = sorted(self._job.known) if self._job.by_changes else []
+        plan = fingerprint([_FORMAT, ranges, self._job.num_partitions, self._job.num_near_partitions, known])
         kept, summary = self._exchange / _PLAN, self._exchange / _SUMMARY
         if kept.read_text() != plan if kept.is_file() else not summary.is_file():
             summary.delete()
@@ -143,8 +162,29 @@ class ParallelIngest:
             self._workspace.progress(num_read, total, unit="passages")
         return [read[number] for number in range(len(self._pieces))], num_read
 
+    def _find_repeats_in_known(self, pieces: list[dict[str, Any]]) -> set[int]:
+        """Write the digests of passages of known pieces that repeat changed ones; return the pieces whose files are damaged."""
+        changed = [
+            name for number, each in enumerate(pieces) if number not in self._job.known for name in each["parts"]
+        ]
+        known = sorted(self._job.known)
+        size = -(-len(known) // self._num_at_once)
+        batches = ((known[start : start + size], changed) for start in range(0, len(known), size or 1))
+        found = {
+            number: num for each in self._tasks(piece_files.repeats_in_known, batches) for number, num in each.items()
+        }
+        for number, num_chunks in found.items():
+            pieces[number]["num_chunks"] = num_chunks or 0
+        return {number for number, num_chunks in found.items() if num_chunks is None}
+
     def _read_and_compare(self) -> dict[str, Any]:
         pieces, num_read = self._read()
+        while self._job.by_changes and (damaged := self._find_repeats_in_known(pieces)):
+            known = {number: each for number, each in self._job.known.items() if number not in damaged}
+            self._job = replace(self._job, known=known, earlier={})
+            for number in damaged:
+                self._job.file("piece", number).delete()
+            pieces, num_read = self._read()
         chunks = [piece["num_chunks"] for piece in pieces]
         partitions = range(self._job.num_partitions)
         ids = list(self._tasks(piece_files.repeated_ids, ((number, chunks) for number in partitions)))

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray.records import content_hash
-from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
+from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows, scan_rows
 
 _READ_ROWS = 65_536
 SAMPLE = 2048
@@ -81,7 +81,7 @@ def compare(
     Raises:
         CorruptFileError: a file was cut short or altered.
     """
-    old, new = (_keys(each, part, num_parts, columns, shared) for each in (before, now))
+    old, new = _keys(before, part, num_parts, columns), _keys(now, part, num_parts, columns, shared)
     unread = shared if part == 0 else frozenset()
     place = np.minimum(np.searchsorted(old.ids, new.ids), max(0, len(old.ids) - 1))
     known = old.ids[place] == new.ids if len(old.ids) else np.zeros(len(new.ids), bool)
@@ -149,7 +149,9 @@ def _contents(hashes: Sequence[bytes]) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)[:, 0]
 
 
-def _keys(passages: ParquetRows, part: int, num_parts: int, columns: Sequence[str], left_out: Set[str]) -> _Keys:
+def _keys(
+    passages: ParquetRows, part: int, num_parts: int, columns: Sequence[str], left_out: Set[str] = frozenset()
+) -> _Keys:
     """Read the ids, contents and kept columns of a part of the passages, and order them by id."""
     none = np.zeros(0, np.uint64)
     found = [(none, none, none, np.zeros(0, np.int64))]
@@ -170,7 +172,7 @@ def _columns(
     for (name, count), before in zip(passages.counts, ends, strict=False):
         for start in range(0, count if name not in left_out else 0, _READ_ROWS):
             size = min(_READ_ROWS, count - start)
-            table = read_rows(passages.folder / name, start, size, ("doc_id", "content_hash", *columns))
+            table = scan_rows(passages.folder / name, start, size, ("doc_id", "content_hash", *columns))
             kept = table.select([each for each in columns if each in table.column_names])
             if "content_hash" in table.column_names:
                 yield before + start, table["doc_id"].to_pylist(), table["content_hash"].to_pylist(), kept

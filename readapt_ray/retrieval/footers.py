@@ -5,7 +5,7 @@ a time read 24,000 of them in a minute. So `ingest` writes a table of the footer
 shards: a file that the listing of its folder shows with the size in that table is not opened.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -17,11 +17,11 @@ from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS
 from readapt_ray.retrieval.vector_files import Footer, read_footer
-from readapt_ray.sources.parts import DIGEST
+from readapt_ray.sources.parts import DIGEST, FIRST_ID
 from readapt_ray.storage import Location
 
 _THREADS = 32
-_COLUMNS = ("name", "num_rows", "num_bytes", "digest", DIGEST)
+_COLUMNS = ("name", "num_rows", "num_bytes", "digest", DIGEST, FIRST_ID)
 _SCHEMA_KEY = b"schema"
 
 In = TypeVar("In")
@@ -53,15 +53,20 @@ def named_footers(folder: Location) -> dict[str, Footer]:
     return dict(zip(names, read_footers(folder, names), strict=True))
 
 
-def write_table(artifact: Location, what: str) -> dict[str, Footer]:
+def write_table(artifact: Location, what: str, shared: Mapping[str, Footer] | None = None) -> dict[str, Footer]:
     """Write down what the footers of a folder of an artifact say, and return it.
 
     Of files with other columns than the first nothing is written.
+
+    Args:
+        artifact: the artifact.
+        what: name of the folder.
+        shared: what is known of files that an earlier artifact shares, by their names here: they are not opened.
     """
-    found = named_footers(artifact / what)
+    found = _confirmed_footers(artifact / what, shared or {})
     schema = next(iter(found.values())).schema.remove_metadata()
     rows = [
-        (name, each.num_rows, each.num_bytes, each.digest, each.metadata.get(DIGEST))
+        (name, each.num_rows, each.num_bytes, each.digest, each.metadata.get(DIGEST), each.metadata.get(FIRST_ID))
         for name, each in found.items()
         if each.schema == schema
     ]
@@ -73,18 +78,22 @@ def write_table(artifact: Location, what: str) -> dict[str, Footer]:
 
 
 def listed_footers(artifact: Location, what: str) -> dict[str, Footer]:
-    """Return what `named_footers` returns, of our own metadata only the digest of the rows, from the table of an artifact
-    as far as the listing of the folder confirms it.
+    """Return what `named_footers` returns, of our own metadata only the digest of the rows and the first doc_id, from the table
+    of an artifact as far as the listing of the folder confirms it.
 
     Raises:
         CorruptFileError: a file that the table does not describe was cut short or altered.
     """
-    folder = artifact / what
+    return _confirmed_footers(artifact / what, dict(_read_table(artifact, what)))
+
+
+def _confirmed_footers(folder: Location, known: Mapping[str, Footer]) -> dict[str, Footer]:
+    """Return what each file says, in their order; a file that is not known with the size that it has is opened."""
     sizes = {name: int(info.size) for name, info in folder.listing(".parquet")}
-    known = {name: each for name, each in _read_table(artifact, what) if sizes.get(name) == each.num_bytes}
-    unknown = [name for name in sizes if name not in known]
-    known |= dict(zip(unknown, read_footers(folder, unknown), strict=True))
-    return {name: known[name] for name in sizes}
+    found = {name: each for name, each in known.items() if sizes.get(name) == each.num_bytes}
+    unknown = [name for name in sizes if name not in found]
+    found |= dict(zip(unknown, read_footers(folder, unknown), strict=True))
+    return {name: found[name] for name in sizes}
 
 
 def _read_table(artifact: Location, what: str) -> Iterator[tuple[str, Footer]]:
@@ -97,7 +106,8 @@ def _read_table(artifact: Location, what: str) -> Iterator[tuple[str, Footer]]:
     schema = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[_SCHEMA_KEY]))
     columns = [table[each].to_pylist() for each in _COLUMNS if each in table.column_names]
     for name, num_rows, num_bytes, digest, *more in zip(*columns, strict=True):
-        yield name, Footer(num_rows, schema, num_bytes, {DIGEST: more[0]} if any(more) else {}, digest)
+        said = {key: value for key, value in zip((DIGEST, FIRST_ID), more, strict=False) if value is not None}
+        yield name, Footer(num_rows, schema, num_bytes, said, digest)
 
 
 def _table(artifact: Location, what: str) -> Location:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from readapt_ray import dead_rows
 from readapt_ray.damage import READ_ERRORS, is_damage
 from readapt_ray.errors import CorruptFileError, first_line
+from readapt_ray.object_streams import MAX_SCANNED_BYTES
 from readapt_ray.storage import Location
 
 RowCounts = tuple[tuple[str, int], ...]
@@ -71,9 +72,16 @@ def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[s
     return _read(location, range(start, start + num_rows), columns)
 
 
-def _read(location: Location, rows: range | NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+def scan_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
+    """Read as `read_rows` does, for who reads a few columns of all rows: an object of a few megabytes is read at once."""
+    return _read(location, range(start, start + num_rows), columns, max_bytes=MAX_SCANNED_BYTES)
+
+
+def _read(
+    location: Location, rows: range | NDArray[np.int64], columns: Sequence[str], *, max_bytes: int = 0
+) -> pa.Table:
     """Read rising live rows of one file; a row group in memory at a time if they are no range."""
-    with explain_damage(location), dead_rows.opened(location) as file:
+    with explain_damage(location), dead_rows.opened(location, max_bytes=max_bytes) as file:
         due = int(rows[-1]) + 1 if len(rows) else 0
         if due > file.num_rows:
             raise CorruptFileError(f"{location} has {file.num_rows} rows, but {due} were expected; make it again")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray.dead_rows import MAX_DEAD, partly_name
-from readapt_ray.retrieval.parquet_rows import read_rows
+from readapt_ray.retrieval.parquet_rows import scan_rows
 from readapt_ray.retrieval.vector_files import RowRange, cut
 from readapt_ray.storage import Location
 
@@ -189,7 +189,7 @@ def scan_vectors(folder: Location, counts: Sequence[tuple[str, int]]) -> Content
     hashes = [b""]
     for name, count in counts:
         for start in range(0, count, _READ_ROWS):
-            table = read_rows(folder / name, start, min(_READ_ROWS, count - start), ("doc_id", "content_hash"))
+            table = scan_rows(folder / name, start, min(_READ_ROWS, count - start), ("doc_id", "content_hash"))
             ids.append(np.fromiter(map(hash, table["doc_id"].to_pylist()), np.int64, table.num_rows))
             hashes.append(hashes_of(table).tobytes())
     return Contents(np.concatenate(ids), np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2))

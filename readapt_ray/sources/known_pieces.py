@@ -9,11 +9,15 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from readapt_ray import dead_rows
 from readapt_ray.artifacts import fingerprint
+from readapt_ray.object_streams import MAX_SCANNED_BYTES
 from readapt_ray.sources.parts import DIGEST
 from readapt_ray.sources.pieces import Piece
 from readapt_ray.storage import Location
@@ -27,6 +31,8 @@ class Noted(NamedTuple):
 
     artifact: Location
     made_by: str
+    deduplicate: str
+    """Which duplicates were dropped; empty in the note of an older release."""
     pieces: Mapping[str, Mapping[str, Any]]
     """What each whole piece holds, by its key."""
     starts: frozenset[tuple[str, int]]
@@ -53,6 +59,49 @@ class KnownPiece(NamedTuple):
     """What `read_piece` returned."""
 
 
+class KnownKeys(NamedTuple):
+    """The doc_ids and contents of some passages."""
+
+    doc_ids: pa.ChunkedArray
+    contents: NDArray[np.uint64]
+    """The first half of each content hash: a passage that shares it may have the same content."""
+
+    @classmethod
+    def of(cls, files: Iterable[Location], *, with_contents: bool) -> "KnownKeys":
+        """Read those of some files of passages; the contents only if they are asked for."""
+        tables = [pa.table({"doc_id": pa.array([], pa.string()), "content_hash": pa.array([], pa.binary(16))})]
+        table = pa.concat_tables([*tables, *map(_keys_of, files)])
+        return cls(table["doc_id"], _first_halves(table) if with_contents else np.zeros(0, np.uint64))
+
+    def repeated(self, file: Location) -> Iterator[tuple[int, str, bytes, int]]:
+        """Yield row, doc_id, content hash and bytes of title and text of the passages of a file that share a doc_id or a content."""
+        if not len(self.doc_ids):
+            return
+        table = _keys_of(file)
+        has_id = pc.is_in(table["doc_id"], self.doc_ids.combine_chunks()).to_numpy()
+        rows = np.flatnonzero(has_id | np.isin(_first_halves(table), self.contents))
+        if len(rows):
+            with dead_rows.opened(file) as part:
+                texts = part.read(rows, _COLUMNS)
+            sizes = pc.add(*(_num_bytes(texts[name]) for name in ("title", "text")))
+            columns = (texts["doc_id"], texts["content_hash"], sizes)
+            yield from zip(rows.tolist(), *(each.to_pylist() for each in columns), strict=True)
+
+
+def _keys_of(file: Location) -> pa.Table:
+    with (
+        file.open_input(max_bytes=MAX_SCANNED_BYTES) as stream,
+        pq.ParquetFile(stream, pre_buffer=True) as parquet,
+    ):
+        return parquet.read(columns=["doc_id", "content_hash"])
+
+
+def _first_halves(table: pa.Table) -> NDArray[np.uint64]:
+    chunks = [each for each in table["content_hash"].chunks if len(each)]
+    halves = [np.frombuffer(each.buffers()[1], np.uint64, 2 * len(each), 16 * each.offset)[::2] for each in chunks]
+    return np.concatenate([np.zeros(0, np.uint64), *halves])
+
+
 def key_of(piece: Piece, contents: Mapping[str, Sequence[str]]) -> str:
     """Return a fingerprint of what a piece holds.
 
@@ -66,6 +115,7 @@ def key_of(piece: Piece, contents: Mapping[str, Sequence[str]]) -> str:
 def write_pieces(
     artifact: Location,
     made_by: str,
+    deduplicate: str,
     found: Iterable[tuple[Piece, str, Mapping[str, Any]]],
     parts: Mapping[str, Mapping[str, Any]],
 ) -> None:
@@ -74,6 +124,7 @@ def write_pieces(
     Args:
         artifact: the output of ingest.
         made_by: fingerprint of what decides how a piece is read.
+        deduplicate: which duplicates were dropped.
         found: each piece, its key, and what it holds.
         parts: metadata of the files of passages by their names; one from which rows were taken has no digest.
     """
@@ -82,7 +133,9 @@ def write_pieces(
         starts.append((piece.ranges[0].label, piece.ranges[0].start))
         if _is_whole(record, parts):
             pieces[key] = record
-    (artifact / NAME).write_text(json.dumps({"made_by": made_by, "pieces": pieces, "starts": starts}))
+    (artifact / NAME).write_text(
+        json.dumps({"made_by": made_by, "deduplicate": deduplicate, "pieces": pieces, "starts": starts})
+    )
 
 
 def read_pieces(artifact: Location) -> Noted:
@@ -91,9 +144,9 @@ def read_pieces(artifact: Location) -> Noted:
     try:
         noted = json.loads((artifact / NAME).read_bytes())
         starts = frozenset((label, start) for label, start in noted["starts"])
-        return Noted(artifact, noted["made_by"], noted["pieces"], starts)
+        return Noted(artifact, noted["made_by"], noted.get("deduplicate", ""), noted["pieces"], starts)
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # all is read from the source then
-        return Noted(artifact, "", {}, frozenset())
+        return Noted(artifact, "", "", {}, frozenset())
 
 
 def rows_of(file: Location) -> Iterator[tuple[str, bytes, int]]:

@@ -64,6 +64,8 @@ class PartWriter:
         self._name = re.compile(rf"part-{prefix}(\d{{5,}})\.parquet")
         self._prefix = prefix
         self.num_rows = 0
+        self.shared: dict[str, str] = {}
+        """Names of the earlier parts that are shared, by their names here."""
         self._folder, self._rows_per_file = folder, rows_per_file
         self._group: list[Passage] = []
         self._hashes: list[bytes] = []
@@ -145,6 +147,7 @@ class PartWriter:
         first, digest = self._groups[0]["doc_id"][0].as_py(), _digest(self._groups)
         if first in self._earlier and self._earlier[first].digest == digest:
             share(self._earlier[first].file, target)
+            self.shared[target.name] = self._earlier[first].file.name
             return
         schema = self._schema.with_metadata({METADATA_KEY: json.dumps({FIRST_ID: first, DIGEST: digest})})
         with target.open_output() as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:

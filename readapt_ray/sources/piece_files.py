@@ -11,6 +11,7 @@ import json
 import logging
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from readapt_ray.sources import exchange
 from readapt_ray.sources.bad_rows import NUM_NAMED
 from readapt_ray.sources.cleaning import num_bytes
 from readapt_ray.sources.duplicates import digest
-from readapt_ray.sources.known_pieces import rows_of
+from readapt_ray.sources.known_pieces import KnownKeys, rows_of
 from readapt_ray.sources.near_pieces import SketchWriter
 from readapt_ray.sources.parts import PartWriter
 from readapt_ray.sources.piece_job import PieceJob, dropped_rows, write_moves
@@ -48,12 +49,15 @@ class _Digests:
     def __init__(self, job: PieceJob, piece: int) -> None:
         self.num_chunks = 0
         self._job, self._piece = job, piece
-        self._first = piece << exchange.ROW_BITS
+        self._next = 0
         self._clear()
 
-    def add(self, doc_id: str, content: bytes, line: int, size_bytes: int) -> None:
+    def add(self, doc_id: str, content: bytes, line: int, size_bytes: int, *, place: int | None = None) -> None:
+        """Add a passage, given where it is among those of the piece; if omitted, behind the last one."""
         self._ids += digest(doc_id)
         self._contents += content
+        self._rows.append(self._next if place is None else place)
+        self._next = self._rows[-1] + 1
         self._lines.append(line)
         self._sizes.append(size_bytes)
         if len(self._lines) == _CHUNK_ROWS:
@@ -67,7 +71,7 @@ class _Digests:
         ids, contents = np.zeros(num_rows, exchange.ID), np.zeros(num_rows, exchange.CONTENT)
         for records, digests in ((ids, self._ids), (contents, self._contents)):
             records["key"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
-            records["row"] = np.arange(self._first, self._first + num_rows, dtype="<u8")
+            records["row"] = np.frombuffer(self._rows, np.uint64) + np.uint64(self._piece << exchange.ROW_BITS)
             records["size"] = np.frombuffer(self._sizes, np.uint32)
         ids["line"] = np.frombuffer(self._lines, np.uint64)
         ids["partition"] = exchange.partition_of(contents["key"], job.num_partitions)
@@ -77,13 +81,12 @@ class _Digests:
         if job.deduplicate != "none":
             to = job.file("contents", self._piece, self.num_chunks)
             exchange.write_partitions(to, contents, ids["partition"], job.num_partitions)
-        self._first += num_rows
         self.num_chunks += 1
         self._clear()
 
     def _clear(self) -> None:
         self._ids, self._contents = bytearray(), bytearray()
-        self._lines, self._sizes = array("Q"), array("I")
+        self._rows, self._lines, self._sizes = array("Q"), array("Q"), array("I")
 
 
 def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
@@ -105,15 +108,17 @@ def _writer(number: int, job: PieceJob) -> PartWriter:
 
 
 def _share_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
-    """Share the passages of a piece with an earlier corpus, and write their digests. If a file is damaged, read the source."""
+    """Share the passages of a piece with an earlier corpus, and write their digests, unless only those that repeat changed
+    passages are sought (`repeats_in_known`). If a file is damaged, read the source."""
     number = piece.number
     folder, record = job.known[number]
     writer, digests, parts = _writer(number, job), _Digests(job, number), {}
     lines = itertools.count(1)
     try:
         for part, (name, num_rows) in enumerate(record["parts"].items()):
-            for doc_id, content, size_bytes in rows_of(folder / name):
-                digests.add(doc_id, content, next(lines), size_bytes)
+            if not job.by_changes:
+                for doc_id, content, size_bytes in rows_of(folder / name):
+                    digests.add(doc_id, content, next(lines), size_bytes)
             parts[writer.share(folder / name, part)] = num_rows
     except READ_ERRORS as error:
         logger.warning("ingest: cannot read %s (%s), so the source is read", folder, first_line(error))
@@ -121,6 +126,37 @@ def _share_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     writer.remove_behind(len(parts))
     digests.flush()
     return {**record, "number": number, "parts": parts, "num_chunks": digests.num_chunks}
+
+
+def repeats_in_known(numbers: Sequence[int], changed: Sequence[str], job: PieceJob) -> dict[int, int | None]:
+    """Write digests of those passages of known pieces that share a doc_id or a content with a changed piece.
+
+    The passages of known pieces repeat none of each other: an earlier ingest compared them, and dropped none.
+
+    Args:
+        numbers: of the known pieces.
+        changed: names of the parts of all changed pieces.
+        job: the same for all tasks.
+
+    Returns:
+        How many files of digests each piece has; None for one whose files are damaged.
+    """
+    there = KnownKeys.of((job.output / "passages" / name for name in changed), with_contents=job.deduplicate != "none")
+    found: dict[int, int | None] = {}
+    for number in numbers:
+        folder, record = job.known[number]
+        digests, first = _Digests(job, number), 0
+        try:
+            for name, num_rows in record["parts"].items():
+                for row, doc_id, content, size_bytes in there.repeated(folder / name):
+                    digests.add(doc_id, content, first + row + 1, size_bytes, place=first + row)
+                first += num_rows
+            digests.flush()
+            found[number] = digests.num_chunks
+        except READ_ERRORS as error:
+            logger.warning("ingest: cannot read %s (%s), so the source is read", folder, first_line(error))
+            found[number] = None
+    return found
 
 
 def _read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class PieceJob:
     """Parts of an earlier corpus, for `PartWriter`."""
     known: Mapping[int, KnownPiece]
     """What an earlier ingest found in pieces that did not change."""
+    by_changes: bool
+    """Whether known pieces are looked at only for passages that repeat changed ones."""
 
     @property
     def is_plain(self) -> bool:

@@ -1,6 +1,6 @@
 """Split a source of rows into pieces that are read independently: byte ranges of text files, row groups of Parquet.
 
-Enters: the files of a `TableSource`. Leaves: pieces of 16 to 512 MB, in the order of the rows; small files share one. The cut
+Enters: the files of a `TableSource`. Leaves: pieces of 4 to 512 MB, in the order of the rows; small files share one. The cut
 depends on the files alone, never on the cluster. A line belongs to the range of its first byte. A compressed
 file is never cut.
 """
@@ -24,7 +24,8 @@ from readapt_ray.storage import Location, state_of
 
 logger = logging.getLogger("readapt_ray")
 
-MIN_PIECE_BYTES = 16 << 20
+MIN_PIECE_BYTES = 4 << 20
+"""A piece is read again as a whole where something in it changed."""
 _MAX_PIECE_BYTES = 512 << 20
 _WANTED_PIECES = 1000
 _THREADS = 32

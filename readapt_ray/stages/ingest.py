@@ -10,7 +10,7 @@ earlier corpus, tasks do not read pieces of the source that did not change (`sou
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -20,7 +20,8 @@ from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
 from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.records import Passage
-from readapt_ray.retrieval.footers import named_footers, write_table
+from readapt_ray.retrieval.footers import listed_footers, named_footers, write_table
+from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.sources import row_checks
 from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.cleaning import num_bytes
@@ -36,7 +37,7 @@ from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_
 from readapt_ray.sources.row_checks import RowChecks
 from readapt_ray.sources.source import BadRow, Source
 from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
-from readapt_ray.sources.table_sources import TableSource
+from readapt_ray.sources.table_sources import LabelledTableSource, TableSource
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -147,11 +148,11 @@ def ingest(config: IngestConfig) -> Artifact:
 
     def work(workspace: Workspace) -> None:
         if not (isinstance(source, TableSource) and _in_parallel(workspace, resolved, source, options, splitting)):
-            _Ingestion(workspace, resolved, source, deduplicate).run()
+            shared = _Ingestion(workspace, resolved, source, deduplicate).run()
             if splitting:
                 files = (workspace.location / "passages").files(".parquet")
                 _record_split(workspace, splitting, [split_part(file, splitting) for file in files])
-            write_table(workspace.location, "passages")
+            write_table(workspace.location, "passages", shared)
 
     inputs = {"source": source.fingerprint()}
     if splitting:
@@ -189,6 +190,7 @@ def _in_parallel(
     pieces, total_bytes = plan_pieces(source, earlier.starts if earlier else frozenset())
     if total_bytes < (MIN_NEAR_BYTES if config.deduplicate == "near" else MIN_PARALLEL_BYTES):
         return False
+    footers = _earlier_footers(config)
     job = PieceJob(
         output=on_worker.absolute(workspace.location),
         table_format=source.table_format.name,
@@ -201,25 +203,41 @@ def _in_parallel(
         near_threshold=config.near_threshold,
         num_partitions=parallel_ingest.num_partitions(total_bytes),
         num_near_partitions=parallel_ingest.num_near_partitions(total_bytes),
-        earlier=_earlier_parts(config),
+        earlier=_earlier_parts(config, footers),
         known={},
+        by_changes=False,
     )
     if earlier is not None and job.is_plain:
-        job = replace(job, known=earlier.known(job.made_by, (key_of(piece, source.contents) for piece in pieces)))
+        known = earlier.known(job.made_by, (key_of(piece, source.contents) for piece in pieces))
+        changed_bytes = total_bytes * (len(pieces) - len(known)) // len(pieces)
+        is_small = changed_bytes <= parallel_ingest.MAX_CHANGED_BYTES and not isinstance(source, LabelledTableSource)
+        job = replace(job, known=known, by_changes=is_small and earlier.deduplicate == job.deduplicate)
     run = parallel_ingest.ParallelIngest(workspace, source, pieces, job, config.bad_rows)
-    run.run()
+    run.run(footers)
     if splitting:
         _record_split(workspace, splitting, run.split_counts)
     workspace.details |= {"source": source.description(), "num_pieces": len(pieces)}
     return True
 
 
-def _earlier_parts(config: IngestConfig) -> dict[str, EarlierPart]:
-    """Return the parts of the earlier corpus by their first doc_id; none if documents are split, which writes parts again."""
+def _earlier_footers(config: IngestConfig) -> dict[str, Footer]:
+    """Return what the parts of the earlier corpus say, of those that may be shared; none if documents are split, which writes
+    parts again."""
     if config.previous is None or config.split_tokens is not None:
         return {}
-    folder = on_worker.absolute(open_artifact(config.previous, "ingest").location / "passages")
-    said = {name: footer.metadata for name, footer in named_footers(folder).items() if DIGEST in footer.metadata}
+    artifact = open_artifact(config.previous, "ingest").location
+    found = listed_footers(artifact, "passages")
+    if any(DIGEST in each.metadata and FIRST_ID not in each.metadata for each in found.values()):
+        found = named_footers(artifact / "passages")  # an older release did not note all
+    return {name: each for name, each in found.items() if DIGEST in each.metadata}
+
+
+def _earlier_parts(config: IngestConfig, footers: Mapping[str, Footer]) -> dict[str, EarlierPart]:
+    """Return the parts of the earlier corpus by their first doc_id."""
+    if config.previous is None:
+        return {}
+    folder = on_worker.absolute(Location(config.previous) / "passages")
+    said = {name: footer.metadata for name, footer in footers.items()}
     return {each[FIRST_ID]: EarlierPart(folder / name, each[DIGEST]) for name, each in said.items()}
 
 
@@ -229,20 +247,21 @@ class _Ingestion:
     def __init__(self, workspace: Workspace, config: IngestConfig, source: Source, deduplicate: Deduplication) -> None:
         self._workspace, self._config, self._source = workspace, config, source
         self._deduplicate = deduplicate
+        self._earlier = _earlier_footers(config)
         self._bad_rows = BadRows(config.bad_rows)
         self._writer = PartWriter(
             workspace.location / "passages",
             rows_per_file=config.rows_per_file,
             kept=source.kept,
-            earlier=_earlier_parts(config),
+            earlier=_earlier_parts(config, self._earlier),
         )
         self._ids = RowTable()
         self._first_dropped: list[tuple[str, int]] = []
         self._num_dropped = 0
         self._checks: RowChecks[str] = RowChecks(source.kept, max_text_bytes=config.max_text_bytes)
 
-    def run(self) -> None:
-        """Write passages first, then what refers to them."""
+    def run(self) -> dict[str, Footer]:
+        """Write passages first, then what refers to them; return what is known of the files that are shared."""
         self._write_passages()
         self._write_labels()
         self._workspace.details |= {
@@ -252,6 +271,7 @@ class _Ingestion:
             "bad_rows": self._bad_rows.summary(),
             "duplicates": self._duplicates(),
         }
+        return {name: self._earlier[before] for name, before in self._writer.shared.items()}
 
     def _write_passages(self) -> None:
         earlier = duplicate_finder(

@@ -13,7 +13,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import earlier_plan
 from readapt_ray.records import Passage, content_hash
-from readapt_ray.retrieval import index_changes
+from readapt_ray.retrieval import footers, index_changes
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_files import ShardRecord, read_ids
 from readapt_ray.retrieval.index_shard import DELETED
@@ -123,6 +123,23 @@ def test_of_unchanged_parts_nothing_is_read(
     corpus(tmp_path / "2", [*now, passage(100)], tmp_path / "1")
     assert stored(vectors(tmp_path / "2", model, tmp_path / "1")) == expected(model, [*now, passage(100)])
     assert read[1][0] == parts[3:], "the part that grew, and the one before it, which has vectors in a file with it"
+
+
+def test_shared_parts_are_not_opened_and_the_table_of_footers_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [passage(number) for number in range(100)]
+    corpus(tmp_path / "0", now, None)
+    read: list[str] = []
+    read_footer = footers.read_footer
+    monkeypatch.setattr(footers, "read_footer", lambda file: read.append(file.name) or read_footer(file))
+    now[30] = passage(30, 1)
+    made = corpus(tmp_path / "1", now, tmp_path / "0").location
+    assert read == ["part-00001.parquet"]
+    listed, opened = footers.listed_footers(made, "passages"), footers.named_footers(made / "passages")
+    assert sorted(read[1:]) == list(opened) == list(listed), "none is opened for the table"
+    assert listed == {name: replace(each, schema=listed[name].schema) for name, each in opened.items()}
+    assert all(listed[name].schema.equals(each.schema) for name, each in opened.items())
 
 
 @pytest.mark.parametrize("seed", range(6))

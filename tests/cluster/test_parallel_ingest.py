@@ -459,6 +459,8 @@ def test_files_that_did_not_change_are_not_read_and_the_rows_are_those_of_a_fres
 ):
     """Files are changed, removed, added, and given rows that repeat others, before and after them."""
     draw, is_json = random.Random(seed), seed % 2
+    by_changes = seed < 6
+    monkeypatch.setattr(parallel_ingest, "MAX_CHANGED_BYTES", 1 << 30 if by_changes else 0)
     options = {"deduplicate": draw.choice(["exact", "none"]), "keep": KEPT, "rows_per_file": 9}
     files = {number: _clean_rows(f"{number}-", 30) for number in range(40)}
     files[33][5] |= {"text": 7}
@@ -486,7 +488,16 @@ def test_files_that_did_not_change_are_not_read_and_the_rows_are_those_of_a_fres
     monkeypatch.setattr(
         piece_files, "_read_piece", lambda piece, job: read.append(piece.ranges) or read_piece(piece, job)
     )
+    digests: list[int] = []
+    add = piece_files._Digests.add
+    monkeypatch.setattr(
+        piece_files._Digests, "add", lambda self, *row, **at: digests.append(1) or add(self, *row, **at)
+    )
     assert _many(source, tmp_path / "after", previous=str(tmp_path / "earlier"), **options) == alone
+    num_all = alone[0]["num_passages"]
+    assert len(digests) < num_all / 2 if by_changes else len(digests) >= num_all, (
+        "those of changed passages, and their repeats"
+    )
     names = {each.label.partition(".")[0] for ranges in read for each in ranges}
     assert {"12", "20", "40", "41"} <= names and len(names) < 20
     read.clear()
@@ -506,9 +517,11 @@ def _clean_rows(prefix, num_rows):
 
 
 def test_a_piece_whose_earlier_files_are_damaged_is_read_from_the_source(tmp_path, no_ray, many_pieces, caplog):
-    source = tmp_path / "source.jsonl"
-    source.write_text("".join(f"{json.dumps(row)}\n" for row in _clean_rows("", 300)))
-    alone = _many(source, tmp_path / "earlier", rows_per_file=5)
+    source = tmp_path / "source"
+    source.mkdir()
+    for name, rows in (("0", _clean_rows("", 300)), ("1", _clean_rows("later", 30))):
+        (source / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    _many(source, tmp_path / "earlier", rows_per_file=5)
     note = tmp_path / "earlier/passages.pieces.json"
     whole = note.read_text()
     for cut_short in ("", whole[:50], "[]", "{}"):
@@ -518,6 +531,9 @@ def test_a_piece_whose_earlier_files_are_damaged_is_read_from_the_source(tmp_pat
     damaged = sorted((tmp_path / "earlier/passages").glob("part-000001*"))[1]
     content = damaged.read_bytes()
     damaged.write_bytes(content[:4] + bytes(200) + content[204:])  # its footer is whole
+    with (source / "1.jsonl").open("a") as file:
+        file.write(json.dumps(_clean_rows("new", 1)[0]) + "\n")
+    alone = _many(source, tmp_path / "alone", rows_per_file=5)
     assert _many(source, tmp_path / "after", previous=str(tmp_path / "earlier"), rows_per_file=5) == alone
     assert "so the source is read" in caplog.text
 
