@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 
 from readapt_ray import environment
 from readapt_ray.artifacts import fingerprint
-from readapt_ray.catalog import model_cache, pickled
+from readapt_ray.catalog import converted_weights, model_cache
 from readapt_ray.errors import InputError, ModelError, ReadaptError, first_line
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from readapt_ray.storage import Location
@@ -140,8 +140,8 @@ def _snapshot(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
 
     folder = fetch(*(_PATTERNS if with_weights else _SMALL_PATTERNS))
-    if with_weights and not pickled.has_safetensors(folder):
-        folder = fetch(*_PATTERNS, *pickled.PICKLED)
+    if with_weights and not converted_weights.has_safetensors(folder):
+        folder = fetch(*_PATTERNS, *converted_weights.PICKLED)
     model_cache.checked_snapshot(folder, fetch)
     return folder
 
@@ -150,7 +150,7 @@ def _configuration(hub_id: str, revision: str | None) -> tuple[Path, int]:
     from huggingface_hub import HfApi, snapshot_download
 
     folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_CONFIGURATION)))
-    if pickled.has_safetensors(folder) or any(folder.glob(pickled.PICKLED[0])):
+    if converted_weights.has_safetensors(folder) or any(folder.glob(converted_weights.PICKLED[0])):
         return folder, 0
     files = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
     sizes_bytes = {file.rfilename: file.size or 0 for file in files}
@@ -165,7 +165,7 @@ def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:
         name: sizes_bytes[name]
         for name in names
         if name.endswith(MODEL_SUFFIXES)
-        or (not has_safetensors and any(Path(name).match(pattern) for pattern in pickled.PICKLED))
+        or (not has_safetensors and any(Path(name).match(pattern) for pattern in converted_weights.PICKLED))
     }
 
 

@@ -2,7 +2,7 @@
 
 A `MODEL` is a catalog name, a local folder or GGUF file, a URI, or a hub id (`owner/name`, `owner/name@commit`), in this
 order. Only safetensors, configuration and tokenizer files are fetched (`fetching.py`), and pickled weights where there are
-no others, which are converted (`pickled.py`), as GGUF files are; nothing in a model folder is ever executed.
+no others, which are converted (`converted_weights.py`), as GGUF files are; nothing in a model folder is ever executed.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any
 
 from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME
 from readapt_ray.artifacts import fingerprint, read_lease, read_manifest
-from readapt_ray.catalog import fetching, gguf_files, pickled, retrievers, sentence_transformers_folder
+from readapt_ray.catalog import converted_weights, fetching, gguf_files, retrievers, sentence_transformers_folder
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.likely_encoding import as_contract, guess_encoding
 from readapt_ray.catalog.model_folder import ModelFolder
@@ -136,7 +136,7 @@ class OpenModel(ModelFolder):
     @property
     def revision(self) -> str:
         """The commit on the hub; empty for a model that is not from there."""
-        converted = self.read_json(pickled.RECORD_NAME)
+        converted = self.read_json(converted_weights.RECORD_NAME)
         if converted:
             return str(converted["revision"])
         return self.folder.name if self.folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
@@ -188,8 +188,8 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base:
         known = [*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)]
         hint = meant(name, known) or f"the catalog has {', '.join(known)}"
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog; {hint}")
-    is_read = with_weights or pickled.is_gguf(folder)  # such a file holds configuration and tokenizer, too
-    folder_read = pickled.safe_folder(folder, name) if is_read else folder
+    is_read = with_weights or converted_weights.is_gguf(folder)  # such a file holds configuration and tokenizer, too
+    folder_read = converted_weights.safe_folder(folder, name) if is_read else folder
     model = OpenModel(name=name, folder=folder_read, base_given=base or "")
     if not model.is_adapter and not (folder_read / CONFIG_NAME).is_file():
         raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.artifacts import fingerprint, read_manifest
+from readapt_ray.catalog.converted_weights import RECORD_NAME
 from readapt_ray.catalog.models import OpenModel
-from readapt_ray.catalog.pickled import RECORD_NAME
 from readapt_ray.hardware import num_cores
 
 _WEIGHTS = (".safetensors", ".bin")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from readapt_ray.catalog import contracts, gguf_files, models, pickled
+from readapt_ray.catalog import contracts, converted_weights, gguf_files, models
 from readapt_ray.errors import InputError, ModelError
 from tests import factories
 
@@ -174,7 +174,7 @@ def test_a_folder_keeps_what_says_how_the_model_encodes(tmp_path: Path, source: 
 def _refused(cache: Path, name: Path, message: str, error: type[Exception] = ModelError) -> None:
     with pytest.raises(error, match=message):
         models.open_model(str(name))
-    assert not list((cache / "converted").glob(f"*/{pickled.RECORD_NAME}"))
+    assert not list((cache / "converted").glob(f"*/{converted_weights.RECORD_NAME}"))
     assert not list((cache / "converted").glob("*/model*"))
 
 

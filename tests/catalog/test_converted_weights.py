@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from readapt_ray import storage
-from readapt_ray.catalog import models, pickled
+from readapt_ray.catalog import converted_weights, models
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 from tests import factories
@@ -59,7 +59,7 @@ def test_a_model_is_converted_once_and_that_is_said(
     assert (found.folder / "1_Pooling/config.json").is_file()
     assert not (found.folder / "training_args.bin").exists()
     assert found.tokenizer("a b")["input_ids"]
-    record = json.loads((found.folder / pickled.RECORD_NAME).read_text())
+    record = json.loads((found.folder / converted_weights.RECORD_NAME).read_text())
     assert len(record["files"]) == shards
     caplog.clear()
     assert models.open_model(str(folder)).folder == found.folder
@@ -151,7 +151,7 @@ def test_by_uri_and_from_the_hub_pickles_are_fetched_only_where_there_is_nothing
     found = models.open_model("me/old")
     assert len(factories.read_tensors(found.folder)) == 20
     assert not list((tmp_path / "hub/me/old/snapshots/0123abcd").glob("optimizer*"))
-    assert json.loads((found.folder / pickled.RECORD_NAME).read_text())["revision"] == "0123abcd"
+    assert json.loads((found.folder / converted_weights.RECORD_NAME).read_text())["revision"] == "0123abcd"
 
 
 class _Runs:

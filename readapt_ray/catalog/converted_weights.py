@@ -1,4 +1,4 @@
-"""Pickled weights (`.bin`) turned into safetensors, once, without running what a pickle may hold; and GGUF files.
+"""Convert pickled weights (`.bin`) and GGUF files to safetensors, once, without running what a pickle may hold.
 
 In: a model or adapter folder that has `pytorch_model*.bin` or `adapter_model.bin` and no safetensors, or a GGUF file.
 Out: a folder in the cache with the same tensors as safetensors and the small files beside them,
