@@ -218,16 +218,18 @@ def _build_shard(shard: NewShard) -> "ShardRecord":
     """Return a shard grows chunk by chunk; one that is not exact is measured with queries that all shards share."""
     plan = shard.plan
     on_worker.faiss_on_threads(plan.num_cpus)
+    from readapt_ray.retrieval.faiss_build import adder
     from readapt_ray.retrieval.index_files import write_shard
     from readapt_ray.retrieval.index_recall import measure
     from readapt_ray.retrieval.index_shard import IndexShard
 
     index, trained = _empty_index(plan)
+    add = adder(index)
     best = None if plan.spec.is_exact else _best_rows(shard)
     doc_ids: list[str] = []
     hashes = bytearray()
     for names, vectors, digests in _read(shard):
-        index.add(vectors)
+        add(vectors)
         doc_ids.extend(names)
         hashes.extend(digests)
         if best is not None:

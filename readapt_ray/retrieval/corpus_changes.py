@@ -81,7 +81,7 @@ def compare(
     Raises:
         CorruptFileError: a file was cut short or altered.
     """
-    old, new = (_keys(each, part, num_parts, columns, shared) for each in (before, now))
+    old, new = _keys(before, part, num_parts, columns), _keys(now, part, num_parts, columns, shared)
     unread = shared if part == 0 else frozenset()
     place = np.minimum(np.searchsorted(old.ids, new.ids), max(0, len(old.ids) - 1))
     known = old.ids[place] == new.ids if len(old.ids) else np.zeros(len(new.ids), bool)
@@ -149,7 +149,9 @@ def _contents(hashes: Sequence[bytes]) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)[:, 0]
 
 
-def _keys(passages: ParquetRows, part: int, num_parts: int, columns: Sequence[str], left_out: Set[str]) -> _Keys:
+def _keys(
+    passages: ParquetRows, part: int, num_parts: int, columns: Sequence[str], left_out: Set[str] = frozenset()
+) -> _Keys:
     """Read the ids, contents and kept columns of a part of the passages, and order them by id."""
     none = np.zeros(0, np.uint64)
     found = [(none, none, none, np.zeros(0, np.int64))]

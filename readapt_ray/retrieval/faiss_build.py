@@ -1,4 +1,4 @@
-"""Import FAISS in the build that is installed, and train indexes on GPUs where that build can.
+"""Import FAISS in the build that is installed, and train and fill indexes on GPUs where that build can.
 
 Two packages bring the module `faiss`, and only one of them may be installed: faiss-cpu (the extra `cpu`), or faiss-gpu (the
 extra `gpu`), which does all that faiss-cpu does.
@@ -6,6 +6,7 @@ extra `gpu`), which does all that faiss-cpu does.
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,10 @@ except ModuleNotFoundError as missing:
         "pip install 'readapt-ray[gpu]'"
     ) from missing
 
-__all__ = ["faiss", "train"]
+__all__ = ["adder", "faiss", "train"]
 
 _GPU_WORK_BYTES = 256 << 20
-"""What k-means takes on a GPU beside its centroids; the default of 1.5 GB is too much for several tasks on one GPU."""
+"""What k-means and searches take on a GPU beside centroids; the default of 1.5 GB is too much for several tasks on one GPU."""
 
 
 def train(index: Any, vectors: NDArray[np.float32]) -> None:
@@ -32,20 +33,79 @@ def train(index: Any, vectors: NDArray[np.float32]) -> None:
 
     At 4,096 dimensions k-means is nearly all of the time. Tasks of one node spread over its GPUs.
     """
-    num_gpus = faiss.get_num_gpus()  # 0 in faiss-cpu
     lists: Any = None
-    if num_gpus:
+    if faiss.get_num_gpus():  # 0 in faiss-cpu
         with contextlib.suppress(RuntimeError):  # not an IVF index
             lists = faiss.extract_index_ivf(index)
     if lists is None:
         index.train(vectors)
         return
-    resources = faiss.StandardGpuResources()
-    resources.setTempMemory(_GPU_WORK_BYTES)
-    centroids = faiss.IndexFlat(lists.d, lists.metric_type)
-    on_gpu = faiss.index_cpu_to_gpu(resources, os.getpid() % num_gpus, centroids)
-    lists.clustering_index = on_gpu
+    resources, lists.clustering_index = _on_gpu(faiss.IndexFlat(lists.d, lists.metric_type))
     try:
         index.train(vectors)
     finally:
         lists.clustering_index = None
+        del resources
+
+
+Add = Callable[[NDArray[np.float32]], None]
+
+
+def adder(index: Any) -> Add:
+    """Return a function that adds vectors [N, D] to a trained index, whose inverted lists are found on a GPU if there is one.
+
+    For a vector the coarse quantizer is compared with as many centroids as there are lists, which is most of the work. The
+    lists and codes stay in the memory of this process, so that the file is one that FAISS opens without a GPU.
+    """
+    if not faiss.get_num_gpus():
+        return index.add  # type: ignore[no-any-return]
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        return _refined_adder(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _transformed_adder(index)
+    if isinstance(index, faiss.IndexIVF) and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
+        return _list_adder(index)
+    return index.add  # type: ignore[no-any-return]
+
+
+def _refined_adder(index: Any) -> Add:
+    parts = [adder(index.base_index), adder(index.refine_index)]
+
+    def add(vectors: NDArray[np.float32]) -> None:
+        for each in parts:
+            each(vectors)
+        index.ntotal = index.base_index.ntotal
+
+    return add
+
+
+def _transformed_adder(index: Any) -> Add:
+    add_below = adder(index.index)
+
+    def add(vectors: NDArray[np.float32]) -> None:
+        for place in range(index.chain.size()):
+            vectors = index.chain.at(place).apply(vectors)
+        add_below(vectors)
+        index.ntotal = index.index.ntotal
+
+    return add
+
+
+def _list_adder(lists: Any) -> Add:
+    resources, centroids = _on_gpu(lists.quantizer)
+
+    def add(vectors: NDArray[np.float32]) -> None:
+        vectors = np.ascontiguousarray(vectors, np.float32)
+        numbers = np.ascontiguousarray(centroids.search(vectors, 1)[1][:, 0], np.int64)
+        lists.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(numbers))
+        assert resources is not None  # the copy on the GPU does not keep them
+
+    return add
+
+
+def _on_gpu(flat: Any) -> tuple[Any, Any]:
+    """Return the resources of a GPU, which must outlive the index, and a copy of a flat index there."""
+    resources = faiss.StandardGpuResources()
+    resources.setTempMemory(_GPU_WORK_BYTES)
+    return resources, faiss.index_cpu_to_gpu(resources, os.getpid() % faiss.get_num_gpus(), flat)

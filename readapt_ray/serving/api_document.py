@@ -29,7 +29,13 @@ def complete(document: dict[str, Any]) -> None:
         {"required": ["query"], "properties": {"query": _GIVEN, "vector": _NULL}},
         {
             "required": ["vector", "fingerprint"],
-            "properties": {"vector": _GIVEN, "fingerprint": _GIVEN, "query": _NULL, "mode": {"enum": ["dense", None]}},
+            "properties": {
+                "vector": _GIVEN,
+                "fingerprint": _GIVEN,
+                "query": _NULL,
+                "mode": {"enum": ["dense", None]},
+                "knowledge_scale": _NULL,
+            },
         },
     ]
     search["not"] = {

@@ -491,6 +491,7 @@ def test_the_document_of_the_api_says_what_is_answered(version):
         ("SearchRequest", {"vector": [1.0]}),
         ("SearchRequest", {"vector": [1.0], "fingerprint": None}),
         ("SearchRequest", {"vector": [1.0], "fingerprint": "f", "mode": "bm25"}),
+        ("SearchRequest", {"vector": [1.0], "fingerprint": "f", "knowledge_scale": 0.5}),
         ("SearchRequest", {"query": "a", "doc_ids": ["a"], "doc_id_prefix": "a"}),
         ("SearchRequest", {"query": "a", "filter": {"year": {}}}),
         ("SearchRequest", {"query": "a", "filter": {"year": {"gt": None}}}),
@@ -504,7 +505,7 @@ def test_what_the_document_refuses_the_server_refuses(version, name, body):
     [answer] = ask(version, ("POST", paths.get(name, SEARCH), body))
     assert answer.status_code == 400
     good = {"vector": [1.0], "fingerprint": "f", "doc_ids": ["a"], "doc_id_prefix": None, "query": None}
-    nulls = dict.fromkeys(("mode", "top_k", "with_text", "truncate"))
+    nulls = dict.fromkeys(("mode", "top_k", "with_text", "truncate", "knowledge_scale"))
     assert name != "SearchRequest" or (check.is_valid(good) and check.is_valid(good | nulls))
     assert name != "EmbeddingsRequest" or check.is_valid({"input": ["a"], "dimensions": None})
 

@@ -31,7 +31,7 @@ def go_back(number: int, root: Location, there: list[Generation], lock: leases.L
     for name, folder in earlier.artifacts.items():
         artifacts.open_artifact((root / folder).uri, STAGE_OF[name])
     made = {name: folder for name, folder in earlier.artifacts.items() if name != EXPORT}
-    new, settings = next_number(there), earlier.settings
+    new, settings = next_number(root, there), earlier.settings
     if EXPORT in present.artifacts:
         if changed := changed_by_others(root, present, new):
             raise InputError(f"{changed}; run `readapt refresh --root {root.uri} --overwrite` first, then go back")

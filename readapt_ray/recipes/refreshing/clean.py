@@ -99,8 +99,12 @@ def clean(config: CleanConfig) -> Freed:
 
 def _refuse_half_exported(root: Location) -> None:
     """Refuse while a collection is between two states: what was sent is known by an artifact that no generation has yet."""
-    found = traces(root, generations.read(root))
-    if any(each.is_of_refresh and not each.generations and each.name.endswith(f"/{EXPORT}") for each in found):
+    there = generations.read(root)
+    latest = f"{FOLDER_NAME}/{there[-1].number:05d}/{EXPORT}"  # what stands before it is of a list that was removed
+    if any(
+        each.is_of_refresh and not each.generations and each.name.endswith(f"/{EXPORT}") and each.name > latest
+        for each in traces(root, there)
+    ):
         raise InputError(
             f"a refresh of {root.uri!r} that did not end had begun to change its collection; run `readapt refresh --root "
             f"{root.uri}` first, which finishes it"

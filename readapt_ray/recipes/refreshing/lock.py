@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from readapt_ray import generations, leases
 from readapt_ray.errors import ArtifactConflictError
-from readapt_ray.generations import Generation
+from readapt_ray.generations import FOLDER_NAME, Generation
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
 
@@ -38,6 +38,15 @@ def publish(root: Location, there: list[Generation], new: Generation, lock: leas
     return new
 
 
-def next_number(there: list[Generation]) -> int:
-    """Return the number of the next generation."""
-    return 1 + max((each.number for each in there), default=0)
+def next_number(root: Location, there: list[Generation]) -> int:
+    """Return the number of the next generation.
+
+    If `refresh.json` was removed, folders of generations are there that no list names. They are neither an unfinished refresh to
+    go on with nor to be written over, so the next number is behind theirs.
+    """
+    number = 1 + max((each.number for each in there), default=0)
+    if len(there) > 1:
+        return number
+    numbers = [int(name) for name in (root / FOLDER_NAME).children()[1] if name.isdecimal()]
+    latest = max(numbers, default=0)
+    return latest + 1 if latest > number else number

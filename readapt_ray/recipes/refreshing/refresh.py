@@ -67,7 +67,7 @@ def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], l
     settings = settled(config, present)
     reasons = {**_changed_model(root, settings, present), **stale(settings, present)}
     if present is not None and settings["to"] and EXPORT not in reasons:
-        changed = changed_by_others(root, present, next_number(there))
+        changed = changed_by_others(root, present, next_number(root, there))
         reasons |= {EXPORT: changed} if changed else {}
     if reasons and not config.overwrite:
         raise _refusal(root, reasons, present)
@@ -145,7 +145,7 @@ class _Making:
 
     def __post_init__(self) -> None:
         self.present = self.there[-1] if self.there else None
-        self.number = next_number(self.there)
+        self.number = next_number(self.root, self.there)
         self.folder = self.root / FOLDER_NAME / f"{self.number:05d}"
         self._started_s = time.monotonic()
         self._made: dict[str, Artifact] = {}

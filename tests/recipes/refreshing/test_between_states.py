@@ -126,6 +126,27 @@ def test_an_export_that_failed_is_left_for_another_target_or_none(
     clean(CleanConfig(root=root.uri, yes=True))
 
 
+def test_a_list_of_generations_that_was_removed_brings_no_earlier_state_back(root: Root) -> None:
+    to = f"files:{root.folder}/collection"
+    root.refresh(to=to)
+    for passages in (FEWER, FEWER[2:]):
+        root.holds(passages)
+        before = root.refresh()
+    (root.location / "refresh.json").delete()
+    root.holds(FEWER[4:])
+    with pytest.raises(
+        ArtifactConflictError, match=r"holds another export of the same encoder.* or --overwrite to replace it"
+    ):
+        root.refresh(to=to)
+    made = root.refresh(to=to, overwrite=True)
+    assert root.passages(made).keys() == {each.doc_id for each in FEWER[4:]} and made.number > before.number
+    assert {each for ids in exported(root, "doc_id") for each in ids} == {each.doc_id for each in FEWER[4:]}
+    assert root.passages(before).keys() == {each.doc_id for each in FEWER[2:]}, "who searches it is not disturbed"
+    assert root.refresh() == made
+    clean(CleanConfig(root=root.uri, yes=True))
+    assert {name.partition("/")[0] for name in (root.location / "generations").entries()[0]} == {f"{made.number:05d}"}
+
+
 @pytest.mark.parametrize("others", ["removed", "exported", "wrote"])
 def test_a_collection_that_others_changed_is_noticed_and_made_again(root: Root, models: Path, others: str) -> None:
     """By a refresh of an unchanged source, of a changed one, and by going back."""
