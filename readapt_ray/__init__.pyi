@@ -1040,6 +1040,7 @@ def serve(
     retriever: str | Path = '',
     index: str | Path | None = None,
     bridge: str | Path | None = None,
+    new_vectors: str | Path | None = None,
     corpus: str | Path | None = None,
     encoding: Encoding | str | Path | None = None,
     dtype: Literal['float32', 'float16', 'bfloat16'] | None = None,
@@ -1099,6 +1100,8 @@ def serve(
             there is no search.
         bridge: Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a
             version encodes queries alone.
+        new_vectors: Output folder in which `readapt embed` writes the vectors of this retriever, finished or
+            still under way. Passages move from old vectors behind the `bridge` to these as they appear.
         corpus: Output folder of `readapt ingest`. If omitted, search results have no titles and texts.
         encoding: JSON file that says how the retriever wants its text. If omitted, the index says it, or the
             model's folder.

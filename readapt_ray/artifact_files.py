@@ -142,7 +142,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     ),
     "embed": _VECTORS,
     "embed-sample": _VECTORS,
-    "bridge": (*_VECTORS, "map.safetensors"),
+    "bridge": (*_VECTORS, "map.safetensors", "calibration.safetensors"),
     "index": (
         "shards/#.faiss",
         "shards/#.ids.parquet",

@@ -23,6 +23,7 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.recipes import chain
 from readapt_ray.serving import answers, schema
 from readapt_ray.serving.keys import read_keys
+from readapt_ray.serving.readiness import Readiness
 from readapt_ray.serving.routes import build_api
 from readapt_ray.storage import Location
 
@@ -343,8 +344,8 @@ class Answers:
     def models(self, _: object) -> schema.ModelList:
         return schema.ModelList(data=[])
 
-    async def readiness(self) -> schema.Readiness:
-        return schema.Readiness(ready=True, versions={})
+    async def readiness(self) -> Readiness:
+        return Readiness(ready=True, versions={})
 
 
 async def no_metrics() -> str:

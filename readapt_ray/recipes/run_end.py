@@ -28,6 +28,8 @@ def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
             "No retrieval was measured: there are no queries and qrels. Numbers from other splits or pseudo-queries:",
         ]
         models = {"pretrained": config.pretrained, "retriever": config.retriever, "adapter": made["adapter"].uri}
+        if ADAPTED in made and (layers := made[ADAPTED].manifest.details.get("layer_scales")):
+            models["layer_scales"] = ",".join(layers)
         lines.append(
             _command("tune", **models, corpus=made["corpus"].uri, output=(Location(config.root) / "scales").uri)
         )
@@ -45,5 +47,9 @@ def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
 
 def _command(command: str, **options: str) -> str:
     return "  " + shlex.join(
-        ["readapt", command, *(word for name, value in options.items() for word in (f"--{name}", value))]
+        [
+            "readapt",
+            command,
+            *(word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)),
+        ]
     )

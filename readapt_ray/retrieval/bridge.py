@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from readapt_ray.artifacts import Artifact, fingerprint, open_artifact
-from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
+from readapt_ray.errors import CorruptFileError, FingerprintMismatchError, InputError
 
 if TYPE_CHECKING:
+    from readapt_ray.retrieval.calibration import Calibration
     from readapt_ray.retrieval.query_maps import QueryMap
 
 logger = logging.getLogger("readapt_ray")
 
 MAP_NAME = "map.safetensors"
+CALIBRATION_NAME = "calibration.safetensors"
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,40 @@ class Bridge:
         """
         from readapt_ray.retrieval.query_maps import QueryMap
 
-        file, details = self.artifact.location / MAP_NAME, self.artifact.manifest.details
+        details = self.artifact.manifest.details
+        return QueryMap.from_bytes(details["map"], self._verified(MAP_NAME, details["map_sha256"]))
+
+    @functools.cached_property
+    def calibration(self) -> "Calibration":
+        """Read the passages that scores are compared by, the first time they are asked for.
+
+        Raises:
+            CorruptFileError: their file was cut short or altered, or is gone.
+        """
+        from readapt_ray.retrieval.calibration import Calibration
+
+        self.check_calibrated()
+        sha256 = self.artifact.manifest.details["calibration_sha256"]
+        return Calibration.from_bytes(self._verified(CALIBRATION_NAME, sha256))
+
+    def check_calibrated(self) -> None:
+        """Refuse a bridge of an older release, which says nothing of how its scores compare with real ones.
+
+        Raises:
+            InputError: it has no such file.
+        """
+        if "calibration_sha256" not in self.artifact.manifest.details:
+            raise InputError(
+                f"bridge {self.artifact.uri!r} was made by an older release and lacks {CALIBRATION_NAME}, by which its scores "
+                f"are compared with those of new vectors; run `readapt bridge` again into another output"
+            )
+
+    def _verified(self, name: str, sha256: str) -> bytes:
+        file = self.artifact.location / name
         content = file.read_bytes() if file.is_file() else b""
-        if hashlib.sha256(content).hexdigest() != details["map_sha256"]:
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise CorruptFileError(f"{file} was cut short or altered, or is gone; run `readapt bridge` again")
-        return QueryMap.from_bytes(details["map"], content)
+        return content
 
     def check_vectors(self, made: Artifact) -> None:
         """Refuse vectors, or an index of them, that the bridge does not lead to.

@@ -32,6 +32,7 @@ from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_APP, GATEWAY_D
 from readapt_ray.serving.options import DomainIndexConfig, DomainsConfig, Limits, ServeConfig, VersionConfig
 from readapt_ray.serving.slice_plan import planned_slices
 from readapt_ray.serving.versions import LossPolicy
+from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
     from readapt_ray.serving.gateway import GatewayConfig, GatewaySetup
@@ -147,6 +148,7 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         encoder_fingerprint=asked_by.get("fingerprint"),
         bridge=on_worker.absolute(bridge.artifact.location).uri if bridge else None,
         bridge_fingerprint=bridge.artifact.fingerprint if bridge else None,
+        new_vectors=on_worker.absolute(Location(config.new_vectors)).uri if config.new_vectors else None,
         index=on_worker.absolute(index.location).uri if index else None,
         index_fingerprint=index.fingerprint if index else None,
         index_encoder=index.manifest.details["encoder"]["fingerprint"] if index else None,
@@ -296,6 +298,7 @@ def check_version(name: str, config: VersionConfig) -> str:
     """
     from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer
+    from readapt_ray.serving.new_vectors import check_new_vectors
 
     if isinstance(config, DomainsConfig):
         return check_domain_encoder(name, config)
@@ -303,6 +306,7 @@ def check_version(name: str, config: VersionConfig) -> str:
         raise InputError(
             f"version {name!r} has the bridge {config.bridge!r} and no index; give the index of its old vectors"
         )
+    check_new_vectors(name, config)
     spec = version_spec(name, config)
     model = open_model(config.retriever)
     encoding = spec.encoding or model.encoding

@@ -130,6 +130,10 @@ class DomainBackend:
         """Check the encoder that all domains share."""
         return await self.shared.check()
 
+    async def num_reembedded(self) -> int | None:
+        """Return None: the passages of a domain's index stay."""
+        return None
+
 
 def policy_of_domains(policy: LossPolicy) -> LossPolicy:
     """Return what to do about a part of a domain's index that is lost: never wait, since waiting requests take others' places."""

@@ -6,8 +6,10 @@ it should is searched exactly.
 """
 
 import bisect
+import copy
 import functools
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -37,7 +39,9 @@ _WHOLE = re.compile(r"((IVF|HNSW|NSG)\w*,)?Flat|HNSW\d*|.+,(RFlat|Refine\(Flat\)
 
 
 @dataclass(frozen=True)
-class _SearchableShard:
+class SearchableShard:
+    """A shard with what finds its rows by doc_id and by column."""
+
     shard: IndexShard
     columns: KeptColumns | None = None
     """Of its passages, to filter by."""
@@ -93,14 +97,6 @@ class _SearchableShard:
         for doc_id, first, end in zip(doc_ids, firsts, ends, strict=True):  # "$" follows "#"
             yield from (each for each in self.ids[first:end] if parent_of(each) == doc_id)
 
-    def scan(self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Iterator[Hits]:
-        """Yield the k best of each query among the rows, for each block of them."""
-        for first in range(0, len(rows), _BLOCK_ROWS):
-            block = rows[first : first + _BLOCK_ROWS]
-            yield search_exact(
-                queries, [(self.shard.doc_ids[block].tolist(), _vectors(self.shard.index, block))], top_k
-            )
-
     def passing(self, wanted: DocFilter | None) -> NDArray[np.bool_] | None:
         """Return which rows pass a filter; None for all."""
         if wanted is None:
@@ -109,21 +105,50 @@ class _SearchableShard:
         passing[self.rows(wanted)] = True
         return passing
 
-    def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits]:
-        """Yield what passes a filter, in parts that hold the k best of each query."""
-        rows = self.rows(wanted)
-        if wanted.is_exact or len(rows) <= _SCANNED_ROWS:
-            yield from self.scan(queries, top_k, rows)
-            return
-        found = self.shard.search_among(queries, top_k, rows)
-        lacking = np.flatnonzero(np.count_nonzero(found.scores > -np.inf, axis=1) < min(top_k, len(rows)))
-        found.scores[lacking] = -np.inf
-        yield found
-        for each in self.scan(queries[lacking], top_k, rows) if len(lacking) else ():
-            scores = np.full((len(queries), each.scores.shape[1]), -np.inf, np.float32)
-            doc_ids = np.empty(scores.shape, object)
-            scores[lacking], doc_ids[lacking] = each.scores, each.doc_ids
-            yield Hits(scores, doc_ids)
+    def without_vectors(self) -> "SearchableShard":
+        """Return the same passages, to find by their words alone: their vectors are let go."""
+        left = copy.copy(self)
+        object.__setattr__(left, "shard", replace(self.shard, index=None))
+        return left
+
+
+def search_rows(
+    shard: IndexShard, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64], *, max_scanned: float
+) -> Iterator[Hits]:
+    """Yield the k best of each query among some rows, in parts.
+
+    Args:
+        shard: of the rows.
+        queries: [Q, D].
+        top_k: k.
+        rows: rising; none of them is deleted.
+        max_scanned: rows up to which each is compared; of more FAISS searches those, and what finds fewer than it should is
+            compared with each.
+    """
+    if len(rows) <= max_scanned:
+        yield from _scan(shard, queries, top_k, rows)
+        return
+    found = shard.search_among(queries, top_k, rows)
+    lacking = np.flatnonzero(np.count_nonzero(found.scores > -np.inf, axis=1) < min(top_k, len(rows)))
+    found.scores[lacking] = -np.inf
+    yield found
+    for each in _scan(shard, queries[lacking], top_k, rows) if len(lacking) else ():
+        scores = np.full((len(queries), each.scores.shape[1]), -np.inf, np.float32)
+        doc_ids = np.empty(scores.shape, object)
+        scores[lacking], doc_ids[lacking] = each.scores, each.doc_ids
+        yield Hits(scores, doc_ids)
+
+
+def _scan(shard: IndexShard, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Iterator[Hits]:
+    """Yield the k best of each query among the rows, for each block of them."""
+    for first in range(0, len(rows), _BLOCK_ROWS):
+        block = rows[first : first + _BLOCK_ROWS]
+        yield search_exact(queries, [(shard.doc_ids[block].tolist(), _vectors(shard.index, block))], top_k)
+
+
+def max_scanned(wanted: DocFilter) -> float:
+    """Return the rows of a shard up to which a filtered search compares all that pass."""
+    return math.inf if wanted.is_exact else _SCANNED_ROWS
 
 
 def is_mapped(record: ShardRecord, records: Sequence[ShardRecord]) -> bool:
@@ -163,12 +188,12 @@ def holds_vectors_whole(factory: str) -> bool:
     return _WHOLE.fullmatch(factory) is not None
 
 
-def _searchable(shards: Sequence[IndexShard], corpus: Sequence[Location], *, is_split: bool) -> list[_SearchableShard]:
+def _searchable(shards: Sequence[IndexShard], corpus: Sequence[Location], *, is_split: bool) -> list[SearchableShard]:
     """Return the shards with the columns of their passages."""
     columns = KeptColumns.read(corpus, [doc_id for each in shards for doc_id in each.doc_ids]) if corpus else None
     starts = itertools.accumulate((len(each.doc_ids) for each in shards), initial=0)
     return [
-        _SearchableShard(shard, columns.part(start, len(shard.doc_ids)) if columns else None, is_split)
+        SearchableShard(shard, columns.part(start, len(shard.doc_ids)) if columns else None, is_split)
         for start, shard in zip(starts, shards, strict=False)
     ]
 
@@ -196,7 +221,7 @@ class IndexSlice:
         *,
         is_split: bool = False,
     ) -> None:
-        self._shards = _searchable(merged(_loaded(folder, records, words or {})), corpus, is_split=is_split)
+        self.shards = _searchable(merged(_loaded(folder, records, words or {})), corpus, is_split=is_split)
 
     @classmethod
     def of(
@@ -204,13 +229,13 @@ class IndexSlice:
     ) -> "IndexSlice":
         """Return a slice of shards that are in memory already."""
         made = cls.__new__(cls)
-        made._shards = _searchable(shards, corpus, is_split=is_split)
+        made.shards = _searchable(shards, corpus, is_split=is_split)
         return made
 
     @property
     def num_vectors(self) -> int:
         """Count the vectors in all shards, without deleted ones."""
-        return sum(len(each.ids) for each in self._shards)
+        return sum(len(each.ids) for each in self.shards)
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None = None) -> Hits:
         """Return the k best of each query [Q, D]; with a filter, among the passages that pass it.
@@ -219,7 +244,7 @@ class IndexSlice:
             InputError: the dimensions differ, or this kind of index cannot be filtered.
         """
         if wanted is None:
-            return search_shards((each.shard for each in self._shards), queries, top_k)
+            return search_shards((each.shard for each in self.shards), queries, top_k)
         return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
 
     def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Iterator[Hits | None]:
@@ -230,7 +255,7 @@ class IndexSlice:
         """
         blocks = list(query_blocks(texts))
         best = [TopK(len(block), top_k) for block in blocks]
-        for each in self._shards:
+        for each in self.shards:
             passing = each.passing(wanted)
             for block, best_of_block in zip(blocks, best, strict=True):
                 found = search_words(each.shard.words, each.shard.doc_ids, block, top_k, passing)
@@ -245,7 +270,10 @@ class IndexSlice:
             InputError: the dimensions differ, or this kind of index cannot be filtered.
         """
         best = TopK(len(queries), top_k)
-        parts = itertools.chain.from_iterable(each.search(queries, top_k, wanted) for each in self._shards)
+        parts = itertools.chain.from_iterable(
+            search_rows(each.shard, queries, top_k, each.rows(wanted), max_scanned=max_scanned(wanted))
+            for each in self.shards
+        )
         for number, found in enumerate(parts):
             if number:
                 yield None

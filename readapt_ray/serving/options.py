@@ -65,6 +65,9 @@ class VersionConfig(Config):
     bridge: str | None = None
     """Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a version encodes queries
     alone."""
+    new_vectors: str | None = None
+    """Output folder in which `readapt embed` writes the vectors of this retriever, finished or still under way. Passages move
+    from old vectors behind the `bridge` to these as they appear."""
     corpus: str | None = None
     """Output folder of `readapt ingest`. If omitted, search results have no titles and texts."""
     encoding: EncodingOption = None
@@ -98,7 +101,7 @@ class VersionConfig(Config):
 
     def processes(self) -> dict[str, Any]:
         """Return the options of the processes: how many there are and with what, not what they serve."""
-        served = {"retriever", "index", "bridge", "corpus", "encoding", "dtype"}
+        served = {"retriever", "index", "bridge", "new_vectors", "corpus", "encoding", "dtype"}
         return {name: getattr(self, name) for name in VersionConfig.model_fields if name not in served}
 
 
@@ -194,7 +197,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset(
         {"retriever", "index", "bridge", "corpus", "encoding", "name", "versions", "host", "port", "write_config"}
-        | {"base", "domains"}
+        | {"new_vectors", "base", "domains"}
     )
     operational: ClassVar[frozenset[str]] = frozenset(
         {"batch_tokens", "batch_wait_s", "num_gateways", "index_actors", "index_replicas", "num_threads"}
@@ -253,7 +256,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
                 )
 
     def _check_domains(self) -> None:
-        given = [name for name in ("index", "bridge", "name", "shadow", "split") if getattr(self, name)]
+        given = [name for name in ("index", "bridge", "new_vectors", "name", "shadow", "split") if getattr(self, name)]
         if given or self.recall_probe or self.require_report:
             unused = given or ["recall_probe" if self.recall_probe else "require_report"]
             raise OptionError(
@@ -307,7 +310,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
 
     def domain_indexes(self) -> dict[str, DomainIndexConfig]:
         """Return the options of the index of each domain that has one."""
-        encodes = {"num_replicas", "max_replicas", "bridge"}
+        encodes = {"num_replicas", "max_replicas", "bridge", "new_vectors"}
         common = {name: getattr(self, name) for name in VersionConfig.model_fields if name not in encodes}
         return {
             name: DomainIndexConfig.parse(

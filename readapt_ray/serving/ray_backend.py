@@ -135,6 +135,13 @@ class RayBackend:
             raise WorkerError(f"the index has {sum(sizes):,} vectors; it had {self.info.num_vectors:,}")
         return float(seconds)
 
+    async def num_reembedded(self) -> int | None:
+        """Count the passages that have moved to new vectors; None for a version whose passages stay."""
+        if not self.info.is_moving:
+            return None
+        each = (_persistently(each.num_reembedded, self.info.fingerprint) for each in self._slices.values())
+        return sum(map(int, await asyncio.gather(*each)))
+
 
 async def _check(handle: Any, fingerprint: str) -> Any:
     """Return what a part answers, or what is wrong with it as text."""

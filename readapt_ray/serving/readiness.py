@@ -7,7 +7,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Generic, TypeVar
 
-from readapt_ray.serving import schema
+from pydantic import BaseModel
+
 from readapt_ray.serving.versions import PartsDownError, Version
 
 logger = logging.getLogger("ray.serve")
@@ -16,6 +17,24 @@ _CHECK_S = 3.0
 _RECENT_S = 1.0
 
 R = TypeVar("R")
+
+
+class CheckResult(BaseModel):
+    """Whether a version encodes and searches its whole index now."""
+
+    ready: bool
+    reason: str = ""
+    encode_s: float | None = None
+    num_vectors: int | None = None
+    num_reembedded: int | None = None
+    """Passages that are searched by new vectors, in a version whose passages move to these."""
+
+
+class Readiness(BaseModel):
+    """The answer of `GET /readyz`: whether every version encodes and searches."""
+
+    ready: bool
+    versions: dict[str, CheckResult]
 
 
 class Recent(Generic[R]):
@@ -43,7 +62,7 @@ class Recent(Generic[R]):
             self._made_s = time.monotonic()
 
 
-async def checked(versions: Mapping[str, Version], missing: Mapping[str, str]) -> schema.Readiness:
+async def checked(versions: Mapping[str, Version], missing: Mapping[str, str]) -> Readiness:
     """Check whether versions encode and search.
 
     Args:
@@ -52,24 +71,26 @@ async def checked(versions: Mapping[str, Version], missing: Mapping[str, str]) -
     """
     found = await asyncio.gather(*map(_check, versions.values()))
     results = dict(zip(versions, found, strict=True))
-    results |= {name: schema.CheckResult(ready=False, reason=f"not up: {cause}") for name, cause in missing.items()}
+    results |= {name: CheckResult(ready=False, reason=f"not up: {cause}") for name, cause in missing.items()}
     is_ready = bool(results) and all(each.ready for each in results.values())
-    return schema.Readiness(ready=is_ready, versions=results)
+    return Readiness(ready=is_ready, versions=results)
 
 
-async def _check(version: Version) -> schema.CheckResult:
+async def _check(version: Version) -> CheckResult:
     try:
         async with asyncio.timeout(_CHECK_S):
             seconds = await version.backend.check()
+            moved = await version.backend.num_reembedded()
     except TimeoutError:
-        return schema.CheckResult(ready=False, reason=f"no answer within {_CHECK_S:.0f} s")
+        return CheckResult(ready=False, reason=f"no answer within {_CHECK_S:.0f} s")
     except PartsDownError as error:
-        return schema.CheckResult(ready=False, reason=str(error))
+        return CheckResult(ready=False, reason=str(error))
     except Exception as error:
         # Paths and tracebacks belong in the log, not in the answer.
         logger.warning("version %s is not ready: %s", version.info.fingerprint, error)
-        return schema.CheckResult(ready=False, reason="its encoder or its index fails")
-    return schema.CheckResult(ready=True, encode_s=round(seconds, 4), num_vectors=version.info.num_vectors)
+        return CheckResult(ready=False, reason="its encoder or its index fails")
+    size = version.info.num_vectors
+    return CheckResult(ready=True, encode_s=round(seconds, 4), num_vectors=size, num_reembedded=moved)
 
 
 def without_folders(cause: str) -> str:

@@ -30,6 +30,11 @@ def check_report(uri: str, versions: Mapping[str, VersionConfig]) -> None:
     runs = json.loads((report.location / "report.json").read_text())["runs"]
     measured = {value for run in runs for value in run["provenance"].get("inputs", {}).values()}
     for name, version in versions.items():
+        if version.new_vectors:
+            raise InputError(
+                f"version {name!r} moves to the vectors of {version.new_vectors!r} while it is served, and no report measures "
+                f"what is between; leave require_report or new_vectors out"
+            )
         if not measured & _made_from(version):
             what = f"index {version.index!r}" if version.index else f"retriever {version.retriever!r}"
             raise InputError(f"report {uri!r} did not measure version {name!r} ({what}); evaluate a run of it")

@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from readapt_ray.serving import api_document, cohere, schema
+from readapt_ray.serving.readiness import Readiness
 from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import Trace
@@ -121,8 +122,8 @@ def _add_health(app: FastAPI, service: SearchService, gather_metrics: Callable[[
 
     @app.get(
         "/readyz",
-        response_model=schema.Readiness,
-        responses={403: _ERRORS[403], 503: {"model": schema.Readiness, "description": "A version cannot work."}},
+        response_model=Readiness,
+        responses={403: _ERRORS[403], 503: {"model": Readiness, "description": "A version cannot work."}},
     )
     async def readyz() -> Response:
         """Whether every version encodes, and searches its whole index; found out by doing it, once a second at most."""

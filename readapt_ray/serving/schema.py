@@ -282,22 +282,6 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class CheckResult(BaseModel):
-    """Whether a version encodes and searches its whole index now."""
-
-    ready: bool
-    reason: str = ""
-    encode_s: float | None = None
-    num_vectors: int | None = None
-
-
-class Readiness(BaseModel):
-    """The answer of `GET /readyz`: whether every version encodes and searches."""
-
-    ready: bool
-    versions: dict[str, CheckResult]
-
-
 class ErrorBody(BaseModel):
     """What went wrong, in OpenAI's words."""
 

@@ -27,7 +27,7 @@ from readapt_ray.serving.batching import QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
 from readapt_ray.serving.hit_texts import texts_of
 from readapt_ray.serving.options import Limits
-from readapt_ray.serving.readiness import Recent, checked
+from readapt_ray.serving.readiness import Readiness, Recent, checked
 from readapt_ray.serving.schema import RequestError, invalid
 from readapt_ray.serving.search_modes import check_mode, search_documents, word_queries
 from readapt_ray.serving.shadow_and_probe import SideSearches
@@ -116,7 +116,7 @@ class SearchService:
         """
         return self._registry.model(name, trace.domains)
 
-    async def readiness(self) -> schema.Readiness:
+    async def readiness(self) -> Readiness:
         """Say whether every version encodes and searches, found out by doing it at most once per second."""
         return await self._readiness.result()
 

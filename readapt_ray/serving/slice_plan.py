@@ -11,9 +11,13 @@ from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
     from readapt_ray.retrieval.index_files import ShardRecord
+    from readapt_ray.retrieval.vector_index import VectorIndex
 
 _ID_BYTES = 160
 """Memory per vector beside the shard's files: its doc_id as a Python object, its places and its content hash."""
+
+_COPIES = 4
+"""Of new vectors on their way from a file into memory."""
 
 
 class PlannedSlice(NamedTuple):
@@ -52,7 +56,8 @@ def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
             num_vectors=sum(each.num_vectors - each.num_deleted for each in part),
             num_bytes=sum(each.num_bytes + extra[each.name] for each in part)
             + round(columns * sum(each.num_vectors for each in part))
-            + _read_bytes(index.folder, part),
+            + _read_bytes(index.folder, part)
+            + _new_vector_bytes(config, index, sum(each.num_vectors for each in part)),
         )
         for number, part in enumerate(dealt)
     ]
@@ -71,6 +76,19 @@ def _read_bytes(folder: Location, records: Sequence["ShardRecord"]) -> int:
         for shard in records
     ]
     return sum(sorted(each)[-READ_AT_ONCE:])
+
+
+def _new_vector_bytes(config: VersionConfig, index: "VectorIndex", num_vectors: int) -> int:
+    """Return the memory of new vectors of the passages of a slice, and of the part of a file of them that is being read."""
+    if not (config.new_vectors and config.bridge):
+        return 0
+    from readapt_ray.retrieval.bridge import Bridge
+    from readapt_ray.serving.moving_slice import num_bytes
+    from readapt_ray.serving.new_vectors import CHUNK_ROWS, vector_factory
+
+    dimension = int(Bridge.open(config.bridge).new_encoder["dimension"])
+    chunk_bytes = 4 * dimension * min(CHUNK_ROWS, num_vectors)
+    return num_bytes(num_vectors, dimension, vector_factory(index)) + _COPIES * chunk_bytes
 
 
 def _column_bytes(corpus: str | None) -> int:

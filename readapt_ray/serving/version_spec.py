@@ -21,6 +21,8 @@ class VersionSpec:
     bridge: str | None = None
     """Maps queries to the vectors of the index, if another model made these."""
     bridge_fingerprint: str | None = None
+    new_vectors: str | None = None
+    """Folder in which `embed` writes the vectors of the retriever, to which passages move as they appear."""
     index: str | None = None
     index_fingerprint: str | None = None
     index_encoder: str | None = None
@@ -49,4 +51,5 @@ class VersionSpec:
     def fingerprint(self, encoder: str) -> str:
         """Return the fingerprint of the version, made from its encoder's."""
         parts = {"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint}
-        return fingerprint(parts | ({"bridge": self.bridge_fingerprint} if self.bridge else {}))
+        parts |= {"bridge": self.bridge_fingerprint} if self.bridge else {}
+        return fingerprint(parts | ({"new_vectors": self.new_vectors} if self.new_vectors else {}))

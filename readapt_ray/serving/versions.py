@@ -68,6 +68,8 @@ class VersionInfo:
     """Model that encodes the passages, if this version encodes queries alone: behind a bridge, or by a model for queries."""
     slices: Mapping[str, int] = field(default_factory=dict)
     """The parts of its index, each with the number of its vectors; empty without an index."""
+    is_moving: bool = False
+    """Whether its passages move from old vectors behind a bridge to new ones, while it is served."""
     knowledge_scales: tuple[float, ...] = ()
     """Scale of each knowledge adapter of a domain."""
     has_words: bool = False
@@ -118,6 +120,9 @@ class Backend(Protocol):
         Raises:
             Exception: it cannot.
         """
+
+    async def num_reembedded(self) -> int | None:
+        """Count the passages that have moved to new vectors; None for a version whose passages stay."""
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,11 @@ slice searches for a vector. After three failures Ray Serve replaces the process
 in progress counts as healthy for up to five minutes.
 """
 
-import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +24,7 @@ from readapt_ray.errors import FingerprintMismatchError, ModelError, WorkerError
 from readapt_ray.quick_imports import import_for_models
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.domain_encoder import DomainEncoder
+from readapt_ray.serving.compute_thread import ComputeThread, set_faiss_threads, set_torch_threads
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.domains import DomainRow, DomainUnavailableError
 from readapt_ray.serving.resident_domains import ResidentDomains
@@ -38,75 +37,16 @@ from readapt_ray.weights.domain_sources import DomainSource, check_domains, read
 if TYPE_CHECKING:
     from readapt_ray.retrieval.encoder import Encoder
     from readapt_ray.retrieval.exact import Hits
+    from readapt_ray.serving.moving_slice import MovingSlice
 
 logger = logging.getLogger("ray.serve")
 
 _PROBE = "Is this encoder well?"
 _MIN_COSINE = 0.99
-_PROOF_WAIT_S = 10.0
-_MAX_WORK_S = 300.0
 _TIMED_S = 5.0
 """Longest batch that is timed at the start."""
 _TIMED_TOKENS = 32
 """Tokens of each of its rows."""
-
-R = TypeVar("R")
-
-
-class _Worker:
-    """Compute in one thread, so that the event loop stays free to answer health checks.
-
-    Nothing else may compute in the process, not even at its start: OpenMP keeps threads for each thread that ever did, and
-    once all together are more than the cores, they sleep between two steps instead of spinning. all-MiniLM-L6-v2 took
-    12.4 ms for a question on two cores where it takes 5.8.
-    """
-
-    def __init__(self, set_up: Callable[[], None]) -> None:
-        # OpenMP keeps its number of threads by thread: it must be set in the one that computes.
-        self._pool = ThreadPoolExecutor(1, initializer=set_up)
-        self._began_s = time.monotonic()
-        self._proof: asyncio.Task[Any] | None = None
-
-    def wait_for(self, function: Callable[..., R], *given: Any) -> R:
-        """Run a function and wait for its result."""
-        return self._pool.submit(function, *given).result()
-
-    async def __call__(self, function: Callable[..., R], *given: Any) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, function, *given)
-
-    def _timed(self, function: Callable[..., R], *given: Any) -> R:
-        self._began_s = time.monotonic()
-        return function(*given)
-
-    async def check(self, prove: Callable[[], Awaitable[object]]) -> None:
-        """Check that the thread works; if it is busy, check that its work is not stuck. One check at a time is queued.
-
-        Raises:
-            WorkerError: what is under way takes too long.
-            Exception: whatever the proof raised.
-        """
-        proof = self._proof = self._proof or asyncio.ensure_future(prove())
-        done, _ = await asyncio.wait({proof}, timeout=_PROOF_WAIT_S)
-        if done:
-            self._proof = None
-            proof.result()
-        elif time.monotonic() - self._began_s > _MAX_WORK_S:
-            raise WorkerError(f"one piece of work has been under way for more than {_MAX_WORK_S:.0f} s")
-
-
-def _set_torch_threads(num_threads: int) -> None:
-    import torch
-
-    torch.set_num_threads(num_threads)
-
-
-def _set_faiss_threads(num_threads: int) -> None:
-    import torch
-
-    from readapt_ray.retrieval.faiss_build import faiss
-
-    faiss.omp_set_num_threads(num_threads)
-    torch.set_num_threads(num_threads)
 
 
 @serve.deployment
@@ -123,8 +63,8 @@ class EncoderReplica:
         on_worker.check_gpus()
         self._spec = spec
         self._model = open_model(spec.retriever) if not spec.base else open_any(spec.bundles)
-        self._compute = _Worker(
-            functools.partial(_set_torch_threads, spec.num_threads or cores_per_process(spec.num_slots))
+        self._compute = ComputeThread(
+            functools.partial(set_torch_threads, spec.num_threads or cores_per_process(spec.num_slots))
         )
         self._domains: ResidentDomains | None = None
         if spec.base:
@@ -137,7 +77,8 @@ class EncoderReplica:
                 f"{spec.retriever!r} has other weights on this node than what made the index {spec.index!r}; "
                 f"put the same files on all nodes, or give a URI"
             )
-        self._bridge = None if spec.bridge is None else Bridge.open(spec.bridge)
+        # Where passages move to new vectors, the slices map the queries: here they are what the new model makes.
+        self._bridge = None if spec.bridge is None or spec.new_vectors else Bridge.open(spec.bridge)
         if self._bridge is not None and self._bridge.artifact.fingerprint != spec.bridge_fingerprint:
             raise FingerprintMismatchError(f"bridge {spec.bridge!r} is not the one that this version was set up with")
         self._passages_by = self._bridge.old_encoder["model"] if self._bridge else _passages_by(self._model)
@@ -163,6 +104,7 @@ class EncoderReplica:
             num_slots=self._spec.num_slots,
             tokens_per_s=self._tokens_per_s,
             slices=self._spec.slices,
+            is_moving=bool(self._spec.new_vectors),
             has_words=self._spec.has_words,
             is_split=self._spec.is_split,
             corpus=self._spec.corpus,
@@ -241,8 +183,9 @@ class IndexReplica:
         del others
         from readapt_ray.retrieval.vector_index import VectorIndex
         from readapt_ray.serving.index_slice import IndexSlice
+        from readapt_ray.serving.new_vectors import follow
 
-        self._compute = _Worker(functools.partial(_set_faiss_threads, cores_per_process(num_slices)))
+        self._compute = ComputeThread(functools.partial(set_faiss_threads, cores_per_process(num_slices)))
         index = VectorIndex.open(str(spec.index))
         if (index.artifact.fingerprint, index.encoder["fingerprint"]) != (
             spec.index_fingerprint,
@@ -251,10 +194,15 @@ class IndexReplica:
             raise FingerprintMismatchError(f"index {spec.index!r} is not the one that this version was set up with")
         records = [record for record in index.records if record.name in names]
         load = functools.partial(IndexSlice, is_split=spec.is_split)
-        self._slice = self._compute.wait_for(load, index.folder, records, _passage_files(spec), index.words)
+        base = self._compute.wait_for(load, index.folder, records, _passage_files(spec), index.words)
+        self._slice: IndexSlice | MovingSlice = base
+        self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
+        if spec.new_vectors is not None:
+            number = [record.name for record in index.records].index(names[0])
+            self._slice, self._follower = follow(base, spec, index, number, self._compute.wait_for)
+            self._probe = np.ones((1, self._slice.dimension), np.float32)
         self._search = SearchBatches(functools.partial(self._compute, self._slice.search))
         self._fingerprint = spec.fingerprint(str(spec.encoder_fingerprint))
-        self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
 
     async def search(
         self, version: str, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None
@@ -304,6 +252,15 @@ class IndexReplica:
         if self._slice.num_vectors:
             await self._compute(self._slice.search, self._probe, 1)
         return self._slice.num_vectors
+
+    async def num_reembedded(self, version: str) -> int:
+        """Count the passages that are searched by new vectors.
+
+        Raises:
+            FingerprintMismatchError: another version is meant.
+        """
+        _check_fingerprint(version, self._fingerprint)
+        return getattr(self._slice, "num_reembedded", 0)
 
     async def check_health(self) -> None:
         """Check this process for Ray Serve, which replaces it when the check fails."""

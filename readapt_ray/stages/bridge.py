@@ -1,11 +1,11 @@
 """Fit a bridge: a map by which a new model's queries search the vectors of an old model, while re-embedding runs.
 
-In: vectors of an old model and a new model. Out: `map.safetensors`, and the new vectors of a sample of the passages. Eight
-tenths of the sample fit the maps (`retrieval/query_maps.py`), one tenth chooses among them, and on the last tenth, and on
-queries of the corpus where it has some, recall is measured against what the new model finds among its own vectors of these
-passages: those that no map was fitted on, with as large a share of the others as in the corpus. It costs encoding the
-sample, reading the doc_ids of the corpus, and some minutes on the driver: with 20,000 vectors of 4,096 numbers it holds 1.5
-GB.
+In: vectors of an old model and a new model. Out: `map.safetensors`; `calibration.safetensors`, the vectors of both models of
+up to 1,000 withheld passages; and the new vectors of a sample of the passages. Eight tenths of the sample fit the maps
+(`retrieval/query_maps.py`), one tenth chooses among them, and on the last tenth, and on queries of the corpus where it has
+some, recall is measured against what the new model finds among its own vectors of these passages: those that no map was
+fitted on, with as large a share of the others as in the corpus. It costs encoding the sample, reading the doc_ids of the
+corpus, and some minutes on the driver: with 20,000 vectors of 4,096 numbers it holds 1.5 GB.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from readapt_ray.cluster.recall_queries import query_encoder_of
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import FingerprintMismatchError, InputError, ReadaptError
 from readapt_ray.progress import amount
-from readapt_ray.retrieval.bridge import MAP_NAME
+from readapt_ray.retrieval.bridge import CALIBRATION_NAME, MAP_NAME
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.seeds import random_generator
 
@@ -162,20 +162,33 @@ def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncode
         asked["queries"] = queries
     measured = {what: measure_bridge(best, each, new_pool, old_pool) for what, each in asked.items()}
     told_by = "queries" if measured.get("queries", {}).get("num_queries", 0) >= _FEW_QUERIES else "passages"
-    content = best.to_bytes()
-    (workspace.location / MAP_NAME).write_bytes(content)
     workspace.counts |= {"num_passages": len(doc_ids), "num_queries": measured[told_by]["num_queries"]}
     workspace.details |= {
         "old_encoder": old.manifest.details["encoder"],
         "new_encoder": {**new.description, "dimension": new_vectors.shape[1]},
         "map": best.name,
-        "map_sha256": hashlib.sha256(content).hexdigest(),
+        "map_sha256": _written(workspace, MAP_NAME, best.to_bytes()),
+        "calibration_sha256": _written(workspace, CALIBRATION_NAME, _calibration(new_vectors, old_vectors, parts)),
         "recall_of_maps": recalls,
         "recall_at_10": measured,
         "num_searched": len(parts.pool),
         "not_worth_it": objection(measured[told_by]),
     }
     _tell(workspace.details)
+
+
+def _written(workspace: Workspace, name: str, content: bytes) -> str:
+    """Write a file; return its SHA-256."""
+    (workspace.location / name).write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _calibration(new: NDArray[np.float32], old: NDArray[np.float32], parts: "_Parts") -> bytes:
+    """Return the vectors of passages that no map was fitted on, by which scores of both are compared."""
+    from readapt_ray.retrieval.calibration import MAX_PASSAGES, Calibration
+
+    rows = parts.pool[: len(parts.last) + len(parts.choice)][:MAX_PASSAGES]
+    return Calibration(old[rows], new[rows]).to_bytes()
 
 
 @dataclass(frozen=True)

@@ -235,6 +235,24 @@ def test_a_version_that_a_requirement_stops_is_not_offered_to_be_served(desk: De
     assert ("readapt serve" in run_end.closing(chain.RunConfig.parse(desk.values), made)) == holds
 
 
+@pytest.mark.parametrize(
+    ("layers", "told"), [(None, ""), (["0-11=0.8", "12-23=0.2"], "--layer-scales 0-11=0.8,12-23=0.2")]
+)
+def test_scales_without_a_report_are_searched_for_as_the_model_was_merged(
+    desk: Desk, layers: list[str] | None, told: str
+) -> None:
+    assert desk.run() == 0
+    made = {name: artifacts.open_artifact(str(desk.root / name), "") for name in ("corpus", "adapter", "adapted")}
+    if layers:
+        made["adapted"].manifest.details["layer_scales"] = layers
+    [line] = [
+        line
+        for line in run_end.closing(chain.RunConfig.parse(desk.values), made).splitlines()
+        if "readapt tune" in line
+    ]
+    assert told in line and ("--layer-scales" in line) == bool(layers)
+
+
 def test_what_is_wrong_with_a_general_collection_is_told_first(
     desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

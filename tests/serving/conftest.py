@@ -15,17 +15,23 @@ import torch
 import uvicorn
 
 from readapt_ray.artifacts import Workspace, open_artifact, produce
-from readapt_ray.catalog.models import open_model
+from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.config import StageConfig
+from readapt_ray.records import Passage
 from readapt_ray.retrieval.bm25 import WordCounts, WordIndex, words
+from readapt_ray.retrieval.bridge import Bridge
+from readapt_ray.retrieval.calibration import Calibration
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_files import words_file, write_shard
 from readapt_ray.retrieval.index_shard import build_shard
+from readapt_ray.retrieval.query_encoder import describe_encoder
+from readapt_ray.retrieval.query_maps import QueryMap
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import ApiKey, KeyRing
+from readapt_ray.serving.moving_slice import MovingSlice
 from readapt_ray.serving.options import Limits, ServeConfig
 from readapt_ray.serving.routes import build_api
 from readapt_ray.serving.search_service import SearchService
@@ -33,6 +39,7 @@ from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.spans import RequestSpans
 from readapt_ray.serving.telemetry import Telemetry
 from readapt_ray.serving.versions import Found, Ranked, Routing, VersionInfo, merged
+from readapt_ray.stages.bridge import BridgeConfig
 from tests.chaos.nodes import free_port
 from tests.factories import full_retriever, ingest_artifact, small_corpus, tiny_decoder, write_contract
 
@@ -102,13 +109,44 @@ def world(tmp_path_factory) -> World:
     return World(folder, encoders[0])
 
 
+def passage_vectors(model: OpenModel, passages: Sequence[Passage] | None = None) -> np.ndarray:
+    """What a model makes of the passages of the world."""
+    passages = small_corpus(40) if passages is None else passages
+    return Encoder.load(model).encode([each.text for each in passages], "passage", [each.title for each in passages])
+
+
+@pytest.fixture(scope="session")
+def bridged(world: World) -> Bridge:
+    """A bridge from queries of `other` to the vectors of `retriever`: any rotation."""
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(32, 32)))[0].astype(np.float32)
+    content = QueryMap("orthogonal", rotation).to_bytes()
+    old, new = (open_model(str(world.folder / name)) for name in ("retriever", "other"))
+    calibration = Calibration(*(passage_vectors(each) for each in (old, new))).to_bytes()
+
+    def write(workspace):
+        (workspace.location / "map.safetensors").write_bytes(content)
+        (workspace.location / "calibration.safetensors").write_bytes(calibration)
+        workspace.details |= {
+            "old_encoder": {**describe_encoder(old, old.encoding, "float32"), "dimension": 32},
+            "new_encoder": {**describe_encoder(new, new.encoding, "float32"), "dimension": 32},
+            "map": "orthogonal",
+            "map_sha256": hashlib.sha256(content).hexdigest(),
+            "calibration_sha256": hashlib.sha256(calibration).hexdigest(),
+            "not_worth_it": "",
+        }
+
+    vectors = open_artifact(world.version()["index"], "index").manifest.inputs["vectors"]
+    config = BridgeConfig(old_vectors="old-vectors", retriever=new.name, output=str(world.folder / "bridge"))
+    return Bridge(produce("bridge", config, inputs={"old_vectors": vectors, "corpus": "corpus"}, work=write))
+
+
 @dataclass
 class LocalVersion:
     """A version in this process, which a test can slow down, break, and ask what it was given."""
 
     info: VersionInfo
     encoder: Encoder
-    slices: dict[str, IndexSlice]
+    slices: dict[str, IndexSlice | MovingSlice]
     delay_s: float = 0.0
     encoded: list[list[Sequence[int]]] = field(default_factory=list)
     broken: str = ""
@@ -164,6 +202,10 @@ class LocalVersion:
     async def check(self) -> float:
         await self.encode([[1, 2, 3]])
         return 0.001
+
+    async def num_reembedded(self) -> int | None:
+        each = [part.num_reembedded for part in self.slices.values() if isinstance(part, MovingSlice)]
+        return sum(each) if each else None
 
 
 @dataclass

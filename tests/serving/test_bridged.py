@@ -1,50 +1,23 @@
 """A version whose passages another model encoded: behind a bridge, or with a model for queries alone."""
 
 import asyncio
-import hashlib
 
 import httpx
 import numpy as np
 import pytest
 
-from readapt_ray.artifacts import open_artifact, produce
 from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import FingerprintMismatchError, InputError
-from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.retrieval.query_encoder import describe_encoder
-from readapt_ray.retrieval.query_maps import QueryMap
 from readapt_ray.serving.app import check_version, version_spec
 from readapt_ray.serving.options import VersionConfig
 from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.workers import EncoderReplica
-from readapt_ray.stages.bridge import BridgeConfig
 from tests.factories import small_corpus
 from tests.serving.conftest import LocalVersion
 from tests.serving.test_routes import EMBEDDINGS, TEXTS, ask, post
-
-
-@pytest.fixture(scope="module")
-def bridged(world):
-    """A bridge from queries of `other` to the vectors of `retriever`: any rotation."""
-    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(32, 32)))[0].astype(np.float32)
-    content = QueryMap("orthogonal", rotation).to_bytes()
-    old, new = (open_model(str(world.folder / name)) for name in ("retriever", "other"))
-
-    def write(workspace):
-        (workspace.location / "map.safetensors").write_bytes(content)
-        workspace.details |= {
-            "old_encoder": {**describe_encoder(old, old.encoding, "float32"), "dimension": 32},
-            "new_encoder": {**describe_encoder(new, new.encoding, "float32"), "dimension": 32},
-            "map": "orthogonal",
-            "map_sha256": hashlib.sha256(content).hexdigest(),
-            "not_worth_it": "",
-        }
-
-    vectors = open_artifact(world.version()["index"], "index").manifest.inputs["vectors"]
-    config = BridgeConfig(old_vectors="old-vectors", retriever=new.name, output=str(world.folder / "bridge"))
-    return Bridge(produce("bridge", config, inputs={"old_vectors": vectors}, work=write))
 
 
 def _config(world, **changes):
@@ -62,7 +35,7 @@ def test_a_bridged_version_has_a_fingerprint_of_its_own(world, bridged):
     assert check_version("new", _config(world)) == spec.fingerprint(spec.encoder_fingerprint)
 
 
-def test_its_encoder_maps_queries(world, bridged):
+def test_its_encoder_maps_queries(world, bridged, ray_session):
     spec = version_spec("new", _config(world))
     replica = EncoderReplica.func_or_class(spec)
     info = asyncio.run(replica.describe())

@@ -163,7 +163,7 @@ def test_a_scan_pauses_between_its_blocks_and_finds_the_same(sliced, vectors, mo
 def test_which_index_gives_its_vectors_back_as_they_were(factory, is_whole):
     vectors = np.random.default_rng(6).normal(size=(500, 16)).astype(np.float32)
     shard = build_shard(factory, 16, [([str(row) for row in range(500)], vectors)])
-    given_back = index_slice._vectors(index_slice._SearchableShard(shard).shard.index, np.arange(500))
+    given_back = index_slice._vectors(index_slice.SearchableShard(shard).shard.index, np.arange(500))
     assert np.array_equal(given_back, vectors) == is_whole
     assert holds_vectors_whole(factory) == is_whole
 

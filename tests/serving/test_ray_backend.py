@@ -35,7 +35,7 @@ class Handle:
 
 
 def readiness(encoder, slices):
-    info = SimpleNamespace(fingerprint="f", slices={"index-0": 25, "index-1": 15}, num_vectors=40)
+    info = SimpleNamespace(fingerprint="f", slices={"index-0": 25, "index-1": 15}, num_vectors=40, is_moving=False)
     backend = RayBackend(info, Handle(encoder), {name: Handle(each) for name, each in slices.items()}, LossPolicy())
     versions = {"tiny": SimpleNamespace(backend=backend, info=info)}
     return asyncio.run(checked(versions, {})).versions["tiny"]

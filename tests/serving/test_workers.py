@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from readapt_ray.errors import WorkerError
-from readapt_ray.serving import index_slice, workers
+from readapt_ray.serving import compute_thread, index_slice, workers
+from readapt_ray.serving.compute_thread import ComputeThread
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.search_batches import SearchBatches
 
 
-def worker() -> workers._Worker:
-    return workers._Worker(lambda: None)
+def worker() -> ComputeThread:
+    return ComputeThread(lambda: None)
 
 
 def test_a_proof_that_waits_behind_long_work_is_no_failure_and_is_not_asked_twice(monkeypatch):
-    monkeypatch.setattr(workers, "_PROOF_WAIT_S", 0.05)
+    monkeypatch.setattr(compute_thread, "_PROOF_WAIT_S", 0.05)
     over, proven = threading.Event(), []
 
     async def run():
@@ -31,7 +32,7 @@ def test_a_proof_that_waits_behind_long_work_is_no_failure_and_is_not_asked_twic
         for _ in range(3):
             await compute.check(prove)
         assert proven == []
-        monkeypatch.setattr(workers, "_MAX_WORK_S", 0.01)
+        monkeypatch.setattr(compute_thread, "_MAX_WORK_S", 0.01)
         with pytest.raises(WorkerError, match="one piece of work has been under way for more than"):
             await compute.check(prove)
         over.set()

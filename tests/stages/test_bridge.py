@@ -19,6 +19,7 @@ from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, objectio
 from readapt_ray.evaluation.runs import read_run
 from readapt_ray.python.retriever import Retriever
 from readapt_ray.retrieval.bridge import Bridge
+from readapt_ray.retrieval.calibration import Calibration
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.vector_files import write_vectors
@@ -107,6 +108,39 @@ def test_a_bridge_between_models_that_are_near_is_better_than_old_queries(world)
     assert _details(made)["old_encoder"]["model"] == str(root / "old")
     assert _details(made)["new_encoder"]["model"] == str(root / "new")
     assert made.manifest.counts["num_passages"] == NUM_PASSAGES
+
+
+def test_withheld_passages_are_kept_with_the_vectors_of_both_models(world):
+    root, passages, _ = world
+    opened = Bridge.open(str(root / "bridge"))
+    texts, titles = [each.text for each in passages], [each.title for each in passages]
+    old, new = (Encoder.load(open_model(str(root / name))).encode(texts, "passage", titles) for name in ("old", "new"))
+    kept = opened.calibration
+    assert len(kept.old) == len(kept.new) == NUM_PASSAGES // 5
+    rows = (kept.new @ new.T).argmax(axis=1)
+    np.testing.assert_allclose(kept.new, new[rows], atol=1e-5)
+    np.testing.assert_allclose(kept.old, old[rows], atol=1e-5)
+    parts = stage._parts(NUM_PASSAGES, NUM_PASSAGES, 0)
+    doc_ids, _ = bridge_sample.old_sample(artifacts.open_artifact(str(root / "old-vectors"), "embed"), NUM_PASSAGES, 0)
+    fitted = {doc_ids[row] for row in parts.fit}
+    assert not fitted & {passages[row].doc_id for row in rows}
+
+
+def test_bridged_scores_of_the_kept_passages_get_the_mean_and_spread_of_real_ones(world):
+    root, _, queries = world
+    opened = Bridge.open(str(root / "bridge"))
+    asked = Encoder.load(open_model(str(root / "new"))).encode([each.text for each in queries], "query")
+    mapped = opened.query_map(asked)
+    factor, offset = opened.calibration.scale(asked, mapped)
+    scaled, real = mapped @ opened.calibration.old.T * factor + offset, asked @ opened.calibration.new.T
+    np.testing.assert_allclose(scaled.mean(axis=1), real.mean(axis=1), atol=1e-4)
+    np.testing.assert_allclose(scaled.std(axis=1), real.std(axis=1), rtol=1e-3)
+
+
+def test_scores_that_do_not_differ_are_still_ranked():
+    calibration = Calibration(np.ones((4, 3), np.float32), np.eye(4, 2, dtype=np.float32))
+    factor, offset = calibration.scale(np.ones((1, 2), np.float32), np.ones((1, 3), np.float32))
+    assert 0 < factor[0, 0] < np.inf and np.isfinite(offset[0, 0])
 
 
 def test_recall_is_what_numpy_finds_with_the_models_themselves(world):
@@ -282,3 +316,17 @@ def test_a_map_that_was_altered_is_refused(world):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CorruptFileError, match="run `readapt bridge` again"):
         search(_search(root, "altered.trec", bridge=str(root / "altered")))
+
+
+def test_a_calibration_that_was_altered_or_that_an_older_release_did_not_write_is_refused(world):
+    root, *_ = world
+    shutil.copytree(root / "bridge", root / "uncalibrated")
+    file = root / "uncalibrated/calibration.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CorruptFileError, match=r"calibration\.safetensors was cut short or altered"):
+        _ = Bridge.open(str(root / "uncalibrated")).calibration
+    manifest = json.loads((root / "uncalibrated/manifest.json").read_text())
+    del manifest["details"]["calibration_sha256"]
+    (root / "uncalibrated/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"older release .* run `readapt bridge` again into another output"):
+        _ = Bridge.open(str(root / "uncalibrated")).calibration
