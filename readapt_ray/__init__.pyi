@@ -130,8 +130,8 @@ def bridge(
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
         old_vectors: Vectors to search: the output of `readapt embed` with the old model. (required)
-        retriever: New model, whose queries are to search them: a catalog name, a folder, a URI or a hub id.
-            (required)
+        retriever: New model, whose queries are to search them: a catalog name, a folder, a GGUF file, a URI or
+            a hub id. (required)
         corpus: Passages of the vectors, if they are no longer where they were embedded from: the output of
             `readapt ingest`.
         sample: Passages to encode with the new model; all if there are fewer. It takes as many as 1.25 times
@@ -312,8 +312,8 @@ def embed(
         output: Folder or URI to write the artifact to. (required)
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
-        retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. Give this or
-            domain.
+        retriever: Model that makes the vectors: a catalog name, a folder, a GGUF file, a URI or a hub id. Give
+            this or domain.
         domain: Factors of a domain, the output of `readapt merge --factors`: vectors and queries equal the
             merged model's. Give this or retriever.
         base: Model before retrieval training that the domain was merged with. If omitted, the one that the
@@ -575,7 +575,7 @@ def finetune(
             the estimate is wrong for your model. (default: yes)
         trackers: Where to report each step besides the terminal, metrics.jsonl and Ray's metrics, separated by
             commas: tensorboard, wandb, mlflow. wandb and mlflow must be installed.
-        model: Model to start from: a catalog name, a folder, a URI or a hub id. (required)
+        model: Model to start from: a catalog name, a folder, a GGUF file, a URI or a hub id. (required)
         corpus: Passages with queries and qrels (the output of `readapt ingest`), queries that a language model
             wrote (the output of `readapt synthesize`), or a JSONL file of pairs with the texts `query`,
             `positive` and, optionally, `negatives`. Of a document that ingest split, the passage with most
@@ -763,8 +763,8 @@ def merge(
         output: Folder or URI to write the artifact to. (required)
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
-        pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. With bundle,
-            only where its base model is now.
+        pretrained: Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id.
+            With bundle, only where its base model is now.
         retriever: The same model after retrieval training: full weights, or a LoRA or DoRA adapter.
         adapter: Knowledge adapter (the output of `readapt train`) or tuned model: a folder, a URI or a hub id;
             or several, separated by commas.
@@ -844,7 +844,8 @@ def pack(
         only: File of the only passages to use; same formats as exclude.
         new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose
             title and text are not in it.
-        pretrained: Model whose tokenizer is used: a catalog name, a folder, a URI or a hub id. (required)
+        pretrained: Model whose tokenizer is used: a catalog name, a folder, a GGUF file, a URI or a hub id.
+            (required)
         corpus: Passages: the output of `readapt ingest`. (required)
 
     Returns:
@@ -883,9 +884,10 @@ def paper(
         root: Folder or URI to write all artifacts and tables to. (default: readapt-paper)
         experiments: Experiments to run, separated by commas: table1, table2, table3, figure2, baselines; or
             all. (default: table1)
-        retriever: Model to adapt: a catalog name, a folder, a URI or a hub id. (default: e5-mistral)
-        pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. If omitted,
-            what the catalog says of the retriever.
+        retriever: Model to adapt: a catalog name, a folder, a GGUF file, a URI or a hub id. (default:
+            e5-mistral)
+        pretrained: Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id.
+            If omitted, what the catalog says of the retriever.
         corpora: Corpora, separated by commas: names of the catalog, or NAME=SOURCE with any source of `readapt
             ingest`. If omitted, the paper's fourteen. (default:
             msmarco,fever,hotpotqa,nq,quora,arguana,climate-fever,dbpedia-entity,fiqa,nfcorpus,scidocs,scifact,trec-covid,webis-touche2020)
@@ -939,8 +941,8 @@ def refresh(
         root: Folder or URI that holds the generations; also the root of a `readapt run`. (required)
         source: The corpus as it is now: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or
             `python-docs:PACKAGE,...`. If omitted, the source of the previous refresh.
-        retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. If omitted, the
-            model of the previous refresh.
+        retriever: Model that makes the vectors: a catalog name, a folder, a GGUF file, a URI or a hub id. If
+            omitted, the model of the previous refresh.
         to: Vector database to keep up to date, as `readapt export --to`. If omitted, the target of the previous
             refresh, if it had one.
         serve: YAML file with the options of a server that runs, as `readapt serve --config`. It is updated to
@@ -1094,8 +1096,8 @@ def serve(
     Give the options by name, or all of them as one ServeConfig.
 
     Options:
-        retriever: Model to serve: a catalog name, a folder, a URI or a hub id. Required, unless `versions`
-            lists several.
+        retriever: Model to serve: a catalog name, a folder, a GGUF file, a URI or a hub id. Required, unless
+            `versions` lists several.
         index: Output folder of `readapt index`, made with this retriever (or `bridge` leads to it). If omitted,
             there is no search.
         bridge: Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a
@@ -1377,7 +1379,8 @@ def train(
         only: File of the only passages to use; same formats as exclude.
         new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose
             title and text are not in it.
-        pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. (required)
+        pretrained: Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id.
+            (required)
         corpus: Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are
             packed first, into OUTPUT-blocks. (required)
         continue_from: Adapter of an earlier training on the same pretrained model to start from; method, rank,
@@ -1435,8 +1438,9 @@ def tune(
         output: Folder or URI to write the artifact to. (required)
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
-        pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. (required)
-        retriever: Model to adapt: a catalog name, a folder, a URI or a hub id. (required)
+        pretrained: Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id.
+            (required)
+        retriever: Model to adapt: a catalog name, a folder, a GGUF file, a URI or a hub id. (required)
         adapter: Knowledge adapter: the output of `readapt train`, or a PEFT folder. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
         queries: Withheld queries: a file or folder. If omitted, the corpus's split dev, else train, but never

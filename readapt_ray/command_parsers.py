@@ -179,7 +179,9 @@ def _encoding_parser() -> "flags.Parser":
     from readapt_ray import flags
 
     parser = flags.Parser("encoding", COMMANDS["encoding"])
-    parser.add_argument("--model", required=True, help="A catalog name, a folder, a URI or a hub id. (required)")
+    parser.add_argument(
+        "--model", required=True, help="A catalog name, a folder, a GGUF file, a URI or a hub id. (required)"
+    )
     parser.add_argument(
         "--write", action="store_true", help="Write it as readapt.json into the model's folder, unless it is there."
     )

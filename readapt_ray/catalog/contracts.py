@@ -15,7 +15,7 @@ def show_contract(name: str, *, write: bool) -> str:
     """Return the readapt.json of a model: what its files or the catalog say, else the most likely.
 
     Args:
-        name: a catalog name, a folder, a URI or a hub id. No weights are fetched.
+        name: a catalog name, a folder, a GGUF file, a URI or a hub id. No weights are fetched.
         write: put it into the model's folder, unless it is there.
 
     Raises:

@@ -13,7 +13,7 @@ class RetrieverOptions(Config):
     """The options that name a retriever."""
 
     retriever: str = ""
-    """Model that makes the vectors: a catalog name, a folder, a URI or a hub id. Give this or domain."""
+    """Model that makes the vectors: a catalog name, a folder, a GGUF file, a URI or a hub id. Give this or domain."""
     domain: str | None = None
     """Factors of a domain, the output of `readapt merge --factors`: vectors and queries equal the merged model's. Give
     this or retriever."""

@@ -89,7 +89,7 @@ def matching_layers(names: Iterable[str], targets: tuple[str, ...]) -> list[str]
 
 
 def model_shape(name: str, objective: Objective | None = None) -> ModelShape:
-    """Return the shape of a MODEL: a catalog name, a folder, a URI or a hub id. Only its config is fetched.
+    """Return the shape of a MODEL: a catalog name, a folder, a GGUF file, a URI or a hub id. Only its config is fetched.
 
     Args:
         name: the model.

@@ -142,7 +142,7 @@ class RunConfig(Config):
     source: str
     """The corpus: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or `python-docs:PACKAGE,...`."""
     pretrained: str
-    """Model before retrieval training: a catalog name, a folder, a URI or a hub id."""
+    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     retriever: str
     """Model to adapt: the same model after retrieval training, or a LoRA adapter for it."""
     queries: str | None = None

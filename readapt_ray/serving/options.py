@@ -59,7 +59,7 @@ class VersionConfig(Config):
     """Options of one version: an encoder with its index, and their processes."""
 
     retriever: str = ""
-    """Model to serve: a catalog name, a folder, a URI or a hub id. Required, unless `versions` lists several."""
+    """Model to serve: a catalog name, a folder, a GGUF file, a URI or a hub id. Required, unless `versions` lists several."""
     index: str | None = None
     """Output folder of `readapt index`, made with this retriever (or `bridge` leads to it). If omitted, there is no search."""
     bridge: str | None = None

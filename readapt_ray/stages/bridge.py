@@ -53,7 +53,7 @@ class BridgeConfig(StageConfig):
     old_vectors: str
     """Vectors to search: the output of `readapt embed` with the old model."""
     retriever: str
-    """New model, whose queries are to search them: a catalog name, a folder, a URI or a hub id."""
+    """New model, whose queries are to search them: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     corpus: str | None = None
     """Passages of the vectors, if they are no longer where they were embedded from: the output of `readapt ingest`."""
     sample: int = Field(default=20_000, ge=1)

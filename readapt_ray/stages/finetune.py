@@ -29,7 +29,7 @@ class FinetuneConfig(OptimizationConfig):
     """Options of finetune."""
 
     model: str
-    """Model to start from: a catalog name, a folder, a URI or a hub id."""
+    """Model to start from: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     corpus: str
     """Passages with queries and qrels (the output of `readapt ingest`), queries that a language model wrote (the output of
     `readapt synthesize`), or a JSONL file of pairs with the texts `query`, `positive` and, optionally, `negatives`. Of a

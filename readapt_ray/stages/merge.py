@@ -41,7 +41,7 @@ class MergeConfig(StageConfig):
     """The options of `readapt merge`."""
 
     pretrained: str | None = None
-    """Model before retrieval training: a catalog name, a folder, a URI or a hub id. With bundle, only where its
+    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id. With bundle, only where its
     base model is now."""
     retriever: str | None = None
     """The same model after retrieval training: full weights, or a LoRA or DoRA adapter."""

@@ -64,7 +64,7 @@ class PackConfig(PackOptions, StageConfig):
     """Options of pack."""
 
     pretrained: str
-    """Model whose tokenizer is used: a catalog name, a folder, a URI or a hub id."""
+    """Model whose tokenizer is used: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus", "exclude", "only", "new_since"})

@@ -30,7 +30,7 @@ class TrainConfig(PackOptions, OptimizationConfig):
     """Options of train. The defaults are the paper's."""
 
     pretrained: str
-    """Model before retrieval training: a catalog name, a folder, a URI or a hub id."""
+    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     corpus: str
     """Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are packed
     first, into OUTPUT-blocks."""

@@ -48,9 +48,9 @@ class TuneConfig(StageConfig):
     """Options of tune."""
 
     pretrained: str
-    """Model before retrieval training: a catalog name, a folder, a URI or a hub id."""
+    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     retriever: str
-    """Model to adapt: a catalog name, a folder, a URI or a hub id."""
+    """Model to adapt: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     adapter: str
     """Knowledge adapter: the output of `readapt train`, or a PEFT folder."""
     corpus: str

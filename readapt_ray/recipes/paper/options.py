@@ -25,9 +25,9 @@ class PaperConfig(Config):
     experiments: tuple[str, ...] = ("table1",)
     """Experiments to run, separated by commas: table1, table2, table3, figure2, baselines; or all."""
     retriever: str = "e5-mistral"
-    """Model to adapt: a catalog name, a folder, a URI or a hub id."""
+    """Model to adapt: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     pretrained: str | None = None
-    """Model before retrieval training: a catalog name, a folder, a URI or a hub id. If omitted, what the catalog
+    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id. If omitted, what the catalog
     says of the retriever."""
     corpora: tuple[str, ...] = tuple(row.name for row in corpora.CORPORA)
     """Corpora, separated by commas: names of the catalog, or NAME=SOURCE with any source of `readapt ingest`. If

@@ -24,7 +24,7 @@ class RefreshConfig(Config):
     """The corpus as it is now: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or `python-docs:PACKAGE,...`. If
     omitted, the source of the previous refresh."""
     retriever: str | None = None
-    """Model that makes the vectors: a catalog name, a folder, a URI or a hub id. If omitted, the model of the previous refresh."""
+    """Model that makes the vectors: a catalog name, a folder, a GGUF file, a URI or a hub id. If omitted, the model of the previous refresh."""
     to: str | None = None
     """Vector database to keep up to date, as `readapt export --to`. If omitted, the target of the previous refresh, if it had one."""
     serve: str | None = None
