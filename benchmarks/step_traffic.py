@@ -3,6 +3,7 @@
     python benchmarks/step_traffic.py                     # a table of all shapes
     python benchmarks/step_traffic.py --shapes mistral-7b --json
     python benchmarks/step_traffic.py --shapes mistral-7b --base-dtype nf4   # layers in 4 bits, decoded for each product
+    python benchmarks/step_traffic.py --encoding --tokens 16384              # the forward pass of an encoder
 
 Our own modules run on torch's meta device, whose tensors have shapes and no data, in packed mode with DoRA r32 on all
 linear layers of a block, dropout 0.05 and a frozen bfloat16 base. Every operation that would start a kernel on CUDA is
@@ -29,11 +30,12 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.initialization import no_init_weights
 
 from readapt_ray.nn import attention, gated, norms, quantized
 from readapt_ray.nn.precision import products_in
+from readapt_ray.retrieval.forward_pass import packed_inputs
 from readapt_ray.training import dora, objectives, packing
 from readapt_ray.training.packing import Batch, Block, Masking
 
@@ -214,6 +216,8 @@ class _AsOnCuda(TorchFunctionMode):
         if func is functional.rms_norm:
             return _FusedNorm.apply(args[0])  # type: ignore[no-untyped-call]
         if func is functional.dropout and args[0].is_meta:
+            if not kwargs["training"]:
+                return args[0]
             return torch.native_dropout(args[0], kwargs["p"], True)[0]
         return func(*args, **kwargs)
 
@@ -366,6 +370,32 @@ def measure(name: str, num_tokens: int, base_dtype: Any = "auto") -> dict[str, A
     }  # fmt: skip
 
 
+def measure_encoding(name: str, num_tokens: int) -> dict[str, Any]:
+    """Return the figures of an encoder's forward pass, with passages of 80 tokens end to end."""
+    rows = [np.ones(PASSAGE_TOKENS, np.int64)] * (num_tokens // PASSAGE_TOKENS)
+    ids, positions, ends = (torch.from_numpy(each).to("meta") for each in packed_inputs(rows))
+    counts = []
+    for num_layers in (FEW, MANY):
+        config = AutoConfig.for_model(**dict(SHAPES[name], num_hidden_layers=num_layers))
+        with torch.device("meta"), no_init_weights():
+            network = AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        norms.fuse(network)
+        attention.install(network, name)
+        counts.append(Count())
+        packed = {"cu_seq_lens_q": ends, "max_length_q": PASSAGE_TOKENS}
+        with torch.no_grad(), as_on_cuda(counts[-1]):
+            network(input_ids=ids, position_ids=positions, use_cache=False, **packed)
+    few, many = counts
+    return {
+        "shape": name,
+        "num_tokens": ids.numel(),
+        "kernels_per_layer": round(_per_layer(few.kernels.total(), many.kernels.total()), 1),
+        "elementwise_gb_per_layer": round(_per_layer(few.elementwise_bytes, many.elementwise_bytes) / 1e9, 3),
+        "gemm_tflop_per_layer": round(_per_layer(few.gemm_flops, many.gemm_flops) / 1e12, 3),
+        "host_syncs": many.host_syncs,
+    }
+
+
 def main() -> None:
     """Print the figures of the shapes asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -374,13 +404,19 @@ def main() -> None:
     parser.add_argument(
         "--base-dtype", choices=("auto", "int8", "nf4"), default="auto", help="as for train (default: auto)"
     )
+    parser.add_argument("--encoding", action="store_true", help="count the forward pass of an encoder instead")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
     given = parser.parse_args()
-    found = [measure(name, given.tokens, given.base_dtype) for name in given.shapes.split(",")]
+    names = given.shapes.split(",")
+    if given.encoding:
+        found = [measure_encoding(name, given.tokens) for name in names]
+    else:
+        found = [measure(name, given.tokens, given.base_dtype) for name in names]
     if given.json:
         print(json.dumps(found, indent=2))
         return
-    columns = ("kernels_per_layer", "elementwise_gb_per_layer", "saved_kb_per_token_and_layer", "host_syncs")
+    shown = ("kernels_per_layer", "elementwise_gb_per_layer", "saved_kb_per_token_and_layer", "host_syncs")
+    columns = [name for name in shown if name in found[0]]
     print("shape".ljust(16), *columns, sep="  ")
     for each in found:
         print(each["shape"].ljust(16), *(str(each[name]).rjust(len(name)) for name in columns), sep="  ")

@@ -30,6 +30,19 @@ def test_a_step_starts_no_more_kernels_and_moves_no_more_bytes_than_before(shape
     assert found["host_syncs"] == 0
 
 
+ENCODING = {"mistral-7b": (24, 5.36), "llama-2-7b": (24, 5.82), "qwen3-0.6b": (26, 2.06), "modernbert-base": (30, 1.92)}
+"""Kernels per layer, elementwise GB per layer, of 16,384 tokens."""
+
+
+@pytest.mark.parametrize("shape", ENCODING)
+def test_encoding_starts_no_more_kernels_and_moves_no_more_bytes_than_before(shape: str) -> None:
+    """Mistral's goal: 5.4 GB."""
+    found = step_traffic.measure_encoding(shape, 16_384)
+    figures = [found["kernels_per_layer"], found["elementwise_gb_per_layer"]]
+    assert figures == pytest.approx(ENCODING[shape], rel=0.01)
+    assert found["host_syncs"] == 0
+
+
 COMPILED = {
     "mistral-7b": (100, 5.13, 156.2),
     "llama-2-7b": (98, 4.99, 158.0),

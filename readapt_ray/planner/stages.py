@@ -21,6 +21,8 @@ _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
 """Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
 _TOLD_WAITING: Final = 0.05
 """From this share of the computing on, waiting for the network is told."""
+_TOLD_TOKENIZING: Final = 2.0
+"""Below so many times the tokens that the GPUs encode, what the CPUs tokenise is told."""
 _VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
 """Bytes a number and a vector, by how vectors are stored (int8 has a scale)."""
 
@@ -178,20 +180,42 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
     device, peak = device_of(cluster)
     rate = setting.rates.of("embed", device, peak if is_low else peak / 8, is_low=is_low)
     number_bytes, more_bytes = _VECTOR_BYTES[config.vector_dtype]
+    units = _embed_units(config, setting, workers, rate, is_low=is_low)
+    token_flops = shape.forward_flops(corpus.embed_tokens)
+    tokenizing_s, waiting_note = _tokenizing(setting, units * rate.value / token_flops)
     return timed(
         name,
         "embed",
-        corpus.num_passages * corpus.embed_tokens * shape.forward_flops(corpus.embed_tokens),
+        corpus.num_passages * corpus.embed_tokens * token_flops,
         rate,
-        units=_embed_units(config, setting, workers, rate, is_low=is_low),
+        units=units,
+        floor_s=tokenizing_s,
         workers=workers,
         device=device,
         error=corpus.error,
         out_bytes=corpus.num_passages * (number_bytes * setting.dimension + more_bytes + 30.0),
         fixed_s=shape.num_parameters * (2 if is_low else 4) / LOAD_BYTES_PER_S,
         needs=embed_memory(config, shape, cluster),
-        note=_float32_note(config, cluster),
+        note="; ".join(filter(None, [_float32_note(config, cluster), waiting_note])),
     )
+
+
+def _tokenizing(setting: Setting, encoded: float) -> tuple[float, str]:
+    """Return the seconds that the CPUs of a cluster with GPUs take to tokenise the passages, and a note where GPUs may wait.
+
+    Args:
+        setting: of the plan.
+        encoded: tokens per second that all GPUs encode.
+    """
+    corpus, cluster = setting.corpus, setting.cluster
+    if not (cluster.num_gpus and cluster.num_cpus):
+        return 0.0, ""
+    tokenized = cluster.num_cpus * cpu_rate(setting, "pack").value
+    seconds = corpus.num_passages * corpus.embed_tokens / tokenized
+    if tokenized > _TOLD_TOKENIZING * encoded:
+        return seconds, ""
+    figures = f"{cluster.num_cpus} CPUs tokenise {tokenized:.2g} tokens/s, the GPUs encode {encoded:.2g}"
+    return seconds, f"{figures}; more CPUs make it faster" if tokenized < encoded else figures
 
 
 def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_low: bool) -> float:

@@ -298,8 +298,9 @@ def _added(blocks: Sequence[IndexShard], move: Move, factory: str, size: int) ->
                 yield last
             last = IndexShard(new_index(factory, move.vectors.shape[1]), np.empty(0, object))
         taken = slice(first, first + size - len(last.doc_ids))
+        doc_ids = np.concatenate([last.doc_ids, move.doc_ids[taken]])  # before the index grows: memory may run out
         last.index.add(np.ascontiguousarray(move.vectors[taken]))
-        last = IndexShard(last.index, np.concatenate([last.doc_ids, move.doc_ids[taken]]))
+        last = IndexShard(last.index, doc_ids)
         first = taken.stop
     if last is not None:
         yield last

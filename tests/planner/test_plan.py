@@ -73,6 +73,18 @@ def test_embed_has_as_many_shards_as_the_stage_cuts(run_file: Path) -> None:
     assert stage(make_plan(run_file, cluster=cluster, num_passages=10 * 256), "embed").workers == 10
 
 
+@pytest.mark.parametrize(("cpus", "told"), [(2, "more CPUs make it faster"), (1_000_000, "")])
+def test_gpus_wait_for_the_cpus_that_tokenise(run_file: Path, cpus: int, told: str) -> None:
+    """The model has 48 dimensions, so that GPUs encode more than thousands of CPUs tokenise."""
+    gpu = {"name": "gpu", "count": 4, "cpus": cpus, "memory_gb": 900, "gpus": 1, "gpu": "H100"}
+    cluster = write(run_file, {"nodes": [{"name": "head", "cpus": 4, "memory_gb": 16}, gpu]}, "few.yaml")
+    found = make_plan(run_file, cluster=cluster, num_passages=100_000_000)
+    corpus, embed, num_cpus = found.setting.corpus, stage(found, "embed"), 4 + 4 * cpus
+    per_cpu = found.setting.rates.of("pack", "CPU", 0, is_low=False).value
+    assert embed.seconds > corpus.num_passages * corpus.embed_tokens / (num_cpus * per_cpu)
+    assert told in embed.note and (f"{num_cpus} CPUs tokenise" in embed.note) == bool(told)
+
+
 def test_encoders_that_share_a_gpu_count_as_one_and_share_its_memory(run_file: Path) -> None:
     cluster = write(run_file, launcher(max_workers=8, gpu=8, cpu=0), "launcher.yaml")
     whole, half = (
@@ -218,7 +230,7 @@ def test_a_flat_index_breaks_where_it_does_not_fit_by_its_own_bytes(run_file: Pa
 
 
 def test_tables_are_read_on_all_cpus_that_last_and_other_sources_by_one_process(run_file: Path, tmp_path: Path) -> None:
-    """By hand: a thousand million bytes are 60 pieces of 16 MiB, and the cluster has 20 CPUs besides its GPU nodes."""
+    """By hand: a thousand million bytes are 239 pieces of 4 MiB, and the cluster has 20 CPUs besides its GPU nodes."""
     nodes = [{"name": "head", "cpus": 4, "memory_gb": 32}, {"name": "cpu", "cpus": 16, "memory_gb": 64}]
     cluster = write(run_file, {"nodes": nodes}, "split.yaml")
     rows = "".join(json.dumps({"_id": str(number), "text": "x" * 100}) + "\n" for number in range(200))
@@ -241,7 +253,7 @@ def test_tables_are_read_on_all_cpus_that_last_and_other_sources_by_one_process(
     assert [stage(each, "ingest").workers for each in (split, packed, near, notes)] == [20, 3, 20, 1]
     per_byte = [(stage(each, "ingest").seconds - 1) / each.setting.corpus.text_bytes for each in (split, notes)]
     assert per_byte[0] == pytest.approx(per_byte[1] / 20)
-    assert split.setting.corpus.of(8_000_000).num_pieces == 48
+    assert split.setting.corpus.of(8_000_000).num_pieces == 191
     assert split.setting.corpus.of(600_000).num_pieces == 1, "less than 64 MiB"
     said = [plan_report.text(each) for each in (split, notes)]
     assert "ingest takes over a day on 20 CPUs; more CPU nodes" in said[0] and "ingest holds" not in said[0]
