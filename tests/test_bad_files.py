@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from readapt_ray import cli
-from readapt_ray.catalog import cache_entries, models, pickled
+from readapt_ray.catalog import cache_entries, converted_weights, models
 from readapt_ray.errors import InputError
 
 RUN = "source: a\npretrained: b\nretriever: c\n"
@@ -46,7 +46,7 @@ def test_a_cache_that_is_no_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp
             cache_entries.folder_of("models")
         else:
             (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-            pickled.safe_folder(tmp_path, "x")
+            converted_weights.safe_folder(tmp_path, "x")
 
 
 @pytest.mark.parametrize(
