@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from readapt_ray.retrieval.bm25 import WordIndex
 from readapt_ray.retrieval.exact import Hits, TopK, check_queries
 from readapt_ray.retrieval.faiss_build import faiss, train
+from readapt_ray.retrieval.flat_search import LEAST_QUERIES, flat_vectors, search_flat
 from readapt_ray.retrieval.index_kinds import TRAINING_BYTES
 
 _untyped: Any = faiss
@@ -103,7 +104,7 @@ class IndexShard:
         while len(pending):
             depth = min(wanted, self.index.ntotal)
             asked = np.ascontiguousarray(queries[pending], np.float32)
-            found, rows = index.search(asked, depth, params=parameters)
+            found, rows = _searched(index, parameters, asked, depth)
             if wanted == top_k + 1 and (rows >= 0).all() and not self._any_deleted and _are_falling(found):
                 return Hits(found[:, :top_k].copy(), self.doc_ids[rows[:, :top_k]])
             kept = np.where((rows < 0) | self._deleted[rows], -np.inf, found).astype(np.float32)
@@ -116,6 +117,16 @@ class IndexShard:
             wanted *= 2
         best.add(scores, doc_ids)
         return best.hits()
+
+
+def _searched(
+    index: Any, parameters: Any, queries: NDArray[np.float32], depth: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return scores and rows as FAISS's search does, best first; -1 where nothing was found."""
+    if parameters is None and len(queries) >= LEAST_QUERIES and (vectors := flat_vectors(index)) is not None:
+        return search_flat(vectors, queries, depth)
+    scores, rows = index.search(queries, depth, params=parameters)
+    return scores, rows
 
 
 def _are_falling(scores: NDArray[np.float32]) -> bool:
