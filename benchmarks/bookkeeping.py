@@ -3,7 +3,7 @@
     python benchmarks/bookkeeping.py --work DIR --sizes 100000,1000000,10000000
 
 The forward pass is a stub: an encoder of one layer, 16 wide, with a vocabulary of 384. Passages are in Parquet files;
-each has eight words and a number. Each stage runs in a driver of its own that starts Ray, as a job does. It reports the peak
+each has eight words and a number. Each stage is a process of its own that starts Ray, as a job does. Reported are the peak
 memory of the driver, of Ray's head (GCS and raylet) and of Ray's largest worker; the seconds of the stage without Ray's
 start; and the seconds of the same command when there is nothing left to do. "worse than linear" is the time per passage
 divided by that of the size before. A killed benchmark resumes: what is measured is not measured again. 10,000,000 passages

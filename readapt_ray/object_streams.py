@@ -37,7 +37,7 @@ class Upload(io.RawIOBase):
 
     @property
     def is_small(self) -> bool:
-        """Whether everything written so far is in memory, and nothing is in the store."""
+        """Whether all written bytes are still in memory and none are in the store."""
         return self._stream is None
 
     def put(self, path: str) -> None:

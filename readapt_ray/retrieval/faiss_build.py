@@ -25,7 +25,8 @@ except ModuleNotFoundError as missing:
 __all__ = ["adder", "faiss", "train"]
 
 _GPU_WORK_BYTES = 256 << 20
-"""What k-means and searches take on a GPU beside centroids; the default of 1.5 GB is too much for several tasks on one GPU."""
+"""GPU memory for the work of k-means and searches, without the centroids. FAISS' default of 1.5 GB is too much where several
+tasks share a GPU."""
 
 
 def train(index: Any, vectors: NDArray[np.float32]) -> None:
@@ -57,16 +58,16 @@ def adder(index: Any) -> Add:
     For a vector the coarse quantizer is compared with as many centroids as there are lists, which is most of the work. The
     lists and codes stay in the memory of this process, so that the file is one that FAISS opens without a GPU.
     """
-    if not faiss.get_num_gpus():
-        return index.add  # type: ignore[no-any-return]
     index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexRefine):
-        return _refined_adder(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _transformed_adder(index)
-    if isinstance(index, faiss.IndexIVF) and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
-        return _list_adder(index)
-    return index.add  # type: ignore[no-any-return]
+    if faiss.get_num_gpus():
+        if isinstance(index, faiss.IndexRefine):
+            return _refined_adder(index)
+        if isinstance(index, faiss.IndexPreTransform):
+            return _transformed_adder(index)
+        if isinstance(index, faiss.IndexIVF) and isinstance(faiss.downcast_index(index.quantizer), faiss.IndexFlat):
+            return _list_adder(index)
+    add: Add = index.add
+    return add
 
 
 def _refined_adder(index: Any) -> Add:

@@ -13,7 +13,7 @@ from torch import Tensor
 logger = logging.getLogger("readapt_ray")
 
 _LOW_SCALE = 2.0**11
-"""What the lower halves are multiplied by, so that float16 keeps their digits."""
+"""Factor of the lower halves. Without it they are too small for float16 to keep their digits."""
 _TOLERANCE = 1e-6
 """Share of the norms of a query and a vector that a score may be off."""
 

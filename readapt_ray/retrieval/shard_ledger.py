@@ -51,7 +51,7 @@ _FILES = ("vectors/part-#.parquet", "vectors/part-#-partly.parquet", "vectors/_p
 
 
 class Origin(NamedTuple):
-    """Where the vectors of a file are from."""
+    """Parts of the corpus and earlier file that the vectors of a file come from."""
 
     sources: tuple[str, ...]
     """Digests of the parts of the corpus that hold its passages; empty if they are not known."""

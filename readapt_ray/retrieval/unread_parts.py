@@ -20,7 +20,7 @@ class EarlierVectors:
     known: Mapping[str, Mapping[str, int]]
     """The counts of each file, as far as `shards.parquet` says."""
     origins: Mapping[str, Origin]
-    """Where the vectors of each file are from, likewise."""
+    """Where the vectors of each file come from, as far as `shards.parquet` says."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from readapt_ray.serving.index_slice import IndexSlice, SearchableShard, max_sca
 _PLACE_BYTES = 96
 """Memory per passage beside its vectors: where its new vector is, before and after a move, and a doc_id to find it by."""
 _BLOCK_BYTES = 256 << 20
-"""Of new vectors in one index: it grows by copying, and each more takes .2 ms of a search."""
+"""Size of a block of new vectors. A block is copied when it grows, and each further block adds .2 ms to a search."""
 _FEW_ROWS = 2_048
 _FEW_SHARE = 8
 """Old vectors are compared one by one once so few are left, or one of so many."""
@@ -44,7 +44,7 @@ class Located(NamedTuple):
 
     shard: int
     rows: NDArray[np.int64]
-    """Of the shard."""
+    """Rows of the shard."""
     places: NDArray[np.int64]
     """Rows of the file, rising."""
 
@@ -162,7 +162,7 @@ class MovingSlice:
     def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
         """Search with a filter, with a pause after each block but the last: None is a pause.
 
-        A move in a pause is for the next search: this one goes on with what there was when it began.
+        A move during a pause does not change this search, which uses the vectors that were there when it began.
 
         Raises:
             InputError: the dimensions differ, or there is no such column to filter by.

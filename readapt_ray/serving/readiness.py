@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class CheckResult(BaseModel):
-    """Whether a version encodes and searches its whole index now."""
+    """Whether a version can encode and search its whole index now."""
 
     ready: bool
     reason: str = ""

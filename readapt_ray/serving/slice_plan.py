@@ -17,7 +17,7 @@ _ID_BYTES = 160
 """Memory per vector beside the shard's files: its doc_id as a Python object, its places and its content hash."""
 
 _COPIES = 4
-"""Of new vectors on their way from a file into memory."""
+"""Memory for new vectors while they are read from a file."""
 
 
 class PlannedSlice(NamedTuple):
