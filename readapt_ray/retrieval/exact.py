@@ -118,7 +118,7 @@ def best_columns(scores: torch.Tensor, doc_ids: NDArray[np.object_], top_k: int)
 
 def search_exact(
     queries: NDArray[np.float32],
-    chunks: Iterable[tuple[Sequence[str], NDArray[np.float32] | NDArray[np.float16]]],
+    chunks: Iterable[tuple[Sequence[str] | NDArray[np.object_], NDArray[np.float32] | NDArray[np.float16]]],
     top_k: int,
     *,
     device: str = "cpu",

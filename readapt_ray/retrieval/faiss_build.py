@@ -22,7 +22,7 @@ except ModuleNotFoundError as missing:
         "pip install 'readapt-ray[gpu]'"
     ) from missing
 
-__all__ = ["adder", "faiss", "train"]
+__all__ = ["adder", "faiss", "flat_vectors", "train"]
 
 _GPU_WORK_BYTES = 256 << 20
 """GPU memory for the work of k-means and searches, without the centroids. FAISS' default of 1.5 GB is too much where several
@@ -110,3 +110,19 @@ def _on_gpu(flat: Any) -> tuple[Any, Any]:
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(_GPU_WORK_BYTES)
     return resources, faiss.index_cpu_to_gpu(resources, os.getpid() % faiss.get_num_gpus(), flat)
+
+
+def flat_vectors(index: Any) -> NDArray[np.float32] | NDArray[np.float16] | None:
+    """Return the vectors [N, D] of a flat index for inner products, in its own memory or file; None for another kind."""
+    index = faiss.downcast_index(index)
+    if index.metric_type != faiss.METRIC_INNER_PRODUCT or not index.ntotal:
+        return None
+    shape = (index.ntotal, index.d)
+    if type(index) in (faiss.IndexFlat, faiss.IndexFlatIP):
+        whole: NDArray[np.float32] = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(shape)
+        return whole
+    if type(index) is faiss.IndexScalarQuantizer and index.sq.qtype == faiss.ScalarQuantizer.QT_fp16:
+        codes = faiss.rev_swig_ptr(index.codes.data(), index.ntotal * index.code_size)
+        halves: NDArray[np.float16] = codes.view(np.float16).reshape(shape)
+        return halves
+    return None

@@ -4,9 +4,9 @@ import faiss
 import numpy as np
 import pytest
 
-from readapt_ray.retrieval import flat_search
-from readapt_ray.retrieval.flat_search import LEAST_QUERIES, flat_vectors, search_flat
-from readapt_ray.retrieval.index_shard import IndexShard, new_index
+from readapt_ray.retrieval import index_shard
+from readapt_ray.retrieval.faiss_build import flat_vectors
+from readapt_ray.retrieval.index_shard import _LEAST_TOGETHER, DELETED, IndexShard, new_index
 
 
 def made(factory: str, num_vectors: int = 1000, dimension: int = 16):
@@ -18,21 +18,36 @@ def made(factory: str, num_vectors: int = 1000, dimension: int = 16):
     return index, random.standard_normal((40, dimension)).astype(np.float32)
 
 
+def named(index) -> IndexShard:
+    return IndexShard(index, np.array([f"d{row:04}" for row in range(index.ntotal)], object))
+
+
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
 @pytest.mark.parametrize("top_k", [1, 10, 300, 1000])
-@pytest.mark.parametrize(("block_rows", "block_queries"), [(4096, 1024), (100, 7), (64, 40)])
-def test_scores_and_rows_are_those_of_faiss(monkeypatch, factory, top_k, block_rows, block_queries):
-    monkeypatch.setattr(flat_search, "_BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(flat_search, "_BLOCK_QUERIES", block_queries)
+@pytest.mark.parametrize("block_rows", [4096, 100, 64])
+def test_what_is_found_is_what_faiss_finds(monkeypatch, factory, top_k, block_rows):
+    monkeypatch.setattr(index_shard, "_BLOCK_ROWS", block_rows)
     index, queries = made(factory)
-    wanted_scores, wanted_rows = index.search(queries, top_k)
+    scores, rows = index.search(queries, top_k)
+    monkeypatch.setattr(IndexShard, "_best", None)
 
-    scores, rows = search_flat(flat_vectors(index), queries, top_k)
+    hits = named(index).search(queries, top_k)
 
-    assert scores.dtype == np.float32 and rows.dtype == np.int64
-    np.testing.assert_allclose(scores, wanted_scores, atol=2e-5)
-    assert (scores[:, 1:] <= scores[:, :-1]).all()
-    assert np.mean(rows == wanted_rows) > 0.999  # two scores may differ by less than their rounding
+    np.testing.assert_allclose(hits.scores, scores, atol=2e-5)
+    found = np.vectorize(lambda doc_id: int(doc_id[1:]))(hits.doc_ids)
+    assert np.mean(found == rows) > 0.999  # two scores may differ by less than their rounding
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
+def test_deleted_vectors_are_not_found(monkeypatch, factory):
+    monkeypatch.setattr(index_shard, "_BLOCK_ROWS", 100)
+    index, queries = made(factory)
+    doc_ids = named(index).doc_ids
+    wanted = IndexShard(index, doc_ids).search(queries, 1000)
+    deleted = set(doc_ids[np.arange(1000) % 3 == 0])
+    hits = IndexShard(index, np.where(np.arange(1000) % 3 == 0, DELETED, doc_ids)).search(queries, 1000)
+    for found, all_of_them in zip(hits.doc_ids.tolist(), wanted.doc_ids.tolist(), strict=True):
+        assert found == [each for each in all_of_them if each not in deleted]
 
 
 def test_vectors_are_not_copied():
@@ -62,10 +77,11 @@ def test_an_index_in_a_file_is_searched_there(tmp_path):
     index, queries = made("Flat")
     faiss.write_index(index, str(tmp_path / "index"))
     mapped = faiss.read_index(str(tmp_path / "index"), faiss.IO_FLAG_MMAP_IFC)
-    np.testing.assert_array_equal(search_flat(flat_vectors(mapped), queries, 5)[1], index.search(queries, 5)[1])
+    found, wanted = (named(each).search(queries, 5) for each in (mapped, index))
+    assert found.doc_ids.tolist() == wanted.doc_ids.tolist()
 
 
-@pytest.mark.parametrize("num_queries", [LEAST_QUERIES - 1, LEAST_QUERIES, 100])
+@pytest.mark.parametrize("num_queries", [_LEAST_TOGETHER - 1, _LEAST_TOGETHER, 100])
 @pytest.mark.parametrize("factory", ["Flat", "SQfp16"])
 def test_ties_go_by_doc_id_for_few_and_many_queries(factory, num_queries):
     random = np.random.default_rng(1)
