@@ -75,9 +75,10 @@ def gpu_share() -> float:
     import ray
     import torch
 
-    if not torch.cuda.is_available():
+    context = ray.get_runtime_context()
+    if not torch.cuda.is_available() or context.worker.mode != ray.WORKER_MODE:
         return 1.0
-    return min(1.0, float(ray.get_runtime_context().get_assigned_resources().get("GPU") or 1.0))
+    return min(1.0, float(context.get_assigned_resources().get("GPU") or 1.0))
 
 
 def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:

@@ -28,6 +28,7 @@ from readapt_ray.retrieval.encoder_sizes import (
 )
 from readapt_ray.retrieval.forward_pass import packed_inputs
 from tests import factories
+from tests.retrieval.devices import OnCuda
 
 GB = 10**9
 NAMES = ("all-minilm-l6-v2", "bge-base-zh", "e5-mistral")
@@ -129,12 +130,6 @@ def test_a_forward_pass_holds_no_more_than_is_counted(name: str) -> None:
         network(**given, use_cache=False)
     held = peak.most / ids.numel()
     assert held <= activation_bytes(shape, 2) < 1.9 * held
-
-
-class OnCuda(Encoder):
-    """An encoder that is told to be on a GPU, and computes on the CPU."""
-
-    device = property(lambda _: torch.device("cuda"), lambda *_: None)  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="module")
