@@ -92,10 +92,10 @@ def _embed(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
     encoding = config.encoding or run.encoding or model.encoding
     encoder = Encoder.load(model, encoding=encoding, dtype=name, device=str(device), batch_tokens=config.batch_tokens)
     shape = model_shape(run.retriever)
-    full = (
-        2 * encoder.batch_tokens if encoder.device.type == "cuda" else 0
-    )  # a GPU builds a batch while it computes another
-    rows = _random_rows(num_tokens, encoder.network.config.vocab_size, max(_TEXTS, -(-full // num_tokens)))
+    num_rows = _TEXTS
+    if encoder.device.type == "cuda":  # two full batches: the host builds one while the GPU computes the other
+        num_rows = max(_TEXTS, 2 * (encoder.batch_tokens // num_tokens))
+    rows = _random_rows(num_tokens, encoder.network.config.vocab_size, num_rows)
     per_round = num_tokens * len(rows) * shape.forward_flops(num_tokens)
     return per_round * _rounds_per_second(lambda: encoder.encode_ids(rows))
 

@@ -151,7 +151,9 @@ def load(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return loaded
 
 
-def test_an_encoder_on_a_gpu_takes_the_tokens_that_its_free_memory_holds(load: Any) -> None:
+def test_an_encoder_on_a_gpu_takes_the_tokens_that_its_free_memory_holds(
+    load: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float32; padded, as on GPUs without a kernel for this type, and packed."""
     padded = load(80 * GB)
     shape = measure_shape(padded.network, "")
@@ -164,6 +166,8 @@ def test_an_encoder_on_a_gpu_takes_the_tokens_that_its_free_memory_holds(load: A
     assert load(80 * GB, free=2 * 5000 * token).batch_tokens == 4096, "others hold the rest"
     quarter = load(4 * usable / 0.94 + 4, gpu_share=0.25)
     assert quarter.batch_tokens == 4096, "the encoders that share the GPU may start later"
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (80 * GB, int(4 * usable / 0.94 + 4)))
+    assert OnCuda.load(model, device="cpu", gpu_share=0.25).batch_tokens == 4096
     more = 2 * 2048 * token
     assert load(usable / 0.94 + 1, reserved_bytes=more).batch_tokens == 2048
     assert load(80 * GB, free=2 * 5000 * token, reserved_bytes=more).batch_tokens == 2048
