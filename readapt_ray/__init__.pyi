@@ -1056,6 +1056,7 @@ def serve(
     index_replicas: int = 1,
     max_index_replicas: int | None = None,
     num_cpus_per_index_actor: float = 0.25,
+    num_gpus_per_index_actor: float = 0.0,
     batch_wait_s: float = 0.0,
     max_requests: int = 256,
     max_queued_tokens: int = 1048576,
@@ -1128,6 +1129,9 @@ def serve(
         max_index_replicas: Maximum number of copies of each index process. Ray Serve starts more while searches
             wait, and stops them again. If omitted, `index_replicas`.
         num_cpus_per_index_actor: CPUs that Ray reserves per index process. (default: 0.25)
+        num_gpus_per_index_actor: GPUs that Ray reserves per index process; 0.25 puts four on one GPU. Above 0
+            the vectors of a flat index (float32 or float16) are held and searched in the GPU's memory. With 0
+            the CPU searches. (default: 0.0)
         batch_wait_s: Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it
             to get larger batches at the cost of latency. While the encoder is busy, texts gather anyway.
             (default: 0.0)

@@ -57,8 +57,11 @@ def check_node() -> None:
     check_gpus()
 
 
-def check_gpus() -> None:
+def check_gpus() -> int:
     """Check that torch can use the GPUs that Ray gave to this worker: without them it would compute on the CPU.
+
+    Returns:
+        How many Ray gave, parts of one counted as one.
 
     Raises:
         PlacementError: it cannot; the message says why.
@@ -68,6 +71,7 @@ def check_gpus() -> None:
     num_gpus = len(ray.get_runtime_context().get_accelerator_ids()["GPU"])
     if text := gpus.why_unusable(num_gpus):
         raise PlacementError(f"node {ray.util.get_node_ip_address()}: {text}")
+    return num_gpus
 
 
 def gpu_share() -> float:

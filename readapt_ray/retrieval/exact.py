@@ -19,7 +19,12 @@ from readapt_ray.errors import InputError
 from readapt_ray.records import ScoredDoc
 from readapt_ray.retrieval.half_products import HalfQueries, has_half_products
 
-_QUERY_BLOCK = 1024
+QUERY_BLOCK = 1024
+"""Queries whose scores are computed at once."""
+
+
+Vectors = NDArray[np.float32] | NDArray[np.float16] | torch.Tensor
+"""Vectors [N, D], float32 or float16; a tensor may be on any device."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,7 @@ def best_columns(scores: torch.Tensor, doc_ids: NDArray[np.object_], top_k: int)
 
 def search_exact(
     queries: NDArray[np.float32],
-    chunks: Iterable[tuple[Sequence[str] | NDArray[np.object_], NDArray[np.float32] | NDArray[np.float16]]],
+    chunks: Iterable[tuple[Sequence[str] | NDArray[np.object_], Vectors]],
     top_k: int,
     *,
     device: str = "cpu",
@@ -135,13 +140,14 @@ def search_exact(
     Raises:
         InputError: top_k is under 1, the dimensions differ, or a query holds NaN or infinity.
     """
-    blocks = [torch.from_numpy(queries[first : first + _QUERY_BLOCK]) for first in range(0, len(queries), _QUERY_BLOCK)]
+    blocks = [torch.from_numpy(queries[first : first + QUERY_BLOCK]) for first in range(0, len(queries), QUERY_BLOCK)]
     best = [TopK(len(block), top_k) for block in blocks]
     placed = [_PlacedQueries(block.to(device)) for block in blocks]
     for names, vectors in chunks:
         check_queries(queries, vectors.shape[1])
-        doc_ids = np.array(names, dtype=object)
-        passages = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
+        doc_ids = np.asarray(names, dtype=object)
+        passages = vectors if isinstance(vectors, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(vectors))
+        passages = passages.to(device)
         if not has_half_products(passages.device, passages.dtype):
             passages = passages.float()
         for block, kept in zip(placed, best, strict=True):

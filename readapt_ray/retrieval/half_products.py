@@ -28,16 +28,16 @@ class HalfQueries:
     def __init__(self, queries_QD: Tensor) -> None:
         largest_Q1 = queries_QD.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         exponents_Q1 = torch.frexp(largest_Q1).exponent
-        self._exponents_Q1 = exponents_Q1
+        self._factors_Q1 = torch.ldexp(torch.ones_like(largest_Q1), exponents_Q1)
         scaled_QD = torch.ldexp(queries_QD, -exponents_Q1)  # within (-1, 1); powers of two change no digit
-        self._high_QD = scaled_QD.half()
-        self._low_QD = ((scaled_QD - self._high_QD.float()) * _LOW_SCALE).half()
+        high_QD = scaled_QD.half()
+        low_QD = ((scaled_QD - high_QD.float()) * _LOW_SCALE).half()
+        self._halves_2QD = torch.cat([high_QD, low_QD])
 
     def scores(self, vectors_ND: Tensor) -> Tensor:
-        """Return the inner products with float16 vectors, float32 [Q, N]."""
-        scores_QN = _product(self._low_QD, vectors_ND).div_(_LOW_SCALE)
-        scores_QN += _product(self._high_QD, vectors_ND)
-        return torch.ldexp(scores_QN, self._exponents_Q1)
+        """Return the inner products with float16 vectors, float32 [Q, N]. The vectors are read once for both halves."""
+        high_QN, low_QN = _product(self._halves_2QD, vectors_ND).chunk(2)
+        return high_QN.add_(low_QN, alpha=1 / _LOW_SCALE).mul_(self._factors_Q1)
 
 
 def has_half_products(device: torch.device, dtype: torch.dtype) -> bool:

@@ -7,14 +7,16 @@ per number.
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from readapt_ray.errors import InputError
 from readapt_ray.retrieval.bm25 import WordIndex
+from readapt_ray.retrieval.device_index import DeviceIndex
 from readapt_ray.retrieval.exact import Hits, TopK, check_queries, search_exact
 from readapt_ray.retrieval.faiss_build import faiss, flat_vectors, train
 from readapt_ray.retrieval.index_kinds import TRAINING_BYTES
@@ -34,9 +36,10 @@ _BLOCK_ROWS = 4096
 
 @dataclass(frozen=True)
 class IndexShard:
-    """A shard in memory: a FAISS index, and the doc_id of each of its vectors."""
+    """A shard in memory: an index, and the doc_id of each of its vectors."""
 
     index: Any
+    """FAISS's, or a DeviceIndex."""
     doc_ids: NDArray[np.object_]
     """[N]; empty where a passage was deleted."""
     hashes: bytes = b""
@@ -64,6 +67,8 @@ class IndexShard:
             InputError: the dimensions differ, or top_k is under 1.
         """
         check_queries(queries, self.index.d)
+        if isinstance(self.index, DeviceIndex):
+            return self.index.search(queries, top_k)
         if len(queries) >= _LEAST_TOGETHER and (vectors := flat_vectors(self.index)) is not None:
             return search_exact(queries, self._live(vectors), top_k)
         hits = self._best(self.index, None, queries, top_k)
@@ -100,6 +105,8 @@ class IndexShard:
             InputError: the dimensions differ, or top_k is under 1.
         """
         check_queries(queries, self.index.d)
+        if isinstance(self.index, DeviceIndex):
+            return self.index.search(queries, top_k, rows)
         chosen = np.zeros(self.index.ntotal, bool)
         chosen[rows] = True
         selector = _untyped.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
@@ -205,16 +212,35 @@ def merged(shards: Iterable[IndexShard]) -> list[IndexShard]:
         if group:
             _merge(group[0].index, shard.index)
         group.append(replace(shard, index=None) if group else shard)
-    return [
-        IndexShard(
-            group[0].index,
-            np.concatenate([each.doc_ids for each in group]),
-            b"".join(each.hashes for each in group) if all(len(each.hashes) for each in group) else b"",
-            group[0].trained,
-            tuple(part for each in group for part in each.words),
+    return [_joined(group[0].index, group) for group in groups.values()]
+
+
+def on_device(shards: Sequence[IndexShard], device: str) -> IndexShard:
+    """Return one shard of the vectors of flat shards, which are copied to a device; at least one of them holds vectors.
+
+    Raises:
+        InputError: a shard is not flat, or its numbers have less than 16 bits; or they do not fit the device.
+    """
+    vectors = [flat_vectors(each.index) for each in shards]
+    flat = [each for each in vectors if each is not None]
+    if len(flat) < len(vectors):
+        kind = type(faiss.downcast_index(shards[[each is None for each in vectors].index(True)].index)).__name__
+        raise InputError(
+            f"an index of kind {kind} is not searched on a GPU; only flat ones of float32 or float16 vectors are"
         )
-        for group in groups.values()
-    ]
+    doc_ids = np.concatenate([each.doc_ids for each in shards])
+    return _joined(DeviceIndex(flat, doc_ids, doc_ids != DELETED, device), shards)
+
+
+def _joined(index: Any, shards: Sequence[IndexShard]) -> IndexShard:
+    """Return one shard of an index that holds the vectors of several, in their order."""
+    return IndexShard(
+        index,
+        np.concatenate([each.doc_ids for each in shards]),
+        b"".join(each.hashes for each in shards) if all(len(each.hashes) for each in shards) else b"",
+        shards[0].trained,
+        tuple(part for each in shards for part in each.words),
+    )
 
 
 def _can_merge(index: Any) -> bool:

@@ -99,7 +99,11 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         bound = IndexReplica.options(  # type: ignore[attr-defined]
             name=each.deployment,
             max_ongoing_requests=_MAX_SEARCHES,
-            ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": each.num_bytes},
+            ray_actor_options={
+                "num_cpus": config.num_cpus_per_index_actor,
+                "num_gpus": config.num_gpus_per_index_actor,
+                "memory": each.num_bytes,
+            },
             **_LIFE,
             **_scale(config.index_replicas, config.max_index_replicas, _BUSY_SEARCHES),
         ).bind(spec, each.shards, len(planned), *others)

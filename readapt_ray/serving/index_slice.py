@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.bm25 import query_blocks, search_words
+from readapt_ray.retrieval.device_index import DeviceIndex
 from readapt_ray.retrieval.exact import Hits, TopK, joined, search_exact
 from readapt_ray.retrieval.faiss_build import faiss
 from readapt_ray.retrieval.index_files import ShardRecord, read_shard, read_words
-from readapt_ray.retrieval.index_shard import DELETED, IndexShard, merged, search_shards
+from readapt_ray.retrieval.index_shard import DELETED, IndexShard, merged, on_device, search_shards
 from readapt_ray.retrieval.kept_columns import KeptColumns
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.sources.splitting import parent_of
@@ -57,8 +58,8 @@ class SearchableShard:
         order = np.argsort(self.shard.doc_ids, kind="stable")
         object.__setattr__(self, "order", order[np.count_nonzero(self.shard.doc_ids == DELETED) :])
         object.__setattr__(self, "ids", self.shard.doc_ids[self.order])
-        lists = faiss.try_extract_index_ivf(self.shard.index)
-        if lists is not None:
+        is_on_device = isinstance(self.shard.index, DeviceIndex)
+        if not is_on_device and (lists := faiss.try_extract_index_ivf(self.shard.index)) is not None:
             lists.make_direct_map()
 
     def rows(self, wanted: DocFilter) -> NDArray[np.int64]:
@@ -123,9 +124,9 @@ def search_rows(
         top_k: k.
         rows: rising; none of them is deleted.
         max_scanned: rows up to which each is compared; of more FAISS searches those, and what finds fewer than it should is
-            compared with each.
+            compared with each. On a GPU each is compared there.
     """
-    if len(rows) <= max_scanned:
+    if len(rows) <= max_scanned and not isinstance(shard.index, DeviceIndex):
         yield from _scan(shard, queries, top_k, rows)
         return
     found = shard.search_among(queries, top_k, rows)
@@ -168,6 +169,11 @@ def _loaded(folder: Location, records: Sequence[ShardRecord], words: Mapping[str
     yield from ordered_map(load, (each for each in records if each.num_vectors), num_threads=READ_AT_ONCE)
 
 
+def _placed(shards: Sequence[IndexShard], device: str) -> list[IndexShard]:
+    """Return one shard of all of them on a device; none if there are none."""
+    return [on_device(shards, device)] if shards else []
+
+
 def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     try:
         vectors: NDArray[np.float32] = index.reconstruct_batch(rows)
@@ -207,9 +213,11 @@ class IndexSlice:
         corpus: the files of its passages, whose columns searches may be filtered by.
         words: SHA-256 of the BM25 scores of each shard, by its name; empty where none are there.
         is_split: whether passages are parts of documents.
+        device: torch device to hold the vectors on, and to search on; if None, FAISS searches on the CPU.
 
     Raises:
         CorruptFileError: a file of a shard is gone, cut short or altered.
+        InputError: the vectors do not fit the device, or are not held whole.
     """
 
     def __init__(
@@ -220,8 +228,11 @@ class IndexSlice:
         words: Mapping[str, str] | None = None,
         *,
         is_split: bool = False,
+        device: str | None = None,
     ) -> None:
-        self.shards = _searchable(merged(_loaded(folder, records, words or {})), corpus, is_split=is_split)
+        loaded = _loaded(folder, records, words or {})
+        shards = merged(loaded) if device is None else _placed(list(loaded), device)
+        self.shards = _searchable(shards, corpus, is_split=is_split)
 
     @classmethod
     def of(

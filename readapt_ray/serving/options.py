@@ -99,6 +99,9 @@ class VersionConfig(Config):
     omitted, `index_replicas`."""
     num_cpus_per_index_actor: float = Field(default=0.25, ge=0)
     """CPUs that Ray reserves per index process."""
+    num_gpus_per_index_actor: float = Field(default=0.0, ge=0, le=1)
+    """GPUs that Ray reserves per index process; 0.25 puts four on one GPU. Above 0 the vectors of a flat index (float32 or
+    float16) are held and searched in the GPU's memory. With 0 the CPU searches."""
 
     def processes(self) -> dict[str, Any]:
         """Return the options of the processes: how many there are and with what, not what they serve."""
@@ -210,6 +213,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             "num_cpus_per_replica",
             "num_gpus_per_replica",
             "num_cpus_per_index_actor",
+            "num_gpus_per_index_actor",
         }
     )
     safety: ClassVar[frozenset[str]] = frozenset(

@@ -46,7 +46,12 @@ def _processes(config: VersionConfig) -> list[Resources]:
     """Return what each process of a version asks for."""
     encoder: Resources = {"CPU": config.num_cpus_per_replica, "GPU": app.num_gpus(config)}
     slices: list[Resources] = [
-        {"CPU": config.num_cpus_per_index_actor, "memory": float(part.num_bytes)} for part in planned_slices(config)
+        {
+            "CPU": config.num_cpus_per_index_actor,
+            "GPU": config.num_gpus_per_index_actor,
+            "memory": float(part.num_bytes),
+        }
+        for part in planned_slices(config)
     ]
     return [encoder] * config.num_replicas + slices * config.index_replicas
 
@@ -73,7 +78,10 @@ def _refusal(
     process: Resources, asked: Sequence[Resources], free: Mapping[str, Resources], whole: Mapping[str, Resources]
 ) -> str:
     """Say what is lacking: in all, or on each node for a process."""
-    options = "num_cpus_per_replica, num_gpus_per_replica or num_cpus_per_index_actor, serve fewer versions, or take"
+    options = (
+        "num_cpus_per_replica, num_gpus_per_replica, num_cpus_per_index_actor or num_gpus_per_index_actor, serve fewer versions, "
+        "or take"
+    )
     for name in ("CPU", "GPU", "memory"):
         total, left, there = (
             sum(each.get(name, 0.0) for each in every) for every in (asked, free.values(), whole.values())

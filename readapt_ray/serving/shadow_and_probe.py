@@ -5,7 +5,7 @@ They start after the answer, a few at a time. If one fails, only the log says so
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class SideSearches:
             return
         if not registry.versions[shadow].batcher.queued_tokens:
             trace = Trace(version=shadow, within=within)
-            self._start(self._compare(name, trace, registry.versions[shadow], body, found))
+            self._start(self._compare(name, trace, registry.versions, body, found))
 
     def probe(
         self,
@@ -92,24 +92,32 @@ class SideSearches:
             return
         finally:
             self._probing = False
+        id_of = _id_of(version)
         for mine, best in zip(answered.ranked, exact.ranked, strict=True):
-            id_of = parent_of if version.info.is_split else str
             expected = {id_of(hit.doc_id) for hit in best}
             if expected and not exact.missing:
                 self._telemetry.probed(name, len(expected & {id_of(hit.doc_id) for hit in mine[:depth]}), len(expected))
 
-    async def _compare(self, name: str, trace: Trace, version: Version, body: SearchRequest, answered: Found) -> None:
+    async def _compare(
+        self, name: str, trace: Trace, versions: Mapping[str, Version], body: SearchRequest, answered: Found
+    ) -> None:
         shadow = trace.version
         try:
             async with asyncio.timeout(self._timeout_s):
-                _, other = await self._search(version, body, trace)
+                _, other = await self._search(versions[shadow], body, trace)
         except Exception as error:
             logger.warning("shadow %s did not answer: %s", shadow, error or type(error).__name__)
             return
+        my_id, its_id = _id_of(versions[name]), _id_of(versions[shadow])
         for mine, its in zip(answered.ranked, other.ranked, strict=True):
             top, its_top = mine[:_DEPTH], its[:_DEPTH]
             depth = min(_DEPTH, body.top_k, max(len(top), len(its_top)))
             if depth:
-                shared = {hit.doc_id for hit in top} & {hit.doc_id for hit in its_top}
+                shared = {my_id(hit.doc_id) for hit in top} & {its_id(hit.doc_id) for hit in its_top}
                 difference = (its_top[0].score - top[0].score) if top and its_top else 0.0
                 self._telemetry.compared(name, shadow, len(shared), depth, difference)
+
+
+def _id_of(version: Version) -> Callable[[str], str]:
+    """Return what gives the id that clients see: of documents that were split, that of the document."""
+    return parent_of if version.info.is_split else str

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from readapt_ray import ranged_reads
 from readapt_ray.artifacts import open_artifact
+from readapt_ray.errors import InputError
 from readapt_ray.retrieval.footers import at_once
 from readapt_ray.serving.options import VersionConfig
 from readapt_ray.storage import Location
@@ -34,7 +35,11 @@ class PlannedSlice(NamedTuple):
 
 
 def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
-    """Deal the shards of a version's index out to slices; none without an index."""
+    """Deal the shards of a version's index out to slices; none without an index.
+
+    Raises:
+        InputError: an index that a GPU cannot search is to be searched by one.
+    """
     if not config.index:
         return []
     from readapt_ray.retrieval.index_files import words_file
@@ -42,6 +47,9 @@ def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
 
     index = VectorIndex.open(config.index)
     records = index.records
+    is_on_gpu = config.num_gpus_per_index_actor > 0
+    if is_on_gpu:
+        _check_for_gpu(config, records)
     names = {words_file(index.folder, name).name: name for name in index.words}
     sizes = dict(index.folder.listing(".npz")) if names else {}
     extra = {each.name: each.num_vectors * _ID_BYTES for each in records}
@@ -54,13 +62,31 @@ def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
             deployment=f"index-{number}",
             shards=tuple(each.name for each in part),
             num_vectors=sum(each.num_vectors - each.num_deleted for each in part),
-            num_bytes=sum(each.num_bytes + extra[each.name] for each in part)
+            # Files that are mapped and copied to a GPU take no memory that the kernel cannot take back.
+            num_bytes=sum(each.num_bytes * (not is_on_gpu) + extra[each.name] for each in part)
             + round(columns * sum(each.num_vectors for each in part))
             + _read_bytes(index.folder, part)
             + _new_vector_bytes(config, index, sum(each.num_vectors for each in part)),
         )
         for number, part in enumerate(dealt)
     ]
+
+
+def _check_for_gpu(config: VersionConfig, records: Sequence["ShardRecord"]) -> None:
+    from readapt_ray.retrieval.device_index import FACTORIES
+
+    asked = f"num_gpus_per_index_actor = {config.num_gpus_per_index_actor:g}"
+    other = next((each.factory for each in records if each.num_vectors and each.factory not in FACTORIES), None)
+    if other is not None:
+        raise InputError(
+            f"{asked}, but the index {config.index!r} is of kind {other}, and GPUs search only flat indexes of float32 or "
+            f"float16 vectors; leave num_gpus_per_index_actor out, or make one by `readapt index --kind flat`"
+        )
+    if config.new_vectors:
+        raise InputError(
+            f"{asked}, but while passages move to new_vectors the CPU searches; leave num_gpus_per_index_actor out until all have "
+            f"moved, or serve the old index without new_vectors"
+        )
 
 
 def _read_bytes(folder: Location, records: Sequence["ShardRecord"]) -> int:

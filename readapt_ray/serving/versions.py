@@ -330,7 +330,7 @@ class Registry:
         return model, "query"
 
     def for_search(self, body: schema.SearchRequest, allowed: frozenset[str] | None = None) -> tuple[str, Version]:
-        """Find the version that a search names, or that made its vectors, or that the split chooses of those allowed.
+        """Find the version that a search names, or that the split chooses of those allowed; a search by vectors wants their encoder.
 
         Raises:
             RequestError: there is none, it is not allowed, or its encoder did not make the vectors.
@@ -352,7 +352,8 @@ class Registry:
                 param="fingerprint",
                 code="fingerprint_mismatch",
             )
-        return self.named(self.routing.default if self.routing.default in made_by else made_by[0])[:2]
+        chosen = self.routing.among(made_by).of_search(body.user)
+        return self.named(chosen if chosen in made_by else made_by[0])[:2]
 
     def _chosen(self, user: str | None, allowed: frozenset[str] | None) -> str | None:
         """Return the version that the split chooses of those allowed; None if it is none of them."""

@@ -193,7 +193,8 @@ class IndexReplica:
         ):
             raise FingerprintMismatchError(f"index {spec.index!r} is not the one that this version was set up with")
         records = [record for record in index.records if record.name in names]
-        load = functools.partial(IndexSlice, is_split=spec.is_split)
+        device = "cuda" if on_worker.check_gpus() else None
+        load = functools.partial(IndexSlice, is_split=spec.is_split, device=device)
         base = self._compute.wait_for(load, index.folder, records, _passage_files(spec), index.words)
         self._slice: IndexSlice | MovingSlice = base
         self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)

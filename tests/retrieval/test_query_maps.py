@@ -3,7 +3,7 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 
 from readapt_ray.retrieval import query_maps
-from readapt_ray.retrieval.query_maps import QueryMap, fit_maps, low_rank_regressions, orthogonal
+from readapt_ray.retrieval.query_maps import QueryMap, fit_maps, lower_ranks, orthogonal, ridge_regression
 
 
 def unit(vectors):
@@ -50,18 +50,52 @@ def test_unlike_dimensions_give_orthonormal_rows_or_columns(smaller, larger):
     assert fitted(other, one)["residual"].matrix.shape == (20, 12)
 
 
-def test_regressions_are_those_of_least_squares_with_a_ridge_and_their_best_low_rank():
+def test_regressions_are_those_of_least_squares_drawn_to_a_map_and_their_best_low_rank():
     old, new = texts(200, 12), texts(200, 18, seed=1)
     old, new = (each.astype(np.float64) - each.mean(0) for each in (old, new))
-    ridge = query_maps._RIDGE * np.trace(old.T @ old) / 12
-    rows = np.vstack([old, np.sqrt(ridge) * np.eye(12)])
-    whole = np.linalg.lstsq(rows, np.vstack([new, np.zeros((12, 18))]), rcond=None)[0]
+    across, within = old.T @ new, old.T @ old
+    start = orthogonal(across)
+    strength = np.sqrt(0.1 * np.trace(within) / 12)
+    rows, targets = np.vstack([old, strength * np.eye(12)]), np.vstack([new, strength * start])
+    whole = ridge_regression(across, within, start, 0.1)
+    np.testing.assert_allclose(whole, np.linalg.lstsq(rows, targets, rcond=None)[0], atol=1e-10)
     left, sizes, right = np.linalg.svd(rows @ whole, full_matrices=False)
-    found = dict(low_rank_regressions(old.T @ new, old.T @ old))
-    assert list(found) == [12, 6, 3]
+    found = dict(lower_ranks(within, whole, 0.1))
+    assert list(found) == [6, 3]
     for rank, matrix in found.items():
         best = (left[:, :rank] * sizes[:rank]) @ right[:rank]
         np.testing.assert_allclose(rows @ matrix, best, atol=1e-8)
+
+
+def test_few_passages_take_a_stronger_ridge():
+    """As many passages as dimensions, and a new model that is the old one rotated, with noise."""
+    random = np.random.default_rng(4)
+    old = texts(1000, 48)
+    rotation = np.linalg.qr(random.normal(size=(48, 48)))[0].astype(np.float32)
+    new = unit(old @ rotation + 0.05 * random.normal(size=(1000, 48)).astype(np.float32))
+
+    def recall(rows):
+        return lambda query_map: overlap(query_map(new[rows]) @ old[rows].T, new[rows] @ new[rows].T)
+
+    choice, last = slice(48, 300), slice(300, 1000)
+    maps = {each.name: each for each in fit_maps(new[:48], old[:48], seed=0, recall=recall(choice))}
+    names = [f"affine with ridge {ridge:g}" for ridge in query_maps._RIDGES]
+    weakest, strongest = (recall(last)(maps[name]) for name in (names[0], names[-1]))
+    assert strongest > weakest + 0.02
+    best = max((maps[name] for name in names), key=recall(choice))
+    lower = dict(
+        lower_ranks(
+            *_of_ridge(new[:48], old[:48], float(best.name.split(" ")[-1])),
+        )
+    )
+    np.testing.assert_allclose(maps["affine of rank 24"].matrix, lower[24].T, atol=1e-4)
+
+
+def _of_ridge(new, old, ridge):
+    """What `lower_ranks` takes."""
+    new, old = (each.astype(np.float64) - each.mean(0) for each in (new, old))
+    across, within = old.T @ new, old.T @ old
+    return within, ridge_regression(across, within, orthogonal(across), ridge), ridge
 
 
 def test_the_map_ranks_old_passages_as_the_new_model_ranks_new_ones():

@@ -65,7 +65,7 @@ class World:
         return ServeConfig.parse(chosen | {"port": free_port()} | changes)
 
 
-def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory: str = "Flat") -> None:
+def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory: str = "Flat", **details) -> None:
     made_by = {
         "fingerprint": encoder.fingerprint,
         "model": name,
@@ -90,7 +90,7 @@ def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory:
             words_file(shards, written.name).write_bytes(content)
             word_sums[written.name] = hashlib.sha256(content).hexdigest()
         workspace.counts |= {"num_vectors": len(passages)}
-        workspace.details |= {"encoder": made_by, "kind": "flat", "shards": records, "bm25": word_sums}
+        workspace.details |= {"encoder": made_by, "kind": "flat", "shards": records, "bm25": word_sums, **details}
 
     produce("index", StageConfig(output=str(folder)), inputs={"vectors": encoder.fingerprint}, work=work)
 
@@ -152,7 +152,7 @@ class LocalVersion:
     broken: str = ""
 
     @classmethod
-    def load(cls, world: World, name: str = "retriever", **changes) -> "LocalVersion":
+    def load(cls, world: World, name: str = "retriever", *, is_split: bool = False, **changes) -> "LocalVersion":
         paths = world.version(name)
         model = open_model(paths["retriever"])
         encoder = Encoder.load(model)
@@ -160,7 +160,7 @@ class LocalVersion:
         corpus = open_artifact(paths["corpus"], "ingest")
         files = (corpus.location / "passages").files(".parquet")
         slices = {
-            f"index-{number}": IndexSlice(index.folder, [each], files, index.words)
+            f"index-{number}": IndexSlice(index.folder, [each], files, index.words, is_split=is_split)
             for number, each in enumerate(index.records)
         }
         values = {
@@ -173,6 +173,7 @@ class LocalVersion:
             "num_slots": 1,
             "slices": {name: each.num_vectors for name, each in slices.items()},
             "has_words": bool(index.words),
+            "is_split": is_split,
             "corpus": corpus.uri,
             "corpus_fingerprint": corpus.fingerprint,
         }

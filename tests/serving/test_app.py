@@ -76,11 +76,17 @@ def test_a_slice_of_the_index_asks_for_the_memory_that_it_takes(ray_session, wor
     args = {"name": "one", **world.version(), "index_actors": 1}
     encoder = app.version(args)._bound_deployment
     [index] = encoder.init_args[1:]
-    asked = index._bound_deployment._replica_config.ray_actor_options["memory"]
+    options = index._bound_deployment._replica_config.ray_actor_options
+    asked = options["memory"]
+    assert not options["num_gpus"]
     # Its files, with the scores of words, are in memory once; and 40 doc_ids are Python objects.
     files = [each for suffix in (".faiss", ".ids.parquet", ".bm25.npz") for each in shards.glob(f"*{suffix}")]
     assert len(files) == 6
     assert asked == sum(file.stat().st_size for file in files) + 40 * 160
+    [index] = app.version(args | {"num_gpus_per_index_actor": 0.5})._bound_deployment.init_args[1:]
+    options = index._bound_deployment._replica_config.ray_actor_options
+    assert options["num_gpus"] == 0.5
+    assert options["memory"] == sum(file.stat().st_size for file in shards.glob("*.bm25.npz")) + 40 * 160
 
 
 def test_metrics_of_all_processes_and_a_line_in_the_log(served):

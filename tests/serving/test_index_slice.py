@@ -104,6 +104,50 @@ def test_parts_merge_to_what_one_index_finds(world):
         ]
 
 
+@pytest.mark.parametrize("storage", ["float32", "float16"])
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_a_slice_on_a_device_finds_what_one_on_a_cpu_finds(tmp_path, monkeypatch, storage, is_deleted):
+    """Several shards, filters that leave few, many and all passages, and words; on the device no row is read back."""
+    random = np.random.default_rng(6)
+    ids = np.array([f"{number:05d}" for number in random.permutation(900)], object)
+    vectors = random.normal(size=(900, 16)).astype(np.float32)
+    factory = index_spec(IndexOptions(kind="flat", storage=storage), 900, 16).factory
+    folder, records = Location(str(tmp_path)), []
+    for number, part in enumerate(np.array_split(np.arange(900), 4)):
+        shard = build_shard(factory, 16, [(ids[part].tolist(), vectors[part])])
+        shard.doc_ids[:: 5 if is_deleted else 1000] = DELETED
+        records.append(write_shard(folder, f"{number:05d}", shard, encoder="e"))
+    on_cpu, on_device = IndexSlice(folder, records), IndexSlice(folder, records, device="cpu")
+    assert on_device.num_vectors == on_cpu.num_vectors < 900
+    queries = random.normal(size=(5, 16)).astype(np.float32)
+    filters = [
+        None,
+        DocFilter(prefix=""),
+        DocFilter(prefix="007"),
+        DocFilter(doc_ids=tuple(ids[::7])),
+        DocFilter(prefix="x"),
+    ]
+    wanted = [on_cpu.search(queries, 9, each) for each in filters]
+    monkeypatch.setattr(index_slice, "_vectors", None)
+    for each, due in zip(filters, wanted, strict=True):
+        found = on_device.search(queries, 9, each)
+        assert [[doc.doc_id for doc in found.of_query(q, "")] for q in range(5)] == [
+            [doc.doc_id for doc in due.of_query(q, "")] for q in range(5)
+        ]
+        for query in range(5):
+            np.testing.assert_allclose(
+                [doc.score for doc in found.of_query(query, "")],
+                [doc.score for doc in due.of_query(query, "")],
+                rtol=1e-5,
+                atol=1e-6,
+            )
+
+
+def test_a_slice_without_vectors_on_a_device_finds_nothing():
+    empty = IndexSlice(Location("/nowhere"), [], device="cpu")
+    assert empty.num_vectors == 0
+
+
 def test_ties_between_parts_go_by_doc_id():
     parts = [[[Ranked("b", 1.0), Ranked("d", 0.5)]], [[Ranked("a", 1.0), Ranked("c", 0.5)]]]
     assert merged(parts, 1, 3) == [[Ranked("a", 1.0), Ranked("b", 1.0), Ranked("c", 0.5)]]

@@ -51,24 +51,24 @@ PASSAGES = small_corpus(40)
 class Embedding:
     """What `readapt embed` with the new model writes, file by file."""
 
-    def __init__(self, world, folder):
-        self.folder, self.model = folder, open_model(str(world.folder / "other"))
+    def __init__(self, world, folder, passages=PASSAGES):
+        self.folder, self.model, self.passages = folder, open_model(str(world.folder / "other")), passages
         self.encoder = Encoder.load(self.model)
-        self.vectors = passage_vectors(self.model)
+        self.vectors = passage_vectors(self.model, passages)
         self.description = {**describe_encoder(self.model, self.model.encoding, "float32"), "dimension": 32}
 
     def write(self, number, rows, **changes):
         """Write a file of the passages at some places of the corpus."""
         file = Location(str(self.folder)) / f"vectors/part-{number:05d}.parquet"
-        rows = sorted(rows, key=lambda row: PASSAGES[row].doc_id)
-        values = {"doc_ids": [PASSAGES[row].doc_id for row in rows], "vectors": self.vectors[list(rows)]}
+        rows = sorted(rows, key=lambda row: self.passages[row].doc_id)
+        values = {"doc_ids": [self.passages[row].doc_id for row in rows], "vectors": self.vectors[list(rows)]}
         encoder = self.description | changes.pop("encoder", {})
         write_vectors(file, **values | changes, dtype="float32", metadata={"encoder": encoder})
         return file
 
     def finish(self, **changes):
         def write(workspace):
-            workspace.counts["num_vectors"] = len(PASSAGES)
+            workspace.counts["num_vectors"] = len(self.passages)
             workspace.details |= {"encoder": self.description | changes, "vector_dtype": "float32"}
 
         config = EmbedConfig(retriever=self.model.name, corpus="corpus", output=str(self.folder))
@@ -77,7 +77,8 @@ class Embedding:
     def found(self, texts, top_k):
         """The doc_ids that a flat index of the new vectors finds."""
         asked = self.encoder.encode(texts, "query")
-        return search_exact(asked, [([each.doc_id for each in PASSAGES], self.vectors)], top_k).doc_ids.tolist()
+        ids = [each.doc_id for each in self.passages]
+        return search_exact(asked, [(ids, self.vectors)], top_k).doc_ids.tolist()
 
 
 @pytest.fixture

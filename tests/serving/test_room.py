@@ -9,6 +9,7 @@ import pytest
 from readapt_ray.errors import InputError
 from readapt_ray.serving import room, server
 from readapt_ray.serving.options import ServeConfig, VersionConfig
+from readapt_ray.serving.slice_plan import planned_slices
 from readapt_ray.storage import Location
 
 GIB = 2**30
@@ -17,13 +18,16 @@ Nodes = Callable[..., None]
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
-    """Sets the nodes: CPUs and GiB of memory of each. `free` has what is free at each look, by default all; the last one stays."""
+    """Sets the nodes: CPUs, GiB of memory, and GPUs if any, of each. `free` has what is free at each look, by default all; the last one stays."""
     monkeypatch.setattr(room, "_SETTLED_S", 0.5)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
 
-    def set_nodes(*whole: tuple[float, float], free: Any = None, labels: Any = None) -> None:
+    def set_nodes(*whole: tuple[float, ...], free: Any = None, labels: Any = None) -> None:
         def resources(view: Any) -> dict[str, dict[str, float]]:
-            return {str(place): {"CPU": cpus, "memory": gib * GIB} for place, (cpus, gib) in enumerate(view)}
+            return {
+                str(place): {"CPU": cpus, "memory": gib * GIB, "GPU": sum(gpus)}
+                for place, (cpus, gib, *gpus) in enumerate(view)
+            }
 
         views = [resources(view) for view in free or [whole]]
         up = [
@@ -43,8 +47,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
 def version(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[VersionConfig]]:
     """Returns a version whose index has three flat shards of so many GiB, which are mapped: in two slices, or in as many as given."""
 
-    def make(gib: float, **options: Any) -> list[VersionConfig]:
-        sums = {"index_sha256": "", "ids_sha256": ""}
+    def make(gib: float, factory: str = "Flat", **options: Any) -> list[VersionConfig]:
+        sums = {"index_sha256": "", "ids_sha256": "", "factory": factory}
         shards = [{"name": name, "num_bytes": round(gib * GIB), "num_vectors": 1} | sums for name in "abc"]
         manifest = types.SimpleNamespace(details={"shards": shards})
         index = types.SimpleNamespace(manifest=manifest, location=Location("/nowhere"))
@@ -92,6 +96,31 @@ def test_processes_that_nodes_have_no_cpus_for_are_refused(nodes: Nodes, version
         InputError, match=r"have a process of 1\.5 CPU, and no node has that free.*10\.0\.0\.1 \(1\) has 1 CPU;"
     ):
         room.check_room(version(1, num_cpus_per_index_actor=0.0, num_cpus_per_replica=1.5))
+
+
+def test_an_index_on_gpus_asks_for_gpus_and_not_for_the_memory_of_its_vectors(nodes: Nodes, version: Any) -> None:
+    for gpus in (1.0, 0.4):
+        nodes((8, 1, 2 * gpus))
+        room.check_room(version(40, "SQfp16", num_gpus_per_index_actor=gpus))
+    nodes((8, 1, 1))
+    with pytest.raises(InputError, match=r"ask for 2 GPU, and 1 of 1 are free.*lower .*num_gpus_per_index_actor"):
+        room.check_room(version(40, num_gpus_per_index_actor=1))
+    nodes((8, 1, 2))
+    with pytest.raises(InputError, match=r"ask for 3 GPU, and 2 of 2 are free"):  # the encoder wants one of its own
+        room.check_room(version(40, num_gpus_per_index_actor=1, num_gpus_per_replica=1))
+
+
+def test_an_index_that_no_gpu_can_search_is_refused(version: Any) -> None:
+    (config,) = version(1, "IVF64,Flat", num_gpus_per_index_actor=0.5)
+    with pytest.raises(
+        InputError, match=r"num_gpus_per_index_actor = 0\.5, but the index 'i' is of kind IVF64,Flat, and GPUs"
+    ):
+        planned_slices(config)
+    (config,) = version(1, num_gpus_per_index_actor=1, bridge="b", new_vectors="v")
+    with pytest.raises(
+        InputError, match=r"while passages move to new_vectors the CPU searches; leave num_gpus_per_index_actor out"
+    ):
+        planned_slices(config)
 
 
 def test_where_nodes_may_come_nothing_is_refused(nodes: Nodes, version: Any) -> None:

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from readapt_ray.errors import WorkerError
+from readapt_ray.retrieval.index_shard import on_device
 from readapt_ray.serving import compute_thread, index_slice, workers
+from readapt_ray.serving.app import version_spec
 from readapt_ray.serving.compute_thread import ComputeThread
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.search_batches import SearchBatches
+from readapt_ray.serving.slice_plan import planned_slices
 
 
 def worker() -> ComputeThread:
@@ -105,6 +108,34 @@ def test_searches_have_their_turn_between_the_blocks_of_a_search_for_words(versi
     by_words, _ = asyncio.run(run())
     assert done == ["search", "words"]
     assert len(by_words) == 40 and by_words[0] == by_words[38] and by_words[1] == by_words[39] != by_words[0]
+
+
+def test_an_index_process_that_has_a_gpu_holds_its_vectors_there(world, monkeypatch):
+    """A stand-in for the GPU: what is to go to "cuda" goes to the CPU's memory."""
+    config = world.config(index_actors=1)
+    spec, (part,) = version_spec("tiny", config), planned_slices(config)
+    asked, found = [], {}
+
+    def placed(shards, device):
+        asked.append(device)
+        return [on_device(shards, "cpu")]
+
+    monkeypatch.setattr(index_slice, "_placed", placed)
+    monkeypatch.setattr(workers, "cores_per_process", lambda num_processes: 1)
+    queries = np.random.default_rng(0).normal(size=(70, world.encoder.dimension)).astype(np.float32)
+    for num_gpus in (0, 1):
+        monkeypatch.setattr("readapt_ray.cluster.on_worker.check_gpus", lambda held=num_gpus: held)
+        replica = workers.IndexReplica.func_or_class(spec, part.shards, 1)
+        (shard,) = {type(each.shard.index).__name__ for each in replica._slice.shards}
+        assert shard == ("DeviceIndex" if num_gpus else "IndexFlatIP"), shard
+        assert asyncio.run(replica.check(replica._fingerprint)) == part.num_vectors
+        found[num_gpus] = [
+            asyncio.run(replica.search(replica._fingerprint, queries, 5, wanted))
+            for wanted in (None, DocFilter(prefix=""))
+        ]
+    assert asked == ["cuda"]
+    for mine, its in zip(found[1], found[0], strict=True):
+        assert [[hit.doc_id for hit in row] for row in mine] == [[hit.doc_id for hit in row] for row in its]
 
 
 def test_a_full_batch_of_different_texts_is_timed_at_the_start(world):

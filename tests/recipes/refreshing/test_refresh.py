@@ -1,10 +1,13 @@
 """`readapt refresh`: what it finds, makes, shares and refuses, with stand-ins for embed and index."""
 
+import datetime
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -454,3 +457,31 @@ def test_a_local_source_and_model_are_known_by_paths_that_work_from_anywhere(
     made = root.refresh(source="corpus.jsonl")
     assert made.settings["source"] == str(root.source)
     assert issubclass(refreshing.RefreshConfig, Config)
+
+
+@pytest.mark.parametrize("hours", [(1, -1, 30), (-48, 0, -72)])
+def test_drivers_and_sources_whose_clocks_differ_go_by_what_is_there(
+    root: Root, monkeypatch: pytest.MonkeyPatch, hours: tuple[int, ...]
+) -> None:
+    """Each refresh runs on another machine, and the source has a clock of its own."""
+    now_s = time.time()
+    states = [PASSAGES, REST, [*REST, PASSAGES[0]._replace(doc_id="new", text="something new")]]
+    for number, (ahead, passages) in enumerate(zip(hours, states, strict=True), start=1):
+        root.holds(passages)
+        os.utime(root.source, (now_s - 3600 * 24 * number, now_s + 3600 * 24 * (len(states) - number)))
+        with monkeypatch.context() as machine:
+            machine.setattr(time, "time", lambda ahead=ahead: now_s + 3600 * ahead)
+            stamp = datetime.datetime.fromtimestamp(now_s + 3600 * ahead, datetime.UTC).isoformat(timespec="seconds")
+            machine.setattr(generations, "now", lambda stamp=stamp: stamp)
+            made = root.refresh()
+            assert root.refresh() == made, "the same state again"
+        assert (made.number, made.seconds >= 0) == (number, True)
+        assert root.passages(made) == {each.doc_id: (each.title, each.text) for each in passages}
+    rows = history.history(root.location)
+    assert [(row["generation"], row["state"]) for row in rows] == [(1, "there"), (2, "there"), (3, "present")]
+    assert [row["created"] for row in rows] != sorted(row["created"] for row in rows), "the clocks did differ"
+    assert generations.as_of(root.location, None).number == 3
+    assert root.passages(generations.as_of(root.location, 1)).keys() == {each.doc_id for each in PASSAGES}
+    clean(CleanConfig(root=root.uri, keep=1, yes=True))
+    assert [(row["generation"], row["state"]) for row in history.history(root.location)][-1] == (3, "present")
+    assert root.passages(root.there()[-1]).keys() == {each.doc_id for each in states[-1]}
