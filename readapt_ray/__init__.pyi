@@ -337,12 +337,12 @@ def embed(
             per num_cpus_per_worker CPUs.
         num_cpus_per_worker: CPUs, and so threads, per actor. If omitted, 1.
         num_gpus_per_worker: Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1, and for
-            models that leave a GPU waiting for its host (all-MiniLM-L6-v2) 0.5 or 0.25, where there are four
-            cores per actor. Not measured on a GPU yet.
-        batch_tokens: Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a
-            GPU. Lower it when memory is short. In float32 the vectors do not depend on it (to 1e-6). In
-            bfloat16 they differ by .001, and 99.8% of the ten nearest passages stay the same (measured on
-            all-MiniLM-L6-v2).
+            models that leave a GPU waiting for its host (all-MiniLM-L6-v2) 0.5, where there are four cores per
+            actor. Not measured on a GPU yet.
+        batch_tokens: Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU, and on a GPU by
+            the model's size and the free memory: 119,808 for all-MiniLM-L6-v2, 9,216 for a 7B. Lower it when
+            memory is short. In float32 the vectors do not depend on it (to 1e-6). In bfloat16 they differ by
+            .001, and 99.8% of the ten nearest passages stay the same (measured on all-MiniLM-L6-v2).
         max_left_out: Maximum number of passages that are left out because their vector is NaN, infinite or
             zero, also in float32. The manifest names them; more of them stop the run. (default: 100)
 
@@ -1024,8 +1024,8 @@ def search(
             (default: no)
         encoding: JSON file with pooling, prompts and special tokens. If omitted, those that the vectors were
             made with.
-        batch_tokens: Maximum tokens per batch of queries, padding included. If omitted, it depends on the
-            device.
+        batch_tokens: Maximum tokens per batch of queries, padding included. If omitted, 1,024 on a CPU, and on
+            a GPU by the model's size and the free memory.
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
@@ -1110,8 +1110,8 @@ def serve(
             model's folder.
         dtype: Type that the model computes in. If omitted, the type of the index, or float32. The index accepts
             no other one.
-        batch_tokens: Maximum number of tokens per batch. If omitted, chosen for the device. Lower it if a GPU
-            runs out of memory.
+        batch_tokens: Maximum number of tokens per batch. If omitted, 1,024 on a CPU, and on a GPU by the
+            model's size and the free memory. Lower it if a GPU runs out of memory.
         num_replicas: Number of encoder processes; with `max_replicas`, the minimum. Raise it for more requests
             per second. (default: 1)
         max_replicas: Maximum number of encoder processes. Ray Serve starts more while batches wait, and stops

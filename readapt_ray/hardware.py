@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+GPU_PROCESS_BYTES: Final = 1 << 30
+"""Memory of a GPU that a process takes once it uses torch there, before any tensor."""
+GPU_USABLE_SHARE: Final = 0.94
+"""Part of the memory of a GPU that can be used; the rest is taken by the driver and by fragmentation."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUP: Final = Path("/proc/self/cgroup")
 _cluster: dict[str, Any] = {}

@@ -48,6 +48,11 @@ class ModelShape:
     linears: tuple[tuple[str, int, int], ...]
     """Every linear layer: its full name, inputs and outputs."""
 
+    @property
+    def num_linear_parameters(self) -> int:
+        """Weights of all linear layers, without biases."""
+        return sum(inputs * outputs for _, inputs, outputs in self.linears)
+
     def forward_flops(self, tokens: float) -> float:
         """Return the FLOPs per token of one forward pass over passages of so many tokens.
 

@@ -74,6 +74,17 @@ def check_gpus() -> int:
     return num_gpus
 
 
+def gpu_share() -> float:
+    """Return the part of a GPU's memory that this worker may take: what Ray gave it, where several share the GPU."""
+    import ray
+    import torch
+
+    context = ray.get_runtime_context()
+    if not torch.cuda.is_available() or context.worker.mode != ray.WORKER_MODE:
+        return 1.0
+    return min(1.0, float(context.get_assigned_resources().get("GPU") or 1.0))
+
+
 def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:
     """Check on another node that a name means the same model as on the driver.
 
@@ -126,7 +137,7 @@ def load_encoder(
     torch.set_num_threads(num_threads)
     model = open_model(name, base=base)
     check_same_model(name, lambda: encoder_fingerprint(model, encoding, dtype), {due}, driver_node=driver_node)
-    return Encoder.load(model, encoding=encoding, dtype=dtype, batch_tokens=batch_tokens)
+    return Encoder.load(model, encoding=encoding, dtype=dtype, batch_tokens=batch_tokens, gpu_share=gpu_share())
 
 
 def faiss_on_threads(num_threads: int) -> Any:

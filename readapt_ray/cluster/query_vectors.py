@@ -44,7 +44,7 @@ def encode_queries(
         encoding: its templates and pooling.
         encoder: what the manifest of the vectors, or of the bridge, says of it.
         bridge: maps the vectors to another model's.
-        batch_tokens: tokens per batch at most; None for the device's own.
+        batch_tokens: tokens per batch at most; None for what suits the device and the model.
         progress: is told how many are done, of how many.
 
     Raises:

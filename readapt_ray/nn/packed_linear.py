@@ -82,16 +82,24 @@ def should_pack(weights: Sequence[Tensor]) -> bool:
     if (
         not weights
         or any(each.device.type != "cpu" for each in weights)
-        or sum(each.nbytes for each in weights) > MAX_BYTES
+        or not copy_bytes(sum(each.nbytes for each in weights))
     ):
         return False
-    return all(_is_faster(dtype) and _is_right(dtype) for dtype in {each.dtype for each in weights})
+    faster = faster_dtypes()
+    return all(
+        str(dtype).removeprefix("torch.") in faster and _is_right(dtype) for dtype in {each.dtype for each in weights}
+    )
 
 
-def _is_faster(dtype: torch.dtype) -> bool:
-    if dtype == torch.float32:
-        return hardware.is_amd()
-    return dtype == torch.bfloat16 and hardware.has_bfloat16_units()
+def copy_bytes(weight_bytes: int) -> int:
+    """Return the memory of the packed copies of a model's linear layers, whose weights have so many bytes; 0 if none are kept."""
+    return weight_bytes if weight_bytes <= MAX_BYTES else 0
+
+
+def faster_dtypes() -> frozenset[str]:
+    """Return the types in which this CPU multiplies faster by packed weights: float32, bfloat16, both or none."""
+    is_faster = {"float32": hardware.is_amd(), "bfloat16": hardware.has_bfloat16_units()}
+    return frozenset(name for name, faster in is_faster.items() if faster)
 
 
 @functools.cache

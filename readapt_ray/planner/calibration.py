@@ -92,7 +92,10 @@ def _embed(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
     encoding = config.encoding or run.encoding or model.encoding
     encoder = Encoder.load(model, encoding=encoding, dtype=name, device=str(device), batch_tokens=config.batch_tokens)
     shape = model_shape(run.retriever)
-    rows = _random_rows(num_tokens, encoder.network.config.vocab_size)
+    num_rows = _TEXTS
+    if encoder.device.type == "cuda":  # two full batches: the host builds one while the GPU computes the other
+        num_rows = max(_TEXTS, 2 * (encoder.batch_tokens // num_tokens))
+    rows = _random_rows(num_tokens, encoder.network.config.vocab_size, num_rows)
     per_round = num_tokens * len(rows) * shape.forward_flops(num_tokens)
     return per_round * _rounds_per_second(lambda: encoder.encode_ids(rows))
 
@@ -138,8 +141,8 @@ def _train(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
     return work * _rounds_per_second(step)
 
 
-def _random_rows(num_tokens: int, vocab_size: int) -> list[list[int]]:
-    rows: list[list[int]] = np.random.default_rng(0).integers(0, vocab_size, (_TEXTS, num_tokens)).tolist()
+def _random_rows(num_tokens: int, vocab_size: int, num_rows: int = _TEXTS) -> list[list[int]]:
+    rows: list[list[int]] = np.random.default_rng(0).integers(0, vocab_size, (num_rows, num_tokens)).tolist()
     return rows
 
 

@@ -119,12 +119,15 @@ def _idle_timeout_s(values: dict[str, Any], where: str) -> float:
 
 
 def _this_machine(prices: PriceTable) -> NodeGroup:
+    from readapt_ray.nn import packed_linear
+
     node = NodeGroup(
         name="this machine",
         count=1,
         cpus=hardware.num_cores(),
         memory_bytes=float(hardware.memory_bytes()),
         has_bfloat16_units=hardware.has_bfloat16_units(),
+        packed_dtypes=packed_linear.faster_dtypes(),
     )
     if not (kind := own_gpu(prices)):
         return node

@@ -6,13 +6,12 @@
 from dataclasses import dataclass, replace
 from typing import Final
 
+from readapt_ray import hardware
 from readapt_ray.planner.prices import PriceTable
 
 _GB: Final = 1_000_000_000
 _OBJECT_STORE_SHARE: Final = 0.3
 """Share of a node's memory that Ray sets aside for its object store."""
-_USABLE_SHARE: Final = 0.94
-"""Share of a GPU's memory that can be used; the rest is the driver's and fragmentation."""
 _GPU_STAGES: Final = ("train", "finetune", "embed", "tune")
 
 
@@ -40,6 +39,8 @@ class NodeGroup:
     """Nodes that are always up; None means all of them."""
     has_bfloat16_units: bool = False
     """Whether its CPUs are known to have matrix units for bfloat16."""
+    packed_dtypes: frozenset[str] = frozenset({"float32", "bfloat16"})
+    """Types in which encoding may keep a packed copy of the weights; both where the CPUs are not known."""
 
     @property
     def num_lasting(self) -> int:
@@ -150,7 +151,7 @@ class Cluster:
         """Return the bytes that a worker with so many CPUs may take, and the name of what limits them."""
         if self.gpu_groups:
             smallest = min(self.gpu_groups, key=lambda group: group.gpu_memory_bytes)
-            return smallest.gpu_memory_bytes * _USABLE_SHARE, f"one {smallest.gpu}"
+            return smallest.gpu_memory_bytes * hardware.GPU_USABLE_SHARE, f"one {smallest.gpu}"
         group = self.largest
         on_a_node = max(1, group.cpus // cpus)
         if num_workers:

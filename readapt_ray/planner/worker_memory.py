@@ -8,7 +8,13 @@ from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.cluster.optimization import adapter_shape, worker_setup
 from readapt_ray.cluster.placement import Placement
 from readapt_ray.planner.machines import Cluster, NodeGroup
-from readapt_ray.retrieval.encoder_sizes import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, encoders_per_gpu
+from readapt_ray.retrieval.encoder_sizes import (
+    CPU_BATCH_TOKENS,
+    activation_bytes,
+    encoders_per_gpu,
+    free_for_batches,
+    gpu_batch_tokens,
+)
 
 if TYPE_CHECKING:
     from readapt_ray.training.dora import AdapterShape
@@ -94,22 +100,47 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
     """Return what an embedding actor needs: weights, the activations of a batch, a data shard."""
     from readapt_ray.training.memory import process_bytes
 
-    width = 2 if cluster.computes_low(config.dtype) else 4
-    tokens = config.batch_tokens or (GPU_BATCH_TOKENS if cluster.num_gpus else CPU_BATCH_TOKENS)
+    is_low = cluster.computes_low(config.dtype)
+    width = 2 if is_low else 4
     available, where = cluster.room(config.num_cpus_per_worker or 1, config.num_workers)
     if (share := gpu_share(config, shape, cluster)) and share < 1:
         available, where = available * share, f"{share:.2g} of {where}"
-    first, last = ("batch_tokens", "a larger GPU") if cluster.num_gpus else ("num_workers", "nodes with more memory")
+    weights = float(shape.num_parameters * width)
+    if cluster.num_gpus:
+        free = free_for_batches(available, weights)
+        tokens = config.batch_tokens or gpu_batch_tokens(shape, free, width=width, is_packed=is_low)
+    else:
+        tokens = config.batch_tokens or CPU_BATCH_TOKENS
+    packed = _packed_copy_bytes(config, shape, cluster)
     return Memory(
         parts={
-            "weights": float(shape.num_parameters * width),
-            "activations": float(tokens * width * (8 * shape.hidden + 3 * shape.intermediate)),
+            "weights": weights,
+            **({"packed copy of the weights": packed} if packed else {}),
+            f"a batch of {tokens:,} tokens": float(tokens * activation_bytes(shape, width)),
             "process": float(process_bytes("cuda" if cluster.num_gpus else "cpu")),
         },
         available=available,
         where=where,
-        advice=f"lower embed.{first}, set embed.dtype to bfloat16, or take {last}",
+        advice=_embed_advice(config, cluster),
     )
+
+
+def _packed_copy_bytes(config: Any, shape: ModelShape, cluster: Cluster) -> float:
+    """Return what encoding on CPUs may keep beside the weights to multiply faster; 0 on GPUs."""
+    from readapt_ray.nn import packed_linear
+
+    low = "float16" if config.dtype == "float16" else "bfloat16"
+    dtype, width = (low, 2) if cluster.computes_low(config.dtype) else ("float32", 4)
+    if cluster.num_gpus or not any(dtype in group.packed_dtypes for group in cluster.groups):
+        return 0.0
+    return float(packed_linear.copy_bytes(width * shape.num_linear_parameters))
+
+
+def _embed_advice(config: Any, cluster: Cluster) -> str:
+    if not cluster.num_gpus:
+        return "lower embed.num_workers, set embed.dtype to bfloat16, or take nodes with more memory"
+    fewer = "lower embed.batch_tokens, " if config.batch_tokens else ""
+    return f"{fewer}set embed.num_gpus_per_worker to 1, set embed.dtype to bfloat16, or take a larger GPU"
 
 
 def index_memory(shard_bytes: float, cpus: int, group: NodeGroup) -> Memory:

@@ -61,7 +61,7 @@ class Encoder:
         encoding: how it takes text: an `Encoding`, its options as a dict, or a JSON file. If omitted, what its folder or the catalog says.
         dtype: of weights and computation.
         device: a torch device. If omitted, cuda where there is one, else cpu.
-        batch_tokens: tokens per batch at most. If omitted, what suits the device.
+        batch_tokens: tokens per batch at most. If omitted, what suits the device and the model.
 
     Raises:
         InputError: the model cannot be found or loaded, or nothing says how it takes text.

@@ -18,6 +18,7 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster import connection, nodes, placement
 from readapt_ray.errors import PlacementError
+from readapt_ray.nn import packed_linear
 from readapt_ray.progress import size_text
 from readapt_ray.recipes.option_checks import index_kind
 from readapt_ray.recipes.problems import Problems
@@ -193,7 +194,11 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
         most = sum(node.num_cpus // num_cpus for node in place.nodes)
         pieces = -(-num_passages // MIN_SHARD_ROWS) if num_passages else 1
         num_workers = options.num_workers or max(1, min(most, pieces))
-    each = shape.num_parameters * (2.0 if _is_low(options.dtype, place) else 4.0)
+    low = "float16" if options.dtype == "float16" else "bfloat16"
+    dtype, width = (low, 2) if _is_low(options.dtype, place) else ("float32", 4)
+    each = float(width * shape.num_parameters)
+    if place.device_type == "cpu" and dtype in packed_linear.faster_dtypes():
+        each += packed_linear.copy_bytes(width * shape.num_linear_parameters)
     fewer = "lower embed.num_workers" if num_workers > 1 else "set embed.dtype to bfloat16"
     place.refuse(
         f"embed (the {shape.num_parameters:,} weights of {retriever.name!r} in each worker)",

@@ -35,8 +35,9 @@ class DomainEncoder:
         dtype: float32, float16 or bfloat16.
         max_bytes: memory of all factors at most.
         encoding: how texts are encoded; by default as the bundle says.
-        batch_tokens: tokens in a batch at most; by default what suits the device.
+        batch_tokens: tokens in a batch at most; by default what suits the device and the model.
         packed: lay texts end to end where that gives the vectors that padding gives.
+        gpu_share: part of the GPU's memory that this encoder may take, where several share one.
 
     Raises:
         ModelError, WeightMismatchError: the base and the bundle cannot be read or do not fit.
@@ -53,6 +54,7 @@ class DomainEncoder:
         encoding: Encoding | None = None,
         batch_tokens: int | None = None,
         packed: bool = True,
+        gpu_share: float = 1.0,
     ) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         opened = open_bundle(bundle)
@@ -67,6 +69,8 @@ class DomainEncoder:
             identify=lambda: identity,
             batch_tokens=batch_tokens,
             packed=packed,
+            gpu_share=gpu_share,
+            reserved_bytes=max_bytes,
             dense=load_dense(bundle, device=device),
             domains=self.network,
         )

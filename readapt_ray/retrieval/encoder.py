@@ -18,10 +18,11 @@ import torch
 from readapt_ray import hardware
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
+from readapt_ray.catalog.shapes import measure_shape
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
 from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
-from readapt_ray.retrieval.encoder_sizes import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
+from readapt_ray.retrieval.encoder_sizes import CPU_BATCH_TOKENS, free_for_batches, gpu_batch_tokens
 from readapt_ray.retrieval.forward_pass import ForwardPass
 from readapt_ray.retrieval.pooling import normalized
 from readapt_ray.retrieval.tokenization import Kind, TextTokenizer
@@ -59,8 +60,11 @@ class Encoder:
         encoding: how it wants its text.
         identify: gives the fingerprint; called once, when it is first asked for, since hashing
             the weights of a large model takes a while.
-        batch_tokens: tokens in a batch at most, padding included; one text may exceed it.
+        batch_tokens: tokens in a batch at most, padding included; one text may exceed it. By default 1,024 on a CPU; on a
+            GPU by the model's size and the free memory, see `gpu_batch_tokens`.
         packed: lay texts end to end where that gives the vectors that padding gives.
+        gpu_share: part of the GPU's memory that this encoder may take, where several share one.
+        reserved_bytes: memory of the device that is taken later, and not by batches.
         dense: linear layers that pooled vectors go through, on the same device.
         domains: holds `network`, if each text may be of another domain.
 
@@ -77,6 +81,8 @@ class Encoder:
         identify: Callable[[], str],
         batch_tokens: int | None = None,
         packed: bool = False,
+        gpu_share: float = 1.0,
+        reserved_bytes: int = 0,
         dense: DenseHead | None = None,
         domains: DomainNetwork | None = None,
     ) -> None:
@@ -84,8 +90,7 @@ class Encoder:
         self._domains = domains
         self.encoding = encoding
         self.device = next(network.parameters()).device
-        self.batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if self.device.type == "cuda" else CPU_BATCH_TOKENS)
-        if self.batch_tokens < 1:
+        if batch_tokens is not None and batch_tokens < 1:
             raise InputError(f"batch_tokens = {batch_tokens}; it must be at least 1")
         self._identify = identify
         self._tokenizer = TextTokenizer(tokenizer, encoding)
@@ -96,6 +101,7 @@ class Encoder:
         self.is_packed = packed and self._forward_pass.pack()
         """Whether texts are laid end to end, without padding."""
         self.work = EncodedTokens()
+        self.batch_tokens = batch_tokens or self._suitable_tokens(gpu_share, reserved_bytes)
         self.first_batch_tokens = self.batch_tokens
         """The budget before any lack of memory halved it."""
 
@@ -109,6 +115,7 @@ class Encoder:
         device: str | None = None,
         batch_tokens: int | None = None,
         packed: bool | None = None,
+        gpu_share: float = 1.0,
     ) -> Self:
         """Load a retriever from its folder.
 
@@ -117,8 +124,9 @@ class Encoder:
             encoding: how it wants its text; by default what its folder or the catalog says.
             dtype: float32, float16 or bfloat16, of weights and computation.
             device: a torch device; by default cuda where there is one, else cpu.
-            batch_tokens: tokens in a batch at most; by default what suits the device.
+            batch_tokens: tokens in a batch at most; by default what suits the device and the model.
             packed: lay texts end to end instead of padding them; by default where the device has a kernel for it.
+            gpu_share: part of the GPU's memory that this encoder may take, where several share one.
 
         Raises:
             ModelError: the model cannot be loaded, or does not fit the encoding.
@@ -135,6 +143,7 @@ class Encoder:
             identify=functools.partial(encoder_fingerprint, model, encoding, dtype),
             batch_tokens=batch_tokens,
             packed=attention.has_kernel(torch.device(device), DTYPES[dtype]) if packed is None else packed,
+            gpu_share=gpu_share,
             dense=load_dense(model, device=device),
         )
 
@@ -267,6 +276,21 @@ class Encoder:
             num_positions=self.work.num_positions + (width * len(rows) or num_tokens),
         )
         return vectors
+
+    def _suitable_tokens(self, gpu_share: float, reserved_bytes: int) -> int:
+        """Return the tokens of a batch by the device, on a GPU also by the model and by what is free beside its weights."""
+        if self.device.type != "cuda":
+            return CPU_BATCH_TOKENS
+        weights = list(self.network.parameters())
+        held = sum(each.nbytes for each in weights) + reserved_bytes
+        free, total = torch.cuda.mem_get_info(self.device)
+        planned = free_for_batches(hardware.GPU_USABLE_SHARE * total * gpu_share, held)
+        return gpu_batch_tokens(
+            measure_shape(self.network, "the encoder"),
+            min(planned, free - reserved_bytes),
+            width=weights[0].itemsize,
+            is_packed=self.is_packed,
+        )
 
     def _check_sizes(self, config: Any) -> None:
         positions = getattr(config, "max_position_embeddings", None)

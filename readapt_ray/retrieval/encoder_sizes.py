@@ -1,12 +1,22 @@
-"""Choose the size of batches and data shards, and how many encoders share a GPU, by what a model computes per token."""
+"""Choose the size of batches and data shards, and how many encoders share a GPU, by what a model computes per token.
 
+Encoders and plans ask the same functions, so a plan shows the batch that will run. No GPU has confirmed the figures of GPUs.
+"""
+
+import math
 from typing import Final, NamedTuple
 
+from readapt_ray import hardware
 from readapt_ray.catalog.shapes import ModelShape
 
 CPU_BATCH_TOKENS: Final = 1024
-GPU_BATCH_TOKENS: Final = 16_384
-"""Most tokens of a batch, padding included, unless the options say."""
+"""Most tokens of a batch on a CPU, padding included, unless the options say.
+
+Two cores of an AMD EPYC with 512, 2,048 and 4,096 tokens, against 1,024: all-MiniLM-L6-v2 ran .95, 1.01 and .92 times as
+fast in float32 and .95, .98 and .96 in bfloat16, a model of bge-base's shape 1.04, .90 and .71 in float32 and 1.03, .97 and
+.85 in bfloat16. One of Qwen3-Embedding-0.6B's shape computed as many positions per second with 512 to 2,048. No size gains
+5%, so it does not depend on the model.
+"""
 MIN_SHARD_ROWS: Final = 256
 SHARDS: Final = 32
 """A corpus has at least so many shards, where they are not smaller than the smallest."""
@@ -15,8 +25,34 @@ _DEVICE_FLOPS: Final = {"GPU": 4.5e14, "CPU": 1.6e11}
 """FLOPs per second of a large GPU and of a CPU core with AMX, at the share of the peak that encoders reach."""
 _SHARD_BYTES: Final = 256 << 20
 """Most bytes of a shard's texts, and of its vectors in float32."""
-_HOST_S: Final = 0.004
-"""Seconds of CPU time per batch: grouping, launching kernels, copying vectors. Estimated, not measured."""
+_LAYER_S: Final = 0.00025
+"""Seconds in which the host starts the kernels of a layer, however many tokens they compute.
+
+One core of an AMD EPYC took 0.17 ms (BERT), 0.20 (Mistral) and 0.26 (Qwen3) for layers so small that only Python and torch's
+dispatch take time. What a launch on CUDA adds is not measured.
+"""
+_TOKEN_S: Final = 5e-8
+"""Seconds of the host per token beside tokenising: batching, copying, writing.
+
+The embed stage ran at .97 of the bare tokenizer's 575,000 tokens per second of a core (benchmarks/host_path.py).
+"""
+_LAUNCHES: Final = 4
+"""A batch computes at least so many times as long as its kernels take to start, so that the host is ahead of the GPU."""
+_TILE_ROUNDS: Final = 8
+"""Rounds of tiles in a product with as many outputs as a hidden state: the last is partly idle, at most an eighth is lost."""
+_TILE: Final = 128 * 256
+"""Results of one tile: tokens times outputs."""
+_PROCESSORS: Final = 132
+"""Multiprocessors of an H100; each computes a tile at a time."""
+_STEP_TOKENS: Final = 1024
+_MOST_TOKENS: Final = 131_072
+"""Tensors of a 7B's 14,336 numbers per token have 1.9 x 10^9 then: below 2^31, from where on kernels index in 64 bits."""
+_MOST_PADDED_TOKENS: Final = 16_384
+"""Where texts are padded, a larger batch mixes more lengths and so has more padding."""
+_BATCH_SHARE: Final = 0.5
+"""Part of the free memory that the activations of a batch may fill; the rest is for masks, fragments and vectors."""
+_FLOAT32_SLOWDOWN: Final = 8
+"""Times that a GPU takes longer for products in float32 than in bfloat16."""
 _MOST_PER_GPU: Final = 4
 _USUAL_TOKENS: Final = 128
 
@@ -47,8 +83,84 @@ def shard_rows(num_passages: int, text: TextSize, shape: ModelShape, dimension: 
 def encoders_per_gpu(shape: ModelShape) -> int:
     """Return how many encoders it takes that a GPU does not wait for their hosts: 1, 2 or 4.
 
-    A batch of 16,384 tokens takes 0.8 ms for all-MiniLM-L6-v2 at 45% of an H100's peak, and 6 ms for bge-base.
+    The host takes 0.25 ms per layer to start a batch, and 50 ns per token for the rest. That is 1.2 times what a large GPU
+    computes with all-MiniLM-L6-v2 (119,808 tokens in 6 ms), .3 times with bge-base and .03 times with a 7B.
     """
-    batch_s = GPU_BATCH_TOKENS * shape.forward_flops(_USUAL_TOKENS) / _DEVICE_FLOPS["GPU"]
-    wanted = _HOST_S / batch_s
+    tokens = wanted_gpu_tokens(shape, width=2)
+    host_s = shape.num_layers * _LAYER_S + tokens * _TOKEN_S
+    wanted = host_s / (tokens * _gpu_token_s(shape, width=2))
     return 1 if wanted <= 1 else 2 if wanted <= 2 else _MOST_PER_GPU
+
+
+def activation_bytes(shape: ModelShape, width: int) -> int:
+    """Return a bound of the bytes per token that a forward pass holds at its peak.
+
+    In the feed-forward part that is three tensors of its inner width (gate, up, their product) and some of the hidden
+    width; in attention up to 16 of the hidden width (queries, keys and values, rotated and not). Counted on the meta device
+    with texts end to end it is 1.0 to 1.9 times what our encoders hold. Padding adds a mask: a byte and a number per token
+    and position of the longest text.
+
+    Args:
+        shape: of the encoder.
+        width: bytes of a number.
+    """
+    return width * (8 * shape.hidden + max(3 * shape.intermediate, 8 * shape.hidden))
+
+
+def free_for_batches(usable_bytes: float, weight_bytes: float) -> float:
+    """Return the memory in bytes that an encoder has for batches, on a GPU or on its part of one.
+
+    Args:
+        usable_bytes: that all its tensors and its process may take.
+        weight_bytes: of the model, and of what is loaded later.
+    """
+    return max(0.0, usable_bytes - weight_bytes - hardware.GPU_PROCESS_BYTES)
+
+
+def wanted_gpu_tokens(shape: ModelShape, *, width: int, is_packed: bool = True) -> int:
+    """Return the tokens of a batch that keeps a large GPU busy, whatever its memory: a multiple of 1,024, at most 131,072.
+
+    Two things make small batches slow. The host must start a batch's kernels while the GPU computes the one before
+    (0.25 ms per layer), and each product is cut into tiles of which an H100 computes 132 at a time. At 450 TFLOP/s:
+
+        all-MiniLM-L6-v2   4 x 1.5 ms / 50 ns per token = 119,000 tokens; 8 rounds of tiles: 90,112
+        bge-base           4 x 3.0 ms / 390 ns = 31,000 tokens; 8 rounds: 45,056
+        Mistral-7B         4 x 8.0 ms / 32 us = 1,000 tokens; 8 rounds: 8,448
+
+    Weights need no term: in bfloat16 an H100 reads a number in 0.6 ps and computes with it in 4.4 fs per token, so 1,344
+    tokens make reading a tenth of computing in any model.
+
+    Args:
+        shape: of the encoder.
+        width: bytes of a number: 2 or 4.
+        is_packed: texts are laid end to end, without padding.
+    """
+    started = _LAUNCHES * shape.num_layers * _LAYER_S / _gpu_token_s(shape, width)
+    tiled = _TILE_ROUNDS * _PROCESSORS * _TILE / shape.hidden
+    tokens = _STEP_TOKENS * math.ceil(max(started, tiled) / _STEP_TOKENS)
+    return min(tokens, _MOST_TOKENS if is_packed else _MOST_PADDED_TOKENS)
+
+
+def gpu_batch_tokens(shape: ModelShape, free_bytes: float, *, width: int, is_packed: bool = True) -> int:
+    """Return the tokens of a batch on a GPU where the options do not say: those wanted, or as many as half of the memory holds.
+
+    Args:
+        shape: of the encoder.
+        free_bytes: what its batches may take, see `free_for_batches`.
+        width: bytes of a number: 2 or 4.
+        is_packed: texts are laid end to end, without padding.
+
+    Returns:
+        A multiple of 1,024; 1,024 if even that does not fit.
+    """
+    held = int(_BATCH_SHARE * free_bytes / activation_bytes(shape, width))
+    return max(
+        _STEP_TOKENS,
+        min(wanted_gpu_tokens(shape, width=width, is_packed=is_packed), held // _STEP_TOKENS * _STEP_TOKENS),
+    )
+
+
+def _gpu_token_s(shape: ModelShape, width: int) -> float:
+    """Return the seconds in which a large GPU encodes a token of a passage of usual length."""
+    slower = 1 if width == 2 else _FLOAT32_SLOWDOWN
+    return slower * shape.forward_flops(_USUAL_TOKENS) / _DEVICE_FLOPS["GPU"]

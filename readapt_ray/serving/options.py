@@ -75,7 +75,8 @@ class VersionConfig(Config):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Type that the model computes in. If omitted, the type of the index, or float32. The index accepts no other one."""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """Maximum number of tokens per batch. If omitted, chosen for the device. Lower it if a GPU runs out of memory."""
+    """Maximum number of tokens per batch. If omitted, 1,024 on a CPU, and on a GPU by the model's size and the free
+    memory. Lower it if a GPU runs out of memory."""
     num_replicas: int = Field(default=1, ge=1)
     """Number of encoder processes; with `max_replicas`, the minimum. Raise it for more requests per second."""
     max_replicas: int | None = Field(default=None, ge=1)

@@ -272,7 +272,14 @@ def _encoder(spec: VersionSpec, model: OpenModel) -> "Encoder":
     from readapt_ray.retrieval.encoder import Encoder
 
     # Questions are short and of any length: padding would be half of a batch.
-    return Encoder.load(model, encoding=spec.encoding, dtype=spec.dtype, batch_tokens=spec.batch_tokens, packed=True)
+    return Encoder.load(
+        model,
+        encoding=spec.encoding,
+        dtype=spec.dtype,
+        batch_tokens=spec.batch_tokens,
+        packed=True,
+        gpu_share=on_worker.gpu_share(),
+    )
 
 
 def tokens_per_s(encoder: "Encoder", ids: Sequence[int]) -> float:
@@ -306,6 +313,7 @@ def _domain_encoder(spec: VersionSpec, bundle: OpenModel) -> DomainEncoder:
         max_bytes=spec.max_domain_bytes,
         encoding=spec.encoding,
         batch_tokens=spec.batch_tokens,
+        gpu_share=on_worker.gpu_share(),
     )
 
 

@@ -81,11 +81,12 @@ class EmbedConfig(RetrieverOptions, StageConfig):
     """CPUs, and so threads, per actor. If omitted, 1."""
     num_gpus_per_worker: float | None = Field(default=None, gt=0, le=1)
     """Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1, and for models that leave a GPU waiting for
-    its host (all-MiniLM-L6-v2) 0.5 or 0.25, where there are four cores per actor. Not measured on a GPU yet."""
+    its host (all-MiniLM-L6-v2) 0.5, where there are four cores per actor. Not measured on a GPU yet."""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a GPU. Lower it when
-    memory is short. In float32 the vectors do not depend on it (to 1e-6). In bfloat16 they differ by .001, and 99.8% of
-    the ten nearest passages stay the same (measured on all-MiniLM-L6-v2)."""
+    """Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU, and on a GPU by the model's size and the
+    free memory: 119,808 for all-MiniLM-L6-v2, 9,216 for a 7B. Lower it when memory is short. In float32 the vectors do
+    not depend on it (to 1e-6). In bfloat16 they differ by .001, and 99.8% of the ten nearest passages stay the same
+    (measured on all-MiniLM-L6-v2)."""
     max_left_out: int = Field(default=100, ge=0)
     """Maximum number of passages that are left out because their vector is NaN, infinite or zero, also in float32. The
     manifest names them; more of them stop the run."""

@@ -79,7 +79,8 @@ class SearchConfig(RetrieverOptions, StageConfig):
     encoding: EncodingOption = None
     """JSON file with pooling, prompts and special tokens. If omitted, those that the vectors were made with."""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """Maximum tokens per batch of queries, padding included. If omitted, it depends on the device."""
+    """Maximum tokens per batch of queries, padding included. If omitted, 1,024 on a CPU, and on a
+    GPU by the model's size and the free memory."""
 
     inputs: ClassVar[frozenset[str]] = RetrieverOptions.names_of_retriever | frozenset(
         {"index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}

@@ -18,7 +18,7 @@ from readapt_ray.nn.quantized import stored_bytes
 from readapt_ray.training.dora import AdapterShape
 from readapt_ray.training.gradients import BUCKET_BYTES
 
-_PROCESS_BYTES = {"cpu": 7 << 27, "cuda": 1 << 30}
+_PROCESS_BYTES = {"cpu": 7 << 27, "cuda": hardware.GPU_PROCESS_BYTES}
 _LOSS_BYTES = {"cpu": 1 << 24, "cuda": 3 << 28}
 
 

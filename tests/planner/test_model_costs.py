@@ -10,15 +10,19 @@ import torch
 import transformers
 
 from readapt_ray.catalog import shapes
+from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import measure_shape, model_shape, pretrained_shape
 from readapt_ray.nn import quantized
 from readapt_ray.planner import cluster_files, machines, worker_memory
+from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.stages.embed import EmbedConfig
 from readapt_ray.stages.train import TrainConfig
 from readapt_ray.training import dora, memory
 from readapt_ray.training.dora import AdapterShape
 from readapt_ray.training.memory import num_trained
 from tests import factories
 from tests.planner.plans import PRICES, make_plan, write
+from tests.retrieval.devices import OnCuda
 
 
 @pytest.mark.parametrize(
@@ -149,6 +153,99 @@ def test_a_plan_says_with_which_base_dtype_a_7b_model_fits_on_a_gpu(gigabytes: i
         chosen = {"base_dtype": {24: "auto", 16: "int8", 12: "nf4"}[gigabytes], "gradient_checkpointing": True}
         config = TrainConfig(pretrained="m", corpus="c", output="o", **chosen)
         assert worker_memory.train_memory(config, shape, cluster, 1).fits
+
+
+def gpu_cluster(gpu_memory_bytes: float) -> machines.Cluster:
+    group = machines.NodeGroup(
+        name="g",
+        count=1,
+        cpus=64,
+        memory_bytes=2e11,
+        gpu="L4",
+        gpus=1,
+        gpu_flops=1e14,
+        gpu_memory_bytes=gpu_memory_bytes,
+    )
+    return machines.Cluster(name="c", groups=(group,))
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "options", "part"),
+    [  # MiniLM: two encoders have half of the GPU each; a token of a 7B is 151,552 bytes
+        ("all-minilm-l6-v2", 24, {}, ("a batch of 119,808 tokens", 119_808 * 15_360)),
+        ("all-minilm-l6-v2", 4, {}, ("a batch of 24,576 tokens", 24_576 * 15_360)),
+        ("all-minilm-l6-v2", 4, {"num_gpus_per_worker": 1.0}, ("a batch of 84,992 tokens", 84_992 * 15_360)),
+        ("all-minilm-l6-v2", 24, {"dtype": "float32"}, ("a batch of 16,384 tokens", 16_384 * 30_720)),
+        ("e5-mistral", 80, {}, ("a batch of 9,216 tokens", 9216 * 151_552)),
+        ("e5-mistral", 17, {}, ("a batch of 2,048 tokens", 2048 * 151_552)),
+        ("e5-mistral", 17, {"batch_tokens": 777}, ("a batch of 777 tokens", 777 * 151_552)),
+    ],
+)
+def test_a_plan_says_how_many_tokens_an_encoders_batch_will_have(
+    name: str, gigabytes: int, options: dict[str, Any], part: tuple[str, int]
+) -> None:
+    config = EmbedConfig(retriever="m", corpus="c", output="o", **options)
+    found = worker_memory.embed_memory(config, model_shape(name), gpu_cluster(gigabytes * 1e9))
+    assert found.fits and list(found.parts.items())[1] == part
+    assert ("embed.batch_tokens" in found.advice) == ("batch_tokens" in options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("gpu_share", [1.0, 0.5])
+def test_a_plan_and_the_encoder_choose_the_same_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, gpu_share: float
+) -> None:
+    folder = factories.tiny_encoder(tmp_path / "model", headless=True)
+    factories.write_contract(folder)
+    model = open_model(str(folder))
+    config = EmbedConfig(retriever="m", corpus="c", output="o", dtype=dtype, num_gpus_per_worker=gpu_share)  # type: ignore[arg-type]
+    seen = set()
+    for share_gb in (1.0, 1.145, 1.15, 1.16, 1.17, 80):  # 1.142 GB are the process
+        gigabytes = share_gb / gpu_share
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _, total=gigabytes: (int(total * 1e9), int(total * 1e9)))
+        network = Encoder.load(model, dtype=dtype, device="cpu").network
+        encoder = OnCuda(
+            network, model.tokenizer, model.encoding, identify=str, packed=dtype == "bfloat16", gpu_share=gpu_share
+        )
+        planned = worker_memory.embed_memory(config, model_shape(str(folder)), gpu_cluster(gigabytes * 1e9))
+        assert f"a batch of {encoder.batch_tokens:,} tokens" in planned.parts
+        seen.add(encoder.batch_tokens)
+    assert len(seen) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "dtypes", "packed_bytes"),
+    [
+        ("all-minilm-l6-v2", {"dtype": "float32"}, {"float32"}, 4 * (6 * 12 + 1) * 384**2),
+        ("all-minilm-l6-v2", {"dtype": "bfloat16"}, {"float32", "bfloat16"}, 2 * (6 * 12 + 1) * 384**2),
+        ("all-minilm-l6-v2", {"dtype": "float16"}, {"float32", "bfloat16"}, None),
+        ("all-minilm-l6-v2", {"dtype": "float32"}, {"bfloat16"}, None),
+        ("all-minilm-l6-v2", {}, {"float32"}, 4 * (6 * 12 + 1) * 384**2),
+        ("e5-mistral", {"dtype": "bfloat16"}, {"bfloat16"}, None),  # more than 2 GiB are not packed
+    ],
+)
+def test_weights_that_cpus_pack_are_counted_twice(
+    name: str, options: dict[str, Any], dtypes: set[str], packed_bytes: int | None
+) -> None:
+    group = machines.NodeGroup(name="n", count=1, cpus=4, memory_bytes=2e11, packed_dtypes=frozenset(dtypes))
+    config = EmbedConfig(retriever="m", corpus="c", output="o", **options)
+    cluster = machines.Cluster(name="c", groups=(group,))
+    found = worker_memory.embed_memory(config, model_shape(name), cluster)
+    assert found.parts.get("packed copy of the weights") == packed_bytes
+    assert "a batch of 1,024 tokens" in found.parts
+    on_gpus = worker_memory.embed_memory(config, model_shape(name), gpu_cluster(8e10))
+    assert "packed copy of the weights" not in on_gpus.parts
+
+
+@pytest.mark.parametrize(("is_amd", "dtypes"), [(True, {"float32", "bfloat16"}), (False, {"bfloat16"})])
+def test_what_is_packed_is_known_of_this_machine_alone(
+    monkeypatch: pytest.MonkeyPatch, is_amd: bool, dtypes: set[str]
+) -> None:
+    monkeypatch.setattr("readapt_ray.hardware.is_amd", lambda: is_amd)
+    monkeypatch.setattr("readapt_ray.hardware.has_bfloat16_units", lambda: True)
+    assert cluster_files.read_cluster("local", PRICES).groups[0].packed_dtypes == dtypes
+    unknown = cluster_files._plain({"nodes": [{"name": "x", "cpus": 64, "memory_gb": 512}]}, PRICES, "here")
+    assert unknown[0].packed_dtypes == {"float32", "bfloat16"}
 
 
 @pytest.mark.parametrize("name", [QWEN, "Qwen/Qwen3-8B-Base", "nreimers/MiniLM-L6-H384-uncased"])

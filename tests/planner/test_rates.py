@@ -4,8 +4,11 @@ import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+import yaml
 
 from readapt_ray import artifacts
 from readapt_ray.catalog.shapes import model_shape
@@ -13,7 +16,10 @@ from readapt_ray.errors import InputError
 from readapt_ray.planner import calibration, plan_report, rates
 from readapt_ray.planner.cluster_files import read_cluster
 from readapt_ray.planner.machines import Cluster, NodeGroup
+from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.stages.embed import EmbedConfig
 from tests.planner.plans import PRICES, make_plan, write
+from tests.retrieval.devices import OnCuda
 
 
 def finished(
@@ -116,6 +122,23 @@ def test_a_calibration_on_this_machine_prices_the_run(run_file: Path, monkeypatc
             assert 1e6 < each.rate.value < 1e13, "FLOP per second of one core or GPU"
     assert "calibrated on this machine" in plan_report.text(found)
     assert {each.rate.source for each in plain.stages} == {"table"}
+
+
+def test_a_calibration_on_a_gpu_fills_two_batches(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = set()
+
+    class Counting(OnCuda):
+        def encode_ids(self, rows: Any, domains: Any = None) -> Any:  # type: ignore[override]
+            counts.add(len(rows))
+            return super().encode_ids(rows[:2], domains)
+
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (8 * 10**10, 8 * 10**10))
+    monkeypatch.setattr("readapt_ray.retrieval.encoder.Encoder", Counting)
+    monkeypatch.setattr(calibration, "_SECONDS", 0.01)
+    run = RunConfig.parse(yaml.safe_load((run_file / "run.yaml").read_text()))
+    config = EmbedConfig(retriever=str(run.retriever), corpus="c", output="o")
+    calibration._embed(run, config, 32, torch.float32, torch.device("cpu"))
+    assert counts == {2 * 16_384 // 32}
 
 
 def gpus_here(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: float) -> None:

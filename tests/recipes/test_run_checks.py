@@ -382,6 +382,11 @@ def test_the_memory_of_a_training_step_is_checked_before_any_stage(
             {"embed": {"num_workers": 2, "dtype": "float32"}},
             r"embed \(the 30,\d+ weights of '.*' in each worker\) would need about 2 x 12\d KB",
         ),
+        (
+            {"embed": {"dtype": "float32"}, "packs": True},
+            r"embed \(the 30,\d+ weights .*\) would need about \d x 197 KB",
+        ),
+        ({"embed": {"dtype": "float16"}, "packs": True}, None),
         ({"embed": {"dtype": "bfloat16"}}, None),
         ({"merge": {"low_rank": 0.5}}, r"merge with low_rank \(a matrix of 384 x 32\) would need about 197 KB"),
         (
@@ -399,11 +404,14 @@ def test_the_memory_of_each_stage_is_checked_where_it_will_run(
     monkeypatch.setattr(memory_checks.connection, "connect", lambda: Resources(2, 0, 2))
     monkeypatch.setattr(memory_checks.nodes, "alive", lambda: [node, node])
     monkeypatch.setattr(hardware, "num_cores", lambda: 2)
+    packs = bool(options.get("packs"))
+    monkeypatch.setattr(hardware, "is_amd", lambda: packs)
+    monkeypatch.setattr(hardware, "has_bfloat16_units", lambda: packs)
     monkeypatch.setattr(memory, "free_bytes", lambda *_: free)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: not is_here))
     problems = Problems()
     small = {"embed": {"dtype": "bfloat16"}, "index": {"rows_per_shard": 100}, "train": {"check_memory": False}}
-    options = {**small, **options}
+    options = {**small, **{name: value for name, value in options.items() if name != "packs"}}
     configs = {step.stage: step.config for step in chain.plan_run(chain.RunConfig.parse({**desk.values, **options}))}
     found = {name: open_model(desk.values[name]) for name in ("pretrained", "retriever")}
     memory_checks.check_memory(configs, configs, found, problems, dimension=32, num_passages=1000)

@@ -8,6 +8,7 @@ import torch
 from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.retrievers import TARGETS_BY_FAMILY
 from readapt_ray.errors import FingerprintMismatchError, InputError, ModelError, WeightMismatchError
+from readapt_ray.retrieval import domain_encoder
 from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.stages.merge import MergeConfig, merge
@@ -15,6 +16,7 @@ from readapt_ray.weights.domain_layers import DomainUse
 from readapt_ray.weights.domain_sources import check_domains, fetched, read_domains
 from tests import factories, families
 from tests.families import FAMILIES, Family
+from tests.retrieval.devices import OnCuda
 
 LEAST_COSINE = {"float32": 0.99999, "bfloat16": 0.999}
 DEBERTA = Family(
@@ -60,7 +62,7 @@ def _merged(output, base, retriever, *adapters, scale=0.5, **options):
     return output
 
 
-def _open(folders, base, *, dtype="float32", max_bytes=1 << 30, packed=True):
+def _open(folders, base, *, dtype="float32", max_bytes=1 << 30, packed=True, gpu_share=1.0):
     records = read_domains({folder.name: str(folder) for folder in folders})
     encoder = DomainEncoder(
         open_model(str(folders[0])),
@@ -69,6 +71,7 @@ def _open(folders, base, *, dtype="float32", max_bytes=1 << 30, packed=True):
         dtype=dtype,
         max_bytes=max_bytes,
         packed=packed,
+        gpu_share=gpu_share,
     )
     return encoder, [each.source for each in records]
 
@@ -95,6 +98,19 @@ def decoder(tmp_path_factory):
         adapter = _adapter(folder / f"adapter-{seed}", base, family, seed)
         domains.append(_merged(folder / f"domain-{seed}", base, retriever, adapter, factors=True))
     return base, retriever, domains
+
+
+def test_a_batch_on_a_gpu_leaves_room_for_the_factors_of_domains(decoder, monkeypatch):
+    base, _, domains = decoder
+    monkeypatch.setattr(domain_encoder, "Encoder", OnCuda)
+    total = 4 * 10**9
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (total, total))
+    plain, _ = _open(domains[:1], base, max_bytes=1)
+    assert plain.encoder.batch_tokens == 131_072
+    full, _ = _open(domains[:1], base, max_bytes=int(0.94 * total) - (1 << 30) - 10**7)
+    assert 1024 <= full.encoder.batch_tokens < 10_000
+    half, _ = _open(domains[:1], base, max_bytes=int(0.47 * total) - (1 << 30) - 10**7, gpu_share=0.5)
+    assert half.encoder.batch_tokens == full.encoder.batch_tokens
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

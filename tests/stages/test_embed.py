@@ -37,7 +37,7 @@ from readapt_ray.records import Passage, vector_schema
 from readapt_ray.retrieval import shard_ledger
 from readapt_ray.retrieval.encoder import Encoder, suitable_dtype
 from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
-from readapt_ray.retrieval.encoder_sizes import TextSize, encoders_per_gpu, shard_rows
+from readapt_ray.retrieval.encoder_sizes import TextSize, shard_rows
 from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS
 from readapt_ray.retrieval.shard_plan import plan_shards
 from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer
@@ -588,15 +588,6 @@ def test_a_shard_is_some_45_seconds_of_a_devices_work_and_fits_its_memory():
     assert shard_rows(large, text, shape, 1024, on_gpus=False) == 256
     assert shard_rows(32_000, text, shape, 1024, on_gpus=True) == 1000
     assert shard_rows(10, text, shape, 1024, on_gpus=True) == 256
-
-
-def test_small_models_share_a_gpu():
-    """By hand, at 450 TFLOP/s: a batch takes all-MiniLM-L6-v2 0.8 ms, bge-base 6.4 ms, and the host 4 ms."""
-    assert [encoders_per_gpu(model_shape(name)) for name in ("all-minilm-l6-v2", "bge-base-zh", "e5-mistral")] == [
-        4,
-        1,
-        1,
-    ]
 
 
 def test_an_output_keeps_the_size_of_shards_that_it_was_begun_with(world, ray_session, tmp_path, monkeypatch):

@@ -9,9 +9,11 @@ import pytest
 import ray
 import torch
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.doctor import gpus
 from readapt_ray.errors import PlacementError
+from readapt_ray.serving import workers
 
 
 @pytest.fixture
@@ -105,3 +107,49 @@ def test_a_worker_that_has_a_gpu_never_falls_back_to_the_cpu(machine: Any, monke
         on_worker.check_node()
     given["GPU"] = []
     on_worker.check_node()
+
+
+@pytest.mark.parametrize(
+    ("assigned", "mode", "share"),
+    [
+        ({"GPU": 0.25, "CPU": 4.0}, ray.WORKER_MODE, 0.25),
+        ({"GPU": 2.0}, ray.WORKER_MODE, 1.0),
+        ({"CPU": 1.0}, ray.WORKER_MODE, 1.0),
+        ({"GPU": 0.25}, ray.SCRIPT_MODE, 1.0),
+    ],
+)
+def test_a_worker_takes_as_much_of_a_gpus_memory_as_ray_gave_it_of_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, assigned: dict[str, float], mode: int, share: float
+) -> None:
+    """Seen so in Ray 2.60, in tasks, actors and placement groups; a driver may not ask."""
+    context = SimpleNamespace(get_assigned_resources=lambda: assigned, worker=SimpleNamespace(mode=mode))
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert on_worker.gpu_share() == share
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert on_worker.gpu_share() == 1.0
+
+
+def test_encoders_are_loaded_with_their_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of `embed` and `search`, of `serve`, and of domains."""
+    shares = []
+
+    def note(*_: Any, gpu_share: float, **__: Any) -> None:
+        shares.append(gpu_share)
+
+    monkeypatch.setattr(on_worker, "gpu_share", lambda: 0.25)
+    for name in ("check_node", "check_same_model", "open_model"):
+        monkeypatch.setattr(on_worker, name, lambda *_, **__: None)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("readapt_ray.retrieval.encoder.Encoder.load", note)
+    options: dict[str, Any] = {"due": "", "driver_node": "", "num_threads": 1, "batch_tokens": None}
+    on_worker.load_encoder("x", Encoding(pooling="mean", add_bos=True, add_eos=True), "float32", **options)
+    spec: Any = SimpleNamespace(encoding=None, dtype="float32", batch_tokens=None, base="b", max_domain_bytes=1)
+    workers._encoder(spec, spec)
+    monkeypatch.setattr(workers, "DomainEncoder", note)
+    monkeypatch.setattr(workers, "open_model", lambda _: None)
+    monkeypatch.setattr(workers, "check_domains", lambda *_: None)
+    record = SimpleNamespace(retriever_fingerprint="")
+    monkeypatch.setattr(workers, "read_domains", lambda _: [record])
+    workers._domain_encoder(spec, SimpleNamespace(name="x"))  # type: ignore[arg-type]
+    assert shares == [0.25] * 3
