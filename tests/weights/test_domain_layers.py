@@ -72,7 +72,7 @@ def test_slices_of_one_length_are_multiplied_together_and_all_are_as_the_merged_
     layer.batch.uses, layer.batch.num_tokens = [None, *uses, None], [2, *lengths, 3]
     x = torch.randn(sum(layer.batch.num_tokens), IN, generator=random).bfloat16()
     together, real = [], domain_layers._add_together
-    monkeypatch.setattr(domain_layers, "_add_together", lambda *given: together.append(len(given[-1])) or real(*given))
+    monkeypatch.setattr(domain_layers, "_add_together", lambda out, own: together.append(len(own)) or real(out, own))
     found = layer(x)
     assert together == ([4] if lengths == (5, 5, 5, 5) else [])
     monkeypatch.setattr(domain_layers, "_are_alike", lambda _: False)
@@ -108,3 +108,19 @@ def test_slices_of_unlike_ranks_or_with_others_between_them_are_added_one_by_one
         for number, use in enumerate(batch):
             layer.batch.uses, layer.batch.num_tokens = [use], [4]
             torch.testing.assert_close(found[4 * number : 4 * number + 4], layer(x[4 * number : 4 * number + 4]))
+
+
+@pytest.mark.parametrize("num_domains", [1, 4])
+@torch.inference_mode()
+def test_magnitudes_that_change_little_are_not_rounded_away(num_domains):
+    """All rows grow by .3%: 1.003 is 1 in bfloat16, and .003 is not 0."""
+    random = torch.Generator().manual_seed(0)
+    layer, pretrained = _layer(random, None, keeps_pretrained=False, has_bias=False)
+    made = _factors(random, 3, with_magnitude=False)
+    magnitude = 1.003 * pretrained.norm(dim=1)
+    terms = layer.terms_of([Factors(A_rI=made.A_rI, B_Or=0 * made.B_Or, magnitude=magnitude, scaling=1.0)])
+    use = DomainUse(Domain(name="a", terms={"w": terms}, num_bytes=0), (1.0,))
+    x = torch.randn(400 * num_domains, IN, generator=random).bfloat16()
+    layer.batch.uses, layer.batch.num_tokens = [use] * num_domains, [400] * num_domains
+    plain = x.double() @ pretrained.double().T
+    assert 1.002 < float(layer(x).double().abs().sum() / plain.abs().sum()) < 1.004
