@@ -13,7 +13,7 @@ new model. Other pairs stay in the results. Reported are, on the corpus's querie
   new model among its own vectors, which is the baseline of the differences.
 - `moving`: what a slice of a server with `--new-vectors` finds once a share of the passages has moved, those of the bridge's
   sample first: top-10 overlap with a full re-embedding, nDCG@10, and which part of the way it is from the old model among its
-  vectors. "part" also for a full re-embedding in the same order without a bridge: old queries for old vectors, new for new.
+  vectors. "without a bridge" is the overlap where old vectors are searched by the old model, and scores compared as they are.
 - `orders`: overlap by what is re-embedded first, as `benchmarks/reembedding.py` measures it.
 """
 
