@@ -79,8 +79,10 @@ def gpu_share() -> float:
     import ray
     import torch
 
+    if not torch.cuda.is_available() or not ray.is_initialized():
+        return 1.0
     context = ray.get_runtime_context()
-    if not torch.cuda.is_available() or context.worker.mode != ray.WORKER_MODE:
+    if context.worker.mode != ray.WORKER_MODE:
         return 1.0
     return min(1.0, float(context.get_assigned_resources().get("GPU") or 1.0))
 

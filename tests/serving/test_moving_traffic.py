@@ -3,27 +3,45 @@
 import asyncio
 import collections
 import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import threading
+import time
 from collections.abc import Iterator
 
+import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.catalog.models import open_model
 from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.index_shard import IndexShard, build_shard
+from readapt_ray.retrieval.shard_plan import packed_hashes
+from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.serving.app import version_spec
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.moving_slice import MovingSlice
-from readapt_ray.serving.options import VersionConfig
+from readapt_ray.serving.options import ServeConfig, VersionConfig
+from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.versions import Routing
 from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 from readapt_ray.sources.splitting import parent_of, piece_ids
+from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.storage import Location
+from tests.chaos.nodes import free_port
 from tests.factories import ingest_artifact, small_corpus
 from tests.serving.conftest import LocalVersion, World, index_artifact, local_server, passage_vectors
-from tests.serving.test_moving_version import Embedding, _follower
+from tests.serving.test_kills import processes
+from tests.serving.test_moving_version import Embedding, _follower, _wait_until_moved
 from tests.serving.test_routes import EMBEDDINGS, SEARCH, TEXTS, ask
 
 SIZES = (1, 2, 5, 12, 1, 9, 10)
@@ -278,3 +296,113 @@ def test_vectors_of_the_new_model_go_to_the_moving_and_the_real_version_alone(mo
             assert found["moving"] == found["real"], "all passages have moved"
 
     asyncio.run(run())
+
+
+def test_passages_of_a_corpus_that_was_split_anew_keep_their_old_vectors(world, bridged, tmp_path, caplog):
+    """Their ids name other pieces of the same document; a document that fits in one passage moves."""
+    texts = {doc_id: " ".join(PASSAGES[row].text for row in rows) for doc_id, rows in (("a", [0]), ("b", range(1, 9)))}
+    (tmp_path / "corpus.jsonl").write_text("\n".join(json.dumps({"_id": each, "text": texts[each]}) for each in texts))
+    tables = []
+    for split_tokens in (60, 40):
+        values = {"source": str(tmp_path / "corpus.jsonl"), "output": str(tmp_path / f"split-{split_tokens}")}
+        values |= {"split_tokens": split_tokens, "overlap": 0, "tokenizer": str(world.folder / "retriever")}
+        files = (ingest(IngestConfig.parse(values)).location / "passages").files(".parquet")
+        tables.append(pa.concat_tables(pq.read_table(each.local_path) for each in files))
+    old, new = tables
+    assert {"a", "b#1", "b#2"} <= {*old["doc_id"].to_pylist()} & {*new["doc_id"].to_pylist()}
+    vectors = world.encoder.encode(old["text"].to_pylist(), "passage", [""] * len(old))
+    shard = build_shard("Flat", 32, [(old["doc_id"].to_pylist(), vectors)])
+    hashes = packed_hashes(old["content_hash"].to_pylist())
+    moving = MovingSlice(
+        IndexSlice.of([IndexShard(shard.index, shard.doc_ids, hashes, shard.trained)], is_split=True), bridged
+    )
+    embedding = Embedding(world, tmp_path / "new")
+    ids = new["doc_id"].to_pylist()
+    its = stored_vectors(ids, embedding.encoder.encode(new["text"].to_pylist(), "passage", [""] * len(new)), "float32")
+    file = Location(str(tmp_path / "new/vectors/part-00000.parquet"))
+    write_stored(file, ids, its, new["content_hash"].combine_chunks(), metadata={"encoder": embedding.description})
+    with caplog.at_level(logging.WARNING, "ray.serve"):
+        _follower(moving, embedding).poll()
+    same = {*zip(*(old[each].to_pylist() for each in ("doc_id", "content_hash")), strict=True)} & {
+        *zip(*(new[each].to_pylist() for each in ("doc_id", "content_hash")), strict=True)
+    }
+    num_shared = len({*ids} & {*old["doc_id"].to_pylist()})
+    assert moving.num_reembedded == len(same) < num_shared / 2 and "a" in {doc_id for doc_id, _ in same}
+    assert f"has {num_shared - len(same)} passages whose content in the index is another" in caplog.text
+    found = moving.search(embedding.encoder.encode(TEXTS, "query"), 20, DocFilter(doc_ids=("b",)))
+    assert {*found.doc_ids[0].tolist()} == {*old["doc_id"].to_pylist()} - {"a"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_split_documents_move_under_load_beside_a_version_that_shadows_them(
+    split_world, bridged, embedding, ray_session
+):
+    """Ray Serve with `--split base=0.1,adapted=0.9 --shadow base`: files appear, a slice dies, and no request fails."""
+    embedding.folder.mkdir()
+    (embedding.folder / "building.json").write_text("{}")
+    new = split_world.version() | {"retriever": str(split_world.folder / "other"), "num_threads": 1}
+    new |= {"bridge": str(bridged.artifact.location), "new_vectors": str(embedding.folder), "index_actors": 2}
+    base = split_world.version() | {"num_threads": 1}
+    config = ServeConfig.parse(
+        {"versions": {"base": base, "new": new}, "split": "base=0.1,new=0.9", "shadow": "base", "port": free_port()}
+    )
+    url = serve(config, blocking=False)
+    try:
+        load = _Users(url)
+        for number, rows in enumerate(np.array_split(np.random.default_rng(0).permutation(len(IDS)), 4)):
+            embedding.write(number, rows.tolist())
+            if number == 2:
+                (victim,) = processes("ray::ServeReplica:readapt-new:index-1")
+                os.kill(victim.pid, signal.SIGKILL)
+            _wait_until_moved(url, 10 * (number + 1))
+            load.wait_for(40)
+        statuses, models, wrong = load.end()
+        with httpx.Client(base_url=url, timeout=60) as client:
+            found = client.post(SEARCH, json={"query": TEXTS, "top_k": 7, "model": "new"}).json()
+            metrics = client.get("/metrics").text
+    finally:
+        stop()
+    assert set(statuses) == {200} and not wrong
+    assert set(models.values()) == {"base", "new"}
+    real = embedding.encoder.encode(TEXTS, "query") @ embedding.vectors.T
+    assert _pairs(found) == _best_of_documents(real, 7)
+    assert re.search(r'readapt_shadow_shared\w*\{[^}]*shadow="base"', metrics)
+
+
+class _Users:
+    """Users who search one after the other: each stays with its version, and finds every document once."""
+
+    def __init__(self, url):
+        self.statuses, self.models, self.wrong = collections.Counter(), {}, []
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(url, part), daemon=True) for part in range(3)]
+        for each in self._threads:
+            each.start()
+
+    def _ask(self, url, part):
+        with httpx.Client(base_url=url, timeout=120) as client:
+            for number in itertools.count():
+                if self._ended.is_set():
+                    return
+                user = f"user {3 * (number % 10) + part}"
+                answer = client.post(SEARCH, json={"query": TEXTS[0], "top_k": 7, "user": user})
+                self.statuses[answer.status_code] += 1
+                if answer.status_code != 200:
+                    continue
+                found = answer.json()
+                ids = [hit["doc_id"] for hit in found["data"][0]["hits"]]
+                if sorted(ids) != DOCUMENTS or self.models.setdefault(user, found["model"]) != found["model"]:
+                    self.wrong.append((user, found["model"], ids))
+
+    def wait_for(self, num_answers):
+        wanted, deadline_s = self.statuses.total() + num_answers, time.monotonic() + 180
+        while self.statuses.total() < wanted:
+            assert time.monotonic() < deadline_s, self.statuses
+            time.sleep(0.05)
+
+    def end(self):
+        self._ended.set()
+        for each in self._threads:
+            each.join(120)
+        return self.statuses, self.models, self.wrong
