@@ -46,7 +46,7 @@ from tests import factories
 
 NUM_DOMAINS, RANK, TEXT_TOKENS = 20, 32, 64
 NUM_REGISTERED = (20, 1000)
-NUM_TEXTS, NUM_ROUNDS = 80, 5
+NUM_TEXTS, NUM_ROUNDS = 80, 9
 NUM_PASSAGES, NUM_PAIR_ROUNDS = 40, 3
 DTYPE_NAMES = ("float32", "bfloat16")
 GOALS = {"lora": 0.7, "full": 0.45}
