@@ -103,7 +103,8 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
     is_low = cluster.computes_low(config.dtype)
     width = 2 if is_low else 4
     available, where = cluster.room(config.num_cpus_per_worker or 1, config.num_workers)
-    if (share := gpu_share(config, shape, cluster)) and share < 1:
+    share = gpu_share(config, shape, cluster)
+    if 0 < share < 1:
         available, where = available * share, f"{share:.2g} of {where}"
     weights = float(shape.num_parameters * width)
     if cluster.num_gpus:
@@ -121,7 +122,7 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
         },
         available=available,
         where=where,
-        advice=_embed_advice(config, cluster),
+        advice=_embed_advice(config, share),
     )
 
 
@@ -136,11 +137,12 @@ def _packed_copy_bytes(config: Any, shape: ModelShape, cluster: Cluster) -> floa
     return float(packed_linear.copy_bytes(width * shape.num_linear_parameters))
 
 
-def _embed_advice(config: Any, cluster: Cluster) -> str:
-    if not cluster.num_gpus:
+def _embed_advice(config: Any, gpu_share: float) -> str:
+    if not gpu_share:
         return "lower embed.num_workers, set embed.dtype to bfloat16, or take nodes with more memory"
     fewer = "lower embed.batch_tokens, " if config.batch_tokens else ""
-    return f"{fewer}set embed.num_gpus_per_worker to 1, set embed.dtype to bfloat16, or take a larger GPU"
+    alone = "set embed.num_gpus_per_worker to 1, " if gpu_share < 1 else ""
+    return f"{fewer}{alone}set embed.dtype to bfloat16, or take a larger GPU"
 
 
 def index_memory(shard_bytes: float, cpus: int, group: NodeGroup) -> Memory:

@@ -188,6 +188,8 @@ def test_a_plan_says_how_many_tokens_an_encoders_batch_will_have(
     found = worker_memory.embed_memory(config, model_shape(name), gpu_cluster(gigabytes * 1e9))
     assert found.fits and list(found.parts.items())[1] == part
     assert ("embed.batch_tokens" in found.advice) == ("batch_tokens" in options)
+    is_shared = name == "all-minilm-l6-v2" and "num_gpus_per_worker" not in options
+    assert ("embed.num_gpus_per_worker" in found.advice) == is_shared
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
