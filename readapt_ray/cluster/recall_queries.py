@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray.artifacts import Artifact, open_artifact
+from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import connection
 from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.errors import FingerprintMismatchError, ReadaptError
+from readapt_ray.made_of import open_input
 from readapt_ray.retrieval.footers import read_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
@@ -60,7 +61,7 @@ def corpus_of(vectors: Artifact) -> Artifact:
         ArtifactMissingError: it is no longer there.
         FingerprintMismatchError: another one is there.
     """
-    corpus = open_artifact(vectors.manifest.config["corpus"], "ingest")
+    corpus = open_input(vectors, "corpus", "ingest")
     if corpus.fingerprint != vectors.manifest.inputs["corpus"]:
         raise FingerprintMismatchError(
             f"{corpus.uri!r} is not the corpus that {vectors.uri!r} was made of; embed it again"

@@ -30,6 +30,7 @@ from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.recall_queries import query_encoder_of
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import FingerprintMismatchError, InputError, ReadaptError
+from readapt_ray.made_of import open_input
 from readapt_ray.progress import amount
 from readapt_ray.retrieval.bridge import CALIBRATION_NAME, MAP_NAME
 from readapt_ray.retrieval.query_encoder import describe_encoder
@@ -111,7 +112,7 @@ def bridge(config: BridgeConfig) -> Artifact:
 
 
 def _open_corpus(config: BridgeConfig, old: Artifact) -> Artifact:
-    corpus = open_artifact(config.corpus or old.manifest.config["corpus"], "ingest")
+    corpus = open_artifact(config.corpus, "ingest") if config.corpus else open_input(old, "corpus", "ingest")
     if corpus.fingerprint != old.manifest.inputs["corpus"]:
         raise FingerprintMismatchError(
             f"corpus {corpus.uri!r} is not the one that {config.old_vectors!r} was made of; give that with --corpus, or "

@@ -20,6 +20,7 @@ from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.dead_rows import whole_name
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, WorkerError, first_line
+from readapt_ray.made_of import open_input
 from readapt_ray.retrieval import neighbours
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
@@ -129,7 +130,7 @@ def _loss_change(config: DriftConfig, adapter: Artifact, workspace: Workspace) -
 
 def _made_of(made: Artifact, stage: str) -> Artifact:
     """Open the blocks of an adapter, or the corpus of blocks. Numbers of passages mean others in another one."""
-    found = artifacts.open_artifact(made.manifest.config["corpus"], stage)
+    found = open_input(made, "corpus", stage)
     if found.fingerprint != made.manifest.inputs["corpus"]:
         raise FingerprintMismatchError(
             f"{found.uri!r} is not what {made.uri!r} was made of, so which passages were withheld is not known; train an adapter "

@@ -22,6 +22,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
+from readapt_ray.made_of import open_input
 from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.bm25 import words
@@ -98,7 +99,7 @@ def _open_labels(uri: str) -> tuple[Artifact, Artifact]:
         corpus = artifacts.open_artifact(uri, "ingest")
         return corpus, corpus
     labels = artifacts.open_artifact(uri, "synthesize")
-    corpus = artifacts.open_artifact(labels.manifest.config["corpus"], "ingest")
+    corpus = open_input(labels, "corpus", "ingest")
     if corpus.fingerprint != labels.manifest.inputs["corpus"]:
         raise FingerprintMismatchError(
             f"{corpus.uri!r} is not the corpus that the queries of {uri!r} were written for; synthesize them again"

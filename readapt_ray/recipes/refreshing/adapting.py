@@ -20,6 +20,7 @@ from readapt_ray.catalog import models
 from readapt_ray.cluster import loss_task
 from readapt_ray.errors import ReadaptError, first_line
 from readapt_ray.generations import CORPUS, Generation
+from readapt_ray.made_of import open_input
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -45,11 +46,12 @@ class AdapterLoss:
 
 def adapter_of(retriever: str) -> Artifact | None:
     """Return the adapter that a retriever was merged from; None if it was not, or from several, or the adapter is gone."""
-    merged = artifacts.read_manifest(str(models.open_model(retriever).folder))
+    folder = Location(str(models.open_model(retriever).folder))
+    merged = artifacts.read_manifest(folder)
     if merged is None or merged.stage != "merge" or not isinstance(merged.config.get("adapter"), str):
         return None
     try:
-        adapter = artifacts.open_artifact(merged.config["adapter"], "train")
+        adapter = open_input(Artifact(folder, merged), "adapter", "train")
     except (ReadaptError, OSError):
         return None
     return adapter if adapter.fingerprint == merged.inputs.get("adapter") else None
