@@ -7,6 +7,7 @@ they print without Python's logging (C++ parts of Ray) is not changed.
 import contextlib
 import functools
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,14 +23,39 @@ _FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 _files: list[logging.Handler] = []
 
 
+class LogFile(logging.FileHandler):
+    """A log file whose lines are lost while its disk is full or its folder is gone.
+
+    logging's own prints a traceback for each such line, and raises when it is closed, which hides what the work itself says.
+    """
+
+    def __init__(self, file: Path, line_format: str) -> None:
+        super().__init__(file, encoding="utf-8", delay=True)
+        self.setFormatter(logging.Formatter(line_format))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        with contextlib.suppress(OSError):  # the first one opens the file
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say that a record cannot be written, unless the file cannot."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        """Write what is left, if there is room, and close the file."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class _ToFiles(logging.Handler):
     """Hand each record to all open files."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         for each in _files:
-            with contextlib.suppress(OSError):  # its folder is gone, as Ray's logs after the session
-                each.handle(record)
+            each.handle(record)
 
 
 class _Caught(logging.Filter):
@@ -71,8 +97,7 @@ def _writes_to_terminal(handler: logging.Handler) -> bool:
 
 def add_file(file: Path) -> logging.Handler:
     """Write what the libraries log to a file, too, until the process ends."""
-    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler = LogFile(file, _FORMAT)
     _files.append(handler)
     return handler
 

@@ -1,5 +1,6 @@
 """A disk that is really full, and one that nobody may write: one clear message, nothing lost, and the same command goes on."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from readapt_ray import cli, leases
 from readapt_ray.artifacts import Workspace, produce
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import StorageError
+from readapt_ray.recipes import running
+from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.retrieval.shard_ledger import LEDGER_NAME
 from readapt_ray.storage import Location
 from tests import factories, small_disk
@@ -36,6 +39,29 @@ def test_a_full_disk_keeps_the_old_file_and_is_named(disk: Path) -> None:
         file.write_bytes(bytes(1 << 20))
     assert file.read_bytes() == b"old"
     assert [path.name for path in (disk / "run").iterdir()] == ["a.bin"]
+
+
+def test_a_run_whose_disk_fills_up_ends_with_what_its_stage_says(
+    disk: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its log, which is on that disk, nor the note of what failed says anything of its own."""
+    root = Location(str(disk / "root"))
+    logger = logging.getLogger("readapt_ray")
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    record = running._Record(root, RunConfig.model_construct(), [], {})
+    with pytest.raises(StorageError, match="the stage says this"), running._logged(root), record.failures():
+        logger.info("a line before")
+        small_disk.fill(disk)
+        for _ in range(1000):
+            logger.info("a line that has no room")
+        raise StorageError("the stage says this")
+    said = capfd.readouterr()
+    assert "Logging error" not in said.err and "Traceback" not in said.err
+    small_disk.free(disk)
+    with running._logged(root):
+        logger.info("a line after")
+    lines = (disk / "root" / running.LOG_NAME).read_text().splitlines()
+    assert lines[0].endswith("a line before") and lines[-1].endswith("a line after")
 
 
 def test_a_disk_that_may_not_be_written_is_named(disk: Path) -> None:

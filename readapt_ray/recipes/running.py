@@ -18,7 +18,7 @@ from typing import Any
 from readapt_ray import artifacts, library_logs, outputs
 from readapt_ray.artifacts import Artifact
 from readapt_ray.config import meant
-from readapt_ray.errors import InputError, first_line
+from readapt_ray.errors import InputError, StorageError, first_line
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.recipes import room_checks, run_checks, standing, unlabelled
 from readapt_ray.recipes.background import run_in_background
@@ -147,7 +147,7 @@ class _Record:
         except Exception as error:
             step = self.current
             what = first_line(error)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StorageError):
                 self.write(
                     failed={
                         "output": step.name if step else "",
@@ -235,9 +235,9 @@ def _logged(root: Location) -> Iterator[None]:
     if not root.is_local:
         yield
         return
-    root.local_path.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(root.local_path / LOG_NAME, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    with contextlib.suppress(OSError):  # who writes there says it better
+        root.local_path.mkdir(parents=True, exist_ok=True)
+    handler = library_logs.LogFile(root.local_path / LOG_NAME, "%(asctime)s %(message)s")
     logger.addHandler(handler)
     try:
         with library_logs.written_to(root.local_path / LOG_NAME):
