@@ -7,12 +7,15 @@ knowledge adapters k and their scales c_k (RE-AdaptIR, section 2.2)
 
 which is what the merged weight gives. P x, the output of the pretrained weight, is W x - R x if the retriever is a LoRA
 adapter R, whose factors then join the domain's, and a second dense product otherwise. Texts are sorted by domain, so that the
-tokens of a domain are one slice, in a padded batch as in a packed one. In bfloat16 on CPUs slices of one length are multiplied
+tokens of a domain are one slice, in a padded batch as in a packed one. GPUs multiply all slices in two launches (torch's grouped
+products; not measured on one yet). In bfloat16 on CPUs slices of one length are multiplied
 together: 20 of 64 tokens take .4 to .6 of the time of 20 products. Slices of other lengths, copied into a padded batch, take .6
 to 1.0 of it, and float32 no less than one by one, so those are multiplied one by one.
 """
 
+import functools
 import itertools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,6 +27,13 @@ from torch.nn import functional
 from readapt_ray.errors import ModelError
 from readapt_ray.nn.packed_linear import PackedLinear, PackedProduct
 from readapt_ray.weights.deltas import Factors
+
+logger = logging.getLogger("readapt_ray")
+
+_ALIGNED = 8
+"""Grouped products on GPUs take sizes that are multiples of 16 bytes."""
+_TOLERANCE = 0.03
+"""Share of the largest result that two ways may differ by in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +153,7 @@ class DomainLinear(nn.Linear):
             retriever=self._retriever_terms(x_NI) if has_gains and self.pretrained is None else None,
         )
         y_NO = out.y
-        if y_NO.dtype == torch.bfloat16 and not y_NO.is_cuda and _are_alike(own):
-            _add_together(out, own)
-        else:
-            for each in own:
-                _add(out, each)
+        _add_all(out, own)
         if self.bias is not None:
             y_NO += self.bias
         return y_NO.view(*input.shape[:-1], self.out_features)
@@ -222,6 +228,19 @@ class _Output(NamedTuple):
     """A x [N, r] and s B [O, r] of the retriever's factors."""
 
 
+def _add_all(out: _Output, own: Sequence[_Slice]) -> None:
+    """Add the terms of all domains, in the way that is fast on the device."""
+    y_NO = out.y
+    is_aligned = not any(size % _ALIGNED for size in (y_NO.shape[1], out.x.shape[1]))
+    if y_NO.dtype == torch.bfloat16 and is_aligned and _follow(own) and _has_grouped_products(y_NO.device):
+        _add_grouped(out, own)
+    elif y_NO.dtype == torch.bfloat16 and not y_NO.is_cuda and _are_alike(own):
+        _add_together(out, own)
+    else:
+        for each in own:
+            _add(out, each)
+
+
 def _add(out: _Output, own: _Slice) -> None:
     """Add a domain's terms to the tokens of its texts. With g = sum_k c_k (d_k - 1), g * P x is g * W x - (g * s B) A x."""
     rows, terms, scales = own
@@ -245,8 +264,12 @@ def _add(out: _Output, own: _Slice) -> None:
 def _are_alike(own: Sequence[_Slice]) -> bool:
     """Return whether slices of one length follow each other, with adapters of the same ranks."""
     shapes = {(each.rows.stop - each.rows.start, each.terms.ranks, each.terms.gains is None) for each in own}
-    follow = all(one.rows.stop == other.rows.start for one, other in itertools.pairwise(own))
-    return len(own) > 1 and len(shapes) == 1 and follow
+    return len(shapes) == 1 and _follow(own)
+
+
+def _follow(own: Sequence[_Slice]) -> bool:
+    """Return whether there are several slices, each right behind the one before."""
+    return len(own) > 1 and all(one.rows.stop == other.rows.start for one, other in itertools.pairwise(own))
 
 
 def _add_together(out: _Output, own: Sequence[_Slice]) -> None:
@@ -272,3 +295,77 @@ def _add_together(out: _Output, own: Sequence[_Slice]) -> None:
             inner_DLR = torch.cat([inner_DLR, of_slices(retriever_Nr)], 2)
             B_DOR = torch.cat([B_DOR, less_DOr.to(B_DOR.dtype)], 2)
     y_DLO.baddbmm_(inner_DLR, B_DOR.transpose(1, 2))
+
+
+def _add_grouped(out: _Output, own: Sequence[_Slice]) -> None:
+    """Do what `_add` does with slices of any lengths and ranks, by two grouped products. R is the largest rank, padded to 8."""
+    rows, terms = slice(own[0].rows.start, own[-1].rows.stop), [each.terms for each in own]
+    y_NO, x_NI = out.y[rows], out.x[rows]
+    ends_D = torch.tensor([each.rows.stop - rows.start for each in own], dtype=torch.int32).to(y_NO.device)
+    lengths_D = torch.tensor([each.rows.stop - each.rows.start for each in own]).to(y_NO.device)
+    rank = _ALIGNED * -(-max(len(each.A_RI) for each in terms) // _ALIGNED)
+
+    def of_tokens(by_domain: Tensor) -> Tensor:
+        return by_domain.repeat_interleave(lengths_D, dim=0, output_size=len(x_NI))
+
+    A_DRI = torch.stack([functional.pad(each.A_RI, (0, 0, 0, rank - len(each.A_RI))) for each in terms])
+    B_DOR = torch.stack([functional.pad(each.B_OR, (0, rank - each.B_OR.shape[1])) for each in terms])
+    scales_DR = torch.stack([functional.pad(_columns(each), (0, rank - len(each.terms.A_RI))) for each in own])
+    inner_NR = functional.grouped_mm(x_NI, A_DRI.transpose(1, 2), offs=ends_D)
+    inner_NR = inner_NR * of_tokens(scales_DR.to(inner_NR))
+    if any(each.gains is not None for each in terms):
+        gain_DO = torch.stack([_gain(each, out.y.shape[1]).to(y_NO.device) for each in own])
+        pretrained_NO = y_NO if out.pretrained is None else out.pretrained[rows]
+        y_NO.addcmul_(pretrained_NO, of_tokens(gain_DO.to(y_NO.dtype)))
+        if out.retriever is not None:
+            retriever_Nr, B_Or = out.retriever
+            more = -B_Or.shape[1] % _ALIGNED
+            less_DOr = functional.pad((gain_DO.unsqueeze(2) * -B_Or).to(B_DOR.dtype), (0, more))
+            inner_NR = torch.cat([inner_NR, functional.pad(retriever_Nr[rows], (0, more))], 1)
+            B_DOR = torch.cat([B_DOR, less_DOr], 2)
+    y_NO += functional.grouped_mm(inner_NR, B_DOR.transpose(1, 2), offs=ends_D)
+
+
+def _columns(own: _Slice) -> Tensor:
+    """Return the scale of each rank of a slice's factors, float32 [R]."""
+    return torch.tensor([scale for scale, rank in zip(own.scales, own.terms.ranks, strict=True) for _ in range(rank)])
+
+
+def _gain(own: _Slice, num_outputs: int) -> Tensor:
+    """Return sum_k c_k (d_k - 1) of a slice, float32 [O]."""
+    gains = own.terms.gains
+    return torch.zeros(num_outputs) if gains is None else gains.new_tensor(own.scales) @ gains
+
+
+@functools.cache
+def _has_grouped_products(device: torch.device) -> bool:
+    """Return whether a device multiplies all domains in two launches, as well as one after the other: GPUs, if that is so."""
+    return device.type == "cuda" and _grouped_are_right(device)
+
+
+def _grouped_are_right(device: torch.device) -> bool:
+    """Compare grouped products with those of one slice after the other; where they differ, one line says so."""
+    random = torch.Generator().manual_seed(0)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random).to(device, torch.bfloat16)
+
+    one_terms = LayerTerms(A_RI=made(8, 64), B_OR=made(32, 8), ranks=(8,), gains=made(1, 32).float())
+    other_terms = LayerTerms(A_RI=made(12, 64), B_OR=made(32, 12), ranks=(8, 4), gains=None)
+    own = [_Slice(slice(0, 5), one_terms, (0.5,)), _Slice(slice(5, 16), other_terms, (1.0, 0.25))]
+    y_NO, x_NI = made(16, 32), made(16, 64)
+    one, grouped = (_Output(y_NO.clone(), x_NI, None, (made(16, 4), made(32, 4))) for _ in range(2))
+    grouped = grouped._replace(retriever=one.retriever)
+    for each in own:
+        _add(one, each)
+    try:
+        _add_grouped(grouped, own)
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+    else:
+        off = float((grouped.y - one.y).abs().max() / one.y.abs().max())
+        if off < _TOLERANCE:
+            return True
+        reason = f"they are off by {off:.2g}"
+    logger.warning("domains are multiplied one after the other, without grouped products, on %s: %s", device, reason)
+    return False

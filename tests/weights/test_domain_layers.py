@@ -52,14 +52,16 @@ def _layer(random, retriever, *, keeps_pretrained, has_bias):
     return layer, pretrained
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("num_adapters", [1, 2])
 @pytest.mark.parametrize("is_dora", [True, False])
 @pytest.mark.parametrize("kind", ["none", "lora", "full"])
 @pytest.mark.parametrize("lengths", [(5, 5, 5, 5), (5, 3, 8, 4), (5, 5, 5, 2, 5)], ids=str)
 @torch.inference_mode()
-def test_slices_of_one_length_are_multiplied_together_and_all_are_as_the_merged_weight(
-    monkeypatch, num_adapters, is_dora, kind, lengths
+def test_slices_of_one_length_are_multiplied_together_and_all_are_as_the_merged_weight(  # noqa: PLR0917
+    monkeypatch, grouped, num_adapters, is_dora, kind, lengths
 ):
+    monkeypatch.setattr(domain_layers, "_has_grouped_products", lambda device: grouped)
     random = torch.Generator().manual_seed(num_adapters)
     retriever = _factors(random, 4, with_magnitude=False) if kind == "lora" else None
     layer, pretrained = _layer(random, retriever, keeps_pretrained=kind == "full", has_bias=kind == "none")
@@ -74,8 +76,9 @@ def test_slices_of_one_length_are_multiplied_together_and_all_are_as_the_merged_
     together, real = [], domain_layers._add_together
     monkeypatch.setattr(domain_layers, "_add_together", lambda out, own: together.append(len(own)) or real(out, own))
     found = layer(x)
-    assert together == ([4] if lengths == (5, 5, 5, 5) else [])
+    assert together == ([4] if lengths == (5, 5, 5, 5) and not grouped else [])
     monkeypatch.setattr(domain_layers, "_are_alike", lambda _: False)
+    monkeypatch.setattr(domain_layers, "_has_grouped_products", lambda device: False)
     torch.testing.assert_close(found.float(), layer(x).float(), atol=0.03, rtol=0.03)
     bias = 0 if layer.bias is None else layer.bias.double()
     merged = [_merged(pretrained, retriever, *each) for each in zip(factors, scales, strict=True)]
@@ -124,3 +127,47 @@ def test_magnitudes_that_change_little_are_not_rounded_away(num_domains):
     layer.batch.uses, layer.batch.num_tokens = [use] * num_domains, [400] * num_domains
     plain = x.double() @ pretrained.double().T
     assert 1.002 < float(layer(x).double().abs().sum() / plain.abs().sum()) < 1.004
+
+
+@torch.inference_mode()
+def test_grouped_products_take_unlike_ranks_domains_without_magnitudes_and_one_without_tokens(monkeypatch):
+    random = torch.Generator().manual_seed(3)
+    retriever = _factors(random, 4, with_magnitude=False)
+    layer, _ = _layer(random, retriever, keeps_pretrained=False, has_bias=True)
+    ranks, lengths, scales = (3, 16, 9), (6, 1, 4), (0.5, 1.0, 0.25)
+    uses = [
+        DomainUse(
+            Domain(
+                name=str(rank),
+                terms={"w": layer.terms_of([_factors(random, rank, with_magnitude=rank != 9)])},
+                num_bytes=0,
+            ),
+            (scale,),
+        )
+        for rank, scale in zip(ranks, scales, strict=True)
+    ]
+    x = torch.randn(sum(lengths) + 2, IN, generator=random).bfloat16()
+    layer.batch.uses, layer.batch.num_tokens = [*uses, None], [*lengths, 2]
+    wanted = layer(x)
+    monkeypatch.setattr(domain_layers, "_has_grouped_products", lambda device: True)
+    monkeypatch.setattr(domain_layers, "_add", None)
+    torch.testing.assert_close(layer(x).float(), wanted.float(), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("failing", ["", "wrong", "missing"])
+def test_grouped_products_are_compared_before_they_are_used(monkeypatch, caplog, device, failing):
+    real = domain_layers.functional.grouped_mm
+
+    def product(x, factors, *, offs):
+        if failing == "missing":
+            raise RuntimeError("grouped gemm is not supported on this device")
+        return 2 * real(x, factors, offs=offs)
+
+    if failing:
+        monkeypatch.setattr(domain_layers.functional, "grouped_mm", product)
+    with caplog.at_level("WARNING", "readapt_ray"):
+        assert domain_layers._grouped_are_right(torch.device(device)) is (not failing)
+    assert len(caplog.messages) == bool(failing)
+    assert all("one after the other, without grouped products" in each for each in caplog.messages)
+    assert not domain_layers._has_grouped_products(torch.device("cpu")), "CPUs have a faster way"
