@@ -1,6 +1,6 @@
 """The main job on three Ray nodes while workers, raylets, nodes, drivers and the whole cluster are killed and the disk fills.
 
-    python benchmarks/chaos.py --seeds 30 --work DIR
+    python benchmarks/chaos.py --seeds 40 --work DIR
 
 Each seed draws one to three such events and their moments (tests/chaos/harness.py). After each the same command is
 submitted again, if its driver ended, until it succeeds; then what it left is compared with an undisturbed run: every file,
@@ -110,7 +110,7 @@ def write(output: Path, recorded: dict[str, Any], calm: dict[str, Any]) -> None:
     """Keep what is known so far."""
     events = Counter(event["kind"] for each in recorded.values() for event in each["events"])
     result = {
-        "command": "python benchmarks/chaos.py --seeds 30 --work DIR",
+        "command": f"python benchmarks/chaos.py --seeds {len(recorded)} --work DIR",
         "date": datetime.date.today().isoformat(),
         "hardware": hardware.machine_info()["driver"],
         "versions": {name: version(name) for name in ("ray", "torch", "deepspeed")},
