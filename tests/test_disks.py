@@ -42,12 +42,12 @@ def test_a_full_disk_keeps_the_old_file_and_is_named(disk: Path) -> None:
 
 
 def test_a_run_whose_disk_fills_up_ends_with_what_its_stage_says(
-    disk: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    disk: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Neither its log, which is on that disk, nor the note of what failed says anything of its own."""
     root = Location(str(disk / "root"))
     logger = logging.getLogger("readapt_ray")
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    caplog.set_level("INFO", "readapt_ray")
     record = running._Record(root, RunConfig.model_construct(), [], {})
     with pytest.raises(StorageError, match="the stage says this"), running._logged(root), record.failures():
         logger.info("a line before")

@@ -88,7 +88,7 @@ def test_a_root_that_was_copied_to_another_bucket_folder_or_down_to_a_disk(tmp_p
     with object_store.running() as store:
         root = f"s3://{object_store.BUCKET}/team/run"
         made("pack", f"{root}/blocks", made("ingest", f"{root}/corpora/all"))
-        for key in store.names():
+        for key in [each for each in store.names() if each.startswith("team/run/")]:  # others' are there, too
             target = {"Bucket": object_store.BUCKET, "Key": key.replace("team/run/", "moved/")}
             store.client.copy_object(CopySource={"Bucket": object_store.BUCKET, "Key": key}, **target)
             if not key.endswith("/"):

@@ -18,7 +18,6 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster import connection, nodes, placement
 from readapt_ray.errors import PlacementError
-from readapt_ray.nn import packed_linear
 from readapt_ray.progress import size_text
 from readapt_ray.recipes.option_checks import index_kind
 from readapt_ray.recipes.problems import Problems
@@ -194,6 +193,8 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
         most = sum(node.num_cpus // num_cpus for node in place.nodes)
         pieces = -(-num_passages // MIN_SHARD_ROWS) if num_passages else 1
         num_workers = options.num_workers or max(1, min(most, pieces))
+    from readapt_ray.nn import packed_linear
+
     low = "float16" if options.dtype == "float16" else "bfloat16"
     dtype, width = (low, 2) if _is_low(options.dtype, place) else ("float32", 4)
     each = float(width * shape.num_parameters)

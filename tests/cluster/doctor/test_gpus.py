@@ -124,9 +124,17 @@ def test_a_worker_takes_as_much_of_a_gpus_memory_as_ray_gave_it_of_the_gpu(
     """Seen so in Ray 2.60, in tasks, actors and placement groups; a driver may not ask."""
     context = SimpleNamespace(get_assigned_resources=lambda: assigned, worker=SimpleNamespace(mode=mode))
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert on_worker.gpu_share() == share
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert on_worker.gpu_share() == 1.0
+
+
+def test_a_process_without_ray_may_take_a_whole_gpu_and_starts_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "get_runtime_context", None)
     assert on_worker.gpu_share() == 1.0
 
 
