@@ -48,7 +48,7 @@ _STEP_TOKENS: Final = 1024
 _MOST_TOKENS: Final = 131_072
 """Tensors of a 7B's 14,336 numbers per token have 1.9 x 10^9 then: below 2^31, from where on kernels index in 64 bits."""
 _MOST_PADDED_TOKENS: Final = 16_384
-"""Where texts are padded, a larger batch mixes more lengths and so has more padding."""
+"""Most tokens of a batch of padded texts. A larger one mixes more lengths, and padding grows."""
 _BATCH_SHARE: Final = 0.5
 """Part of the free memory that the activations of a batch may fill; the rest is for masks, fragments and vectors."""
 _FLOAT32_SLOWDOWN: Final = 8
@@ -133,7 +133,7 @@ def wanted_gpu_tokens(shape: ModelShape, *, width: int, is_packed: bool = True) 
     Args:
         shape: of the encoder.
         width: bytes of a number: 2 or 4.
-        is_packed: texts are laid end to end, without padding.
+        is_packed: whether texts are laid end to end, without padding.
     """
     started = _LAUNCHES * shape.num_layers * _LAYER_S / _gpu_token_s(shape, width)
     tiled = _TILE_ROUNDS * _PROCESSORS * _TILE / shape.hidden
@@ -148,7 +148,7 @@ def gpu_batch_tokens(shape: ModelShape, free_bytes: float, *, width: int, is_pac
         shape: of the encoder.
         free_bytes: what its batches may take, see `free_for_batches`.
         width: bytes of a number: 2 or 4.
-        is_packed: texts are laid end to end, without padding.
+        is_packed: whether texts are laid end to end, without padding.
 
     Returns:
         A multiple of 1,024; 1,024 if even that does not fit.

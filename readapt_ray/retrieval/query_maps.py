@@ -23,7 +23,7 @@ from readapt_ray.seeds import derive_seed
 Matrix = NDArray[np.float32]
 
 _RIDGES = (1e-3, 1e-2, 1e-1)
-"""Of the mean variance of the old vectors. Small samples want more: with as many passages as dimensions (SmolLM2 and its
+"""Strengths to try, as parts of the mean variance of the old vectors. Small samples want more: with as many passages as dimensions (SmolLM2 and its
 adapted form, Cranfield) 1e-3 finds .70 of the ten best, 1e-1 .79."""
 _RANK_SHARES = (0.5, 0.25)
 _HIDDEN = 256

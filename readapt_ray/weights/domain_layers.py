@@ -216,7 +216,7 @@ class DomainLinear(nn.Linear):
 
 
 class _Output(NamedTuple):
-    """What all domains of a batch add to, and what they are computed from."""
+    """Output of a layer, to which domains add their terms, and the inputs of these terms."""
 
     y: Tensor
     """W x [N, O]."""

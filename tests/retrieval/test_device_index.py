@@ -117,7 +117,7 @@ def test_vectors_that_do_not_fit_are_refused_before_they_are_copied(monkeypatch,
 
 
 def test_vectors_that_are_widened_are_taken_in_smaller_chunks(monkeypatch, shards, queries):
-    """Where a device has no products of float16 vectors, a chunk is widened: what is copied is bounded, not only the scores."""
+    """A device without float16 products widens each chunk to float32, so the bytes of a chunk are bounded, too."""
     monkeypatch.setattr(device_index, "_COPIED_BYTES", 4 * DIMENSION * 100)
     placed = on_device(shards, "cpu")
     sizes = [len(vectors) for _, vectors in placed.index._chunks(len(queries), None)]

@@ -139,7 +139,7 @@ def test_a_process_without_ray_may_take_a_whole_gpu_and_starts_none(monkeypatch:
 
 
 def test_encoders_are_loaded_with_their_share_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of `embed` and `search`, of `serve`, and of domains."""
+    """In `embed`, `search` and `serve`, with and without domains."""
     shares = []
 
     def note(*_: Any, gpu_share: float, **__: Any) -> None:
