@@ -5,9 +5,10 @@
 The forward pass is a stub: an encoder of one layer, 16 wide, with a vocabulary of 384. Passages are in Parquet files;
 each has eight words and a number. Each stage is a process of its own that starts Ray, as a job does. Reported are the peak
 memory of the driver, of Ray's head (GCS and raylet) and of Ray's largest worker; the seconds of the stage without Ray's
-start; and the seconds of the same command when there is nothing left to do. "worse than linear" is the time per passage
-divided by that of the size before. A killed benchmark resumes: what is measured is not measured again. 10,000,000 passages
-need 40 GB under DIR and an hour on two cores.
+start; the CPU seconds of the driver and of all Ray processes, which other work on the machine hardly changes; and the
+seconds of the same command when there is nothing left to do. "worse than linear" is the CPU time per passage divided by
+the CPU time per passage of the size before. A killed benchmark resumes: finished stages are not measured again, and an
+interrupted stage resumes as the product does; its seconds are the sum of its attempts.
 """
 
 import argparse
@@ -42,6 +43,7 @@ _ROWS_PER_FILE = 500_000
 _NUM_QUERIES = 1000
 _HEAD = ("gcs_server", "raylet")
 _SAMPLE_S = 0.5
+_SAVE_S = 10.0
 
 
 def main() -> None:
@@ -108,11 +110,18 @@ def made_texts(first: int, number: int) -> dict[str, Any]:
 
 
 def by_driver(stage: str, work: Path, size: int) -> dict[str, Any]:
-    """A stage in a process of its own, and the same again when it is done."""
-    shutil.rmtree(work / str(size) / stage, ignore_errors=True)
+    """Measure a stage in a process of its own, and the same command again when there is nothing left to do."""
+    folder = work / str(size)
+    if not _attempt_path(folder, stage).is_file():
+        shutil.rmtree(folder / stage, ignore_errors=True)
     command = [sys.executable, __file__, "--work", str(work), "--sizes", str(size), "--stage", stage]
     first, again = (json.loads(subprocess.check_output(command).splitlines()[-1]) for _ in range(2))
-    return first | {"again_s": again["seconds"]}
+    _attempt_path(folder, stage).unlink()
+    return first | {"again_s": round(again["seconds"] - first["seconds"], 1)}
+
+
+def _attempt_path(folder: Path, stage: str) -> Path:
+    return folder / f"{stage}.attempts.json"
 
 
 def measured(stage: str, folder: Path) -> dict[str, Any]:
@@ -143,48 +152,88 @@ def measured(stage: str, folder: Path) -> dict[str, Any]:
     }
     os.environ.setdefault("READAPT_NUM_CPUS", str(hardware.num_cores()))
     connection.connect()
-    with ray_memory() as (head, workers):
-        before_s = time.perf_counter()
+    with watched(_attempt_path(folder, stage)) as usage:
         work[stage]()
-        seconds = time.perf_counter() - before_s
-    driver_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "seconds": round(seconds, 1),
-        "driver_GB": _gb(driver_bytes),
-        "head_GB": _gb(max(head, default=0)),
-        "largest_worker_GB": _gb(max(workers, default=0)),
-    }
+    return usage.result()
+
+
+class Usage:
+    """What a stage has used so far, attempts that were killed included.
+
+    Args:
+        path: a file that keeps it from one attempt to the next.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._before: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        self._start_s = self._saved_s = time.perf_counter()
+        self._head_bytes = self._worker_bytes = 0
+        self._cpu_s: dict[tuple[int, float], float] = {}
+        self._cpu_s_at_start: dict[tuple[int, float], float] = {}
+        self.sample()
+        self._cpu_s_at_start = dict(self._cpu_s)
+
+    def sample(self) -> None:
+        """Read memory and CPU time of this process and of Ray's."""
+        head = 0
+        for each in (psutil.Process(), *psutil.Process().children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                name, memory, cpu = each.name(), each.memory_info(), each.cpu_times()
+                self._cpu_s[each.pid, each.create_time()] = cpu.user + cpu.system
+                head += memory.rss if name in _HEAD else 0
+                if name.startswith("ray::"):
+                    self._worker_bytes = max(self._worker_bytes, memory.rss - memory.shared)
+        self._head_bytes = max(self._head_bytes, head)
+        if time.perf_counter() - self._saved_s > _SAVE_S:
+            self.save()
+
+    def save(self) -> None:
+        """Write what has been used to the file of attempts."""
+        part = self._path.with_suffix(".part")
+        part.write_text(json.dumps(self.result()))
+        part.rename(self._path)
+        self._saved_s = time.perf_counter()
+
+    def result(self) -> dict[str, float]:
+        """Return seconds, CPU seconds and peak gigabytes of driver, head and the largest worker, without shared memory."""
+        before, driver_bytes = self._before, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        cpu_s = sum(self._cpu_s.values()) - sum(self._cpu_s_at_start.values())
+        peaks = {
+            "driver_GB": driver_bytes,
+            "head_GB": self._head_bytes,
+            "largest_worker_GB": self._worker_bytes,
+        }
+        return {
+            "seconds": round(before.get("seconds", 0) + time.perf_counter() - self._start_s, 1),
+            "cpu_seconds": round(before.get("cpu_seconds", 0) + cpu_s, 1),
+            **{name: max(before.get(name, 0), round(peak / 1e9, 2)) for name, peak in peaks.items()},
+            "attempts": int(before.get("attempts", 0)) + 1,
+        }
 
 
 @contextlib.contextmanager
-def ray_memory() -> Iterator[tuple[list[int], list[int]]]:
-    """Bytes of Ray's GCS and raylet together, and of its largest worker without shared memory, sampled."""
-    head_bytes: list[int] = []
-    worker_bytes: list[int] = []
-    ended = threading.Event()
+def watched(path: Path) -> Iterator[Usage]:
+    """Sample what this process and Ray's use, and keep the result in a file as it grows."""
+    usage, ended = Usage(path), threading.Event()
 
-    def sample() -> None:
+    def watch() -> None:
         while not ended.wait(_SAMPLE_S):
-            head, workers = 0, [0]
-            for each in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    name, memory = each.name(), each.memory_info()
-                    head += memory.rss if name in _HEAD else 0
-                    workers.append(memory.rss - memory.shared if name.startswith("ray::") else 0)
-            head_bytes.append(head)
-            worker_bytes.append(max(workers))
+            usage.sample()
 
-    thread = threading.Thread(target=sample)
+    thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield head_bytes, worker_bytes
+        yield usage
     finally:
         ended.set()
         thread.join()
+    usage.sample()
+    usage.save()
 
 
-def _gb(num_bytes: int) -> float:
-    return round(num_bytes / 1e9, 2)
+def _per_passage(known: dict[str, Any], size: str, stage: str) -> float:
+    return known[size][stage]["cpu_seconds"] / int(size)
 
 
 def write(output: Path, known: dict[str, Any]) -> None:
@@ -192,9 +241,9 @@ def write(output: Path, known: dict[str, Any]) -> None:
     sizes = sorted(known, key=int)
     worse = {
         f"{small} to {large}": {
-            stage: round(known[large][stage]["seconds"] / int(large) / (known[small][stage]["seconds"] / int(small)), 2)
+            stage: round(_per_passage(known, large, stage) / _per_passage(known, small, stage), 2)
             for stage in STAGES
-            if stage in known[small] and stage in known[large]
+            if "cpu_seconds" in known[small].get(stage, {}) and "cpu_seconds" in known[large].get(stage, {})
         }
         for small, large in itertools.pairwise(sizes)
     }

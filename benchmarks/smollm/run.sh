@@ -4,6 +4,7 @@
 # DATA is the folder of the BEIR folders that the steps name, WORK gets models, vectors and runs. Steps, in this order:
 #   model                fetch SmolLM2-135M-Instruct and lay the committed retriever beside it
 #   domain:NAME[:SEED]   RE-adapt to DATA/NAME and compare with the retriever as it is, BM25 and their fusion
+#   continuing:NAME      continue an adapter on half of DATA/NAME's passages, split by topic, against a new one on all
 #   retriever            train the retriever again, from pairs of DATA/squad11, into WORK/made (README.md)
 #   curve                its quality after each checkpoint on questions of squad11's dev split
 #   results              gather what is done in benchmarks/results/smollm.json
@@ -11,7 +12,7 @@
 # again, and finished steps are skipped: `timeout 2h bash benchmarks/smollm/run.sh ...` does a part of the study. PYTHON names the interpreter;
 # TRAIN_WORKERS are options of `readapt train`: one worker of one thread per core here; set it to "" where there are GPUs.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,12s/^# //p' "$0"; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,13s/^# //p' "$0"; exit 2; }
 cd "$(dirname "$0")/../.."
 export DATA=$1 WORK=$2 PYTHON=${PYTHON:-python3} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TRAIN_WORKERS=${TRAIN_WORKERS---num-workers $(nproc) --num-cpus-per-worker 1 --micro-batch-tokens 2048}
@@ -24,7 +25,8 @@ for step in "$@"; do
     model | retriever | curve) bash "benchmarks/smollm/$step.sh" ;;
     domain:*:*) bash benchmarks/smollm/domain.sh "$(cut -d: -f2 <<< "$step")" "$(cut -d: -f3 <<< "$step")" ;;
     domain:*) bash benchmarks/smollm/domain.sh "${step#domain:}" 0 ;;
+    continuing:*) bash benchmarks/smollm/continuing.sh "${step#continuing:}" ;;
     results) "$PYTHON" benchmarks/smollm/results.py --work "$WORK" ;;
-    *) echo "no step $step: model, domain:NAME[:SEED], retriever, curve, results" && exit 2 ;;
+    *) echo "no step $step: model, domain:NAME[:SEED], continuing:NAME, retriever, curve, results" && exit 2 ;;
   esac
 done

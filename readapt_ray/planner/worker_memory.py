@@ -14,6 +14,7 @@ from readapt_ray.retrieval.encoder_sizes import (
     encoders_per_gpu,
     free_for_batches,
     gpu_batch_tokens,
+    resident_bytes,
 )
 
 if TYPE_CHECKING:
@@ -106,17 +107,17 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
     share = gpu_share(config, shape, cluster)
     if 0 < share < 1:
         available, where = available * share, f"{share:.2g} of {where}"
-    weights = float(shape.num_parameters * width)
+    packed_dtypes = set() if cluster.num_gpus else {name for group in cluster.groups for name in group.packed_dtypes}
+    weights, copies = map(float, resident_bytes(shape, config.dtype, is_low=is_low, packed_dtypes=packed_dtypes))
     if cluster.num_gpus:
         free = free_for_batches(available, weights)
         tokens = config.batch_tokens or gpu_batch_tokens(shape, free, width=width, is_packed=is_low)
     else:
         tokens = config.batch_tokens or CPU_BATCH_TOKENS
-    packed = _packed_copy_bytes(config, shape, cluster)
     return Memory(
         parts={
             "weights": weights,
-            **({"packed copy of the weights": packed} if packed else {}),
+            **({"packed copy of the weights": copies} if copies else {}),
             f"a batch of {tokens:,} tokens": float(tokens * activation_bytes(shape, width)),
             "process": float(process_bytes("cuda" if cluster.num_gpus else "cpu")),
         },
@@ -124,17 +125,6 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
         where=where,
         advice=_embed_advice(config, share),
     )
-
-
-def _packed_copy_bytes(config: Any, shape: ModelShape, cluster: Cluster) -> float:
-    """Return what encoding on CPUs may keep beside the weights to multiply faster; 0 on GPUs."""
-    from readapt_ray.nn import packed_linear
-
-    low = "float16" if config.dtype == "float16" else "bfloat16"
-    dtype, width = (low, 2) if cluster.computes_low(config.dtype) else ("float32", 4)
-    if cluster.num_gpus or not any(dtype in group.packed_dtypes for group in cluster.groups):
-        return 0.0
-    return float(packed_linear.copy_bytes(width * shape.num_linear_parameters))
 
 
 def _embed_advice(config: Any, gpu_share: float) -> str:

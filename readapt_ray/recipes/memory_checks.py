@@ -21,7 +21,7 @@ from readapt_ray.errors import PlacementError
 from readapt_ray.progress import size_text
 from readapt_ray.recipes.option_checks import index_kind
 from readapt_ray.recipes.problems import Problems
-from readapt_ray.retrieval.encoder_sizes import MIN_SHARD_ROWS
+from readapt_ray.retrieval.encoder_sizes import MIN_SHARD_ROWS, resident_bytes
 from readapt_ray.retrieval.index_kinds import shard_rows, vector_bytes
 
 _STAGES = {"train", "merge", "embed", "index"}
@@ -195,16 +195,14 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
         num_workers = options.num_workers or max(1, min(most, pieces))
     from readapt_ray.nn import packed_linear
 
-    low = "float16" if options.dtype == "float16" else "bfloat16"
-    dtype, width = (low, 2) if _is_low(options.dtype, place) else ("float32", 4)
-    each = float(width * shape.num_parameters)
-    if place.device_type == "cpu" and dtype in packed_linear.faster_dtypes():
-        each += packed_linear.copy_bytes(width * shape.num_linear_parameters)
+    packed_dtypes = packed_linear.faster_dtypes() if place.device_type == "cpu" else ()
+    is_low = _is_low(options.dtype, place)
+    weights, copies = resident_bytes(shape, options.dtype, is_low=is_low, packed_dtypes=packed_dtypes)
     fewer = "lower embed.num_workers" if num_workers > 1 else "set embed.dtype to bfloat16"
     place.refuse(
         f"embed (the {shape.num_parameters:,} weights of {retriever.name!r} in each worker)",
         num_workers,
-        each,
+        weights + copies,
         f"{fewer}, or take more memory",
         num_cpus,
     )

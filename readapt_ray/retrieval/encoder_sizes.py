@@ -4,6 +4,7 @@ Encoders and plans ask the same functions, so a plan shows the batch that will r
 """
 
 import math
+from collections.abc import Collection
 from typing import Final, NamedTuple
 
 from readapt_ray import hardware
@@ -105,6 +106,25 @@ def activation_bytes(shape: ModelShape, width: int) -> int:
         width: bytes of a number.
     """
     return width * (8 * shape.hidden + max(3 * shape.intermediate, 8 * shape.hidden))
+
+
+def resident_bytes(
+    shape: ModelShape, dtype: str, *, is_low: bool, packed_dtypes: Collection[str] = ()
+) -> tuple[int, int]:
+    """Return the bytes of an encoder's weights, and of the packed copies of its linear layers, which are faster on CPUs.
+
+    Args:
+        shape: of the encoder.
+        dtype: as the options say: "auto", "float32", "bfloat16" or "float16".
+        is_low: whether that computes in 16 bits where the encoder runs.
+        packed_dtypes: in which the encoder's CPU multiplies faster by packed weights, see `packed_linear`; none on a GPU.
+    """
+    from readapt_ray.nn import packed_linear
+
+    low = "float16" if dtype == "float16" else "bfloat16"
+    name, width = (low, 2) if is_low else ("float32", 4)
+    copies = packed_linear.copy_bytes(width * shape.num_linear_parameters) if name in packed_dtypes else 0
+    return width * shape.num_parameters, copies
 
 
 def free_for_batches(usable_bytes: float, weight_bytes: float) -> float:

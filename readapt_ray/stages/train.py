@@ -19,7 +19,8 @@ from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.cluster import batches, continued_adapter, on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.cluster.pack_options import PACK_OPTIONS, PackOptions
-from readapt_ray.errors import CorpusError, ModelError
+from readapt_ray.errors import CorpusError, ModelError, ReadaptError
+from readapt_ray.made_of import open_input
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _train(config: TrainConfig, model: OpenModel, blocks: Artifact, workspace: W
     job = {
         "config": {**config.settings(), "pretrained": on_worker.model_name(model)},
         "blocks": on_worker.absolute(blocks.location / "blocks").uri,
-        "passages": on_worker.absolute(Location(blocks.manifest.config["corpus"]) / "passages").uri,
+        "passages": _passages(blocks),
         "block_tokens": blocks.manifest.config["block_tokens"],
         "mean_tokens": packed["num_tokens"] / max(1, packed["num_passages"]),
         "output": on_worker.absolute(workspace.location).uri,
@@ -172,6 +173,17 @@ def _train(config: TrainConfig, model: OpenModel, blocks: Artifact, workspace: W
     workspace.details = {**outcome.details(), "batch_size": batch_size, "learning_rate": config.learning_rate}
     if "truncation" in blocks.manifest.details:
         workspace.details["truncation"] = blocks.manifest.details["truncation"]
+
+
+def _passages(blocks: Artifact) -> str | None:
+    """Return the URI of the passages that blocks were packed from; None if they are gone, or others are in their place."""
+    try:
+        corpus = open_input(blocks, "corpus", "ingest")
+    except ReadaptError:
+        return None
+    if corpus.fingerprint != blocks.manifest.inputs["corpus"]:
+        return None
+    return on_worker.absolute(corpus.location / "passages").uri
 
 
 def _with_batch_size(config: TrainConfig, packed: dict[str, int], output: Location) -> tuple[TrainConfig, int]:
@@ -234,20 +246,23 @@ def _work(job: dict[str, Any]) -> None:
         dtype=worker.dtype,
     )
     seen = 0.5 if config.objective == "causal_lm" else 1.0
-    worker.run(objective, mean_attended=seen * job["mean_tokens"], doc_ids_of=_doc_ids(Location(job["passages"])))
+    worker.run(objective, mean_attended=seen * job["mean_tokens"], doc_ids_of=_doc_ids(job["passages"]))
     task_type = "CAUSAL_LM" if config.objective == "causal_lm" else "FEATURE_EXTRACTION"
     worker.save(trained_on=job["config"]["pretrained"], task_type=task_type)
 
 
-def _doc_ids(passages: Location) -> Callable[[Sequence[int]], list[str]]:
-    """Return the ids of passages by their numbers, which count the rows of the files in order."""
+def _doc_ids(passages: str | None) -> Callable[[Sequence[int]], list[str]]:
+    """Return a function that finds the ids of passages by their numbers, which count the rows of the files in order.
+
+    Without passages it returns the numbers.
+    """
 
     def find(numbers: Sequence[int]) -> list[str]:
         import pyarrow.parquet as pq
 
         found: dict[int, str] = {}
         first = 0
-        for file in passages.files(".parquet"):
+        for file in Location(passages).files(".parquet") if passages else ():
             with file.open_input() as stream:
                 opened = pq.ParquetFile(stream)
                 end = first + opened.metadata.num_rows

@@ -344,18 +344,38 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(packed: tuple[Path, Pa
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_names_step_and_passages(tmp_path: Path) -> None:
-    base = factories.tiny_decoder(tmp_path / "base")
-    factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(24))
-    pack(
-        PackConfig(
-            pretrained=str(base), corpus=str(tmp_path / "corpus"), output=str(tmp_path / "blocks"), block_tokens=64
-        )
-    )
+    base, root = factories.tiny_decoder(tmp_path / "base"), tmp_path / "root"
+    factories.ingest_artifact(root / "corpus", factories.small_corpus(24))
+    pack(PackConfig(pretrained=str(base), corpus=str(root / "corpus"), output=str(root / "blocks"), block_tokens=64))
+    root.rename(tmp_path / "moved")
     tensors = factories.read_tensors(base)
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
     factories.write_tensors(base, tensors)
     with pytest.raises(TrainingDivergedError, match=r"step 1: the loss became nan; passages of the step: 'd000\d\d'"):
-        trained((base, tmp_path / "blocks"), tmp_path / "a", lora_rank=2, method="lora")
+        trained((base, tmp_path / "moved/blocks"), tmp_path / "a", lora_rank=2, method="lora")
+
+
+def test_ids_of_passages_are_found_in_a_moved_corpus_and_not_in_another(
+    packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("corpus", "blocks"):
+        shutil.copytree(packed[1].parent / name, tmp_path / "copy" / name)
+    manifest = json.loads((tmp_path / "copy/blocks/manifest.json").read_text())
+    gone = {"corpus": str(tmp_path / "root/corpus"), "output": str(tmp_path / "root/blocks")}
+    manifest["config"] |= gone
+    (tmp_path / "copy/blocks/manifest.json").write_text(json.dumps(manifest))
+
+    def ids() -> list[str]:
+        blocks = open_artifact(str(tmp_path / "copy/blocks"), "pack")
+        return train_stage._doc_ids(train_stage._passages(blocks))([3, 159])
+
+    assert ids() == ["'d00003'", "'d00159'"]
+    factories.ingest_artifact(tmp_path / "root/corpus", factories.small_corpus(160, seed=1))
+    assert ids() == ["'d00003'", "'d00159'"]
+    shutil.rmtree(tmp_path / "copy/corpus")
+    assert ids() == ["number 3", "number 159"]
+    shutil.rmtree(tmp_path / "root/corpus")
+    assert ids() == ["number 3", "number 159"]
 
 
 def test_withheld_passages_bear_no_loss(packed: tuple[Path, Path], tmp_path: Path) -> None:
