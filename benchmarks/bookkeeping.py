@@ -41,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 STAGES = ("ingest", "pack", "embed", "index", "search")
 _ROWS_PER_FILE = 500_000
 _NUM_QUERIES = 1000
+_BATCH_TOKENS = 32768
 _HEAD = ("gcs_server", "raylet")
 _SAMPLE_S = 0.5
 _SAVE_S = 10.0
@@ -139,7 +140,9 @@ def measured(stage: str, folder: Path) -> dict[str, Any]:
                 pretrained=model, corpus=output["ingest"], mode="packed", block_tokens=256, output=output["pack"]
             )
         ),
-        "embed": lambda: ra.embed(ra.EmbedConfig(retriever=model, corpus=output["ingest"], output=output["embed"])),
+        "embed": lambda: ra.embed(
+            ra.EmbedConfig(retriever=model, corpus=output["ingest"], batch_tokens=_BATCH_TOKENS, output=output["embed"])
+        ),
         "index": lambda: ra.index(ra.IndexConfig(vectors=output["embed"], output=output["index"])),
         "search": lambda: ra.search(
             ra.SearchConfig(

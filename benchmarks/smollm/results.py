@@ -28,6 +28,9 @@ def main() -> None:
     for report in sorted(options.work.glob("*/report-*")):
         if measured := of_report(report):
             found.setdefault("domains", {}).setdefault(report.parent.name, {})[report.name] = measured
+    for folder in sorted(options.work.glob("*/continuing")):
+        if measured := of_continuing(folder):
+            found.setdefault("continuing", {})[folder.parent.name] = measured
     text = json.dumps(found, indent=2).replace(str(options.work), "WORK")
     options.output.write_text(text + "\n")
 
@@ -82,6 +85,22 @@ def of_report(report: Path) -> dict[str, Any] | None:
         "num_queries": manifest.details["num_queries"],
         "means": manifest.details["means"],
         "comparisons": manifest.details["comparisons"],
+    }
+
+
+def of_continuing(folder: Path) -> dict[str, Any] | None:
+    """Return the losses and the search of an adapter that was continued against one that was trained anew."""
+    report = artifacts.read_manifest(str(folder / "report"))
+    if report is None:
+        return None
+    return {
+        "command": f"{RUN} continuing:{folder.parent.name}",
+        "what": CUTS,
+        "created": report.created,
+        "hardware": report.hardware,
+        **json.loads((folder / "losses.json").read_text()),
+        "means": report.details["means"],
+        "comparisons": report.details["comparisons"],
     }
 
 

@@ -1,10 +1,13 @@
 """Write the texts of the study, cut to what the model reads, so that BM25, training and vectors all see the same.
 
     texts.py domain --source DATA/cranfield --tokenizer WORK/pretrained --output WORK/cranfield/source
+    texts.py docs   --source networkx --tokenizer WORK/pretrained --output WORK/docs/networkx
     texts.py pairs  --source DATA/squad11 --tokenizer WORK/pretrained --output WORK/made
 
 `domain` copies a BEIR folder: passages of 128 tokens at most with prompt and title (which is left out where the text begins
-with it), queries whole (the retriever cuts them at 32). `pairs` writes `pairs.jsonl`, a question of as many passages of the
+with it), queries whole (the retriever cuts them at 32). `docs` writes the docstrings of an installed Python package as a
+BEIR folder, uncut: the first sentence of a docstring is a query, and the rest the passage that answers it (the source
+`python-docs:`). `pairs` writes `pairs.jsonl`, a question of as many passages of the
 train split each, with the `--words` words of the passage that share most with the question; and `dev`, a BEIR folder of
 passages of the dev split with two questions each. Both are drawn by `--seed`.
 """
@@ -21,6 +24,10 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.python_docs import PythonDocsSource
+from readapt_ray.sources.source import Row
+
 MAX_PASSAGE_TOKENS = 128
 PROMPT = "passage: "
 
@@ -28,8 +35,8 @@ PROMPT = "passage: "
 def main() -> None:
     """Write what is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["domain", "pairs"])
-    parser.add_argument("--source", type=Path, required=True, help="BEIR folder")
+    parser.add_argument("what", choices=["domain", "docs", "pairs"])
+    parser.add_argument("--source", type=Path, required=True, help="BEIR folder; of docs the name of a package")
     parser.add_argument("--tokenizer", required=True, help="folder of the model")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--num-pairs", type=int, default=4000)
@@ -37,6 +44,9 @@ def main() -> None:
     parser.add_argument("--num-dev", type=int, default=300, help="passages of the dev split")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.what == "docs":
+        write_docs(str(options.source), options.output)
+        return
     cut = Cut(options.tokenizer)
     if options.what == "domain":
         qrels = {"test.tsv": list(read_qrels(options.source / "qrels" / "test.tsv"))}
@@ -64,6 +74,23 @@ class Cut:
         if len(ends) > MAX_PASSAGE_TOKENS:
             text = text[: max(0, ends[MAX_PASSAGE_TOKENS - 1][1] - len(start))]
         return {"_id": row["_id"], "title": title, "text": text}
+
+
+def write_docs(package: str, output: Path) -> None:
+    """Write a package's docstrings as a BEIR folder; its corpus comes last, and one that is there is kept."""
+    if (output / "corpus.jsonl").is_file():
+        return
+    source = PythonDocsSource(package)
+    rows = [row for row in source.rows() if isinstance(row, Row)]
+    queries = [query for query in source.queries() if isinstance(query, Query)]
+    (output / "qrels").mkdir(parents=True, exist_ok=True)
+    pairs = [qrel for qrels in source.qrels().values() for qrel in qrels if isinstance(qrel, Qrel)]
+    lines = ["query-id\tcorpus-id\tscore", *(f"{each.query_id}\t{each.doc_id}\t{each.relevance}" for each in pairs)]
+    (output / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    write_lines(output / "queries.jsonl", ({"_id": each.query_id, "text": each.text} for each in queries))
+    write_lines(
+        output / "corpus.jsonl", ({"_id": each.doc_id, "title": each.title, "text": each.text} for each in rows)
+    )
 
 
 def copy_folder(
