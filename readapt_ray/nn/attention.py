@@ -3,7 +3,7 @@
 It is registered with transformers' AttentionInterface. On CUDA it calls the flash kernel of
 `torch.nn.attention.varlen` (torch 2.11 and newer, bfloat16 or float16; the package flash-attn is not needed). On other
 devices, and with attention dropout, it calls torch's `scaled_dot_product_attention` on batches of passages with similar
-lengths. Both cost about the sum of the squared passage lengths; a mask over the whole row would cost its length squared.
+lengths. Both cost about the sum of the squared passage lengths; a mask over the row would cost its length squared.
 """
 
 import functools
@@ -288,7 +288,7 @@ class Layout:
     """Numbers of the empty slots, int64."""
 
     def spread(self, row_THD: Tensor) -> list[Tensor]:
-        """Copy tokens [T, H, D] to the slots of each group, [N, H, width, D]; to float32 on CPUs: it is fastest there."""
+        """Copy tokens [T, H, D] to the slots of each group, [N, H, width, D]; on CPUs in float32, the fastest there."""
         slots_SHD: Tensor = _Spread.apply(row_THD, self)  # type: ignore[no-untyped-call]
         parts = torch.split(slots_SHD, [group.num_slots for group in self.groups])
         dtype = torch.float32 if slots_SHD.device.type == "cpu" and slots_SHD.dtype.itemsize < 4 else slots_SHD.dtype

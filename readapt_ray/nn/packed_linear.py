@@ -51,7 +51,7 @@ class PackedProduct:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies with a packed copy of its weight; it shares the replaced layer's weight and bias."""
+    """A linear layer that multiplies with a packed weight; it shares weight and bias with the layer it replaces."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
