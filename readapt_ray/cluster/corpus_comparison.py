@@ -18,7 +18,7 @@ _PART_ROWS = 16_000_000
 
 
 def compare_corpora(before: Artifact, now: Artifact) -> Changes:
-    """Count the passages that are new, changed and deleted between two outputs of ingest.
+    """Compare two outputs of ingest: count the passages that were added, changed, deleted and kept, and sample some.
 
     Files with the same rows on both sides are not read.
 

@@ -1,7 +1,6 @@
 """Build the shards of a FAISS index on Ray, one task per shard.
 
-Inverted lists and codebooks are trained once. Then each shard is built from vectors, or taken over from an earlier
-index.
+Inverted lists and codebooks are trained once. Then each shard is built from vectors, or reused from an earlier index.
 
 In: files of vectors. Out: the files of `retrieval/index_files.py`; also `trained.faiss`, the trained index without
 vectors that every shard starts from, and `queries.recall.npz`, the query vectors that measure the recall of all shards.
@@ -75,7 +74,7 @@ class NewShard:
 
 @dataclass(frozen=True)
 class KeptShard:
-    """A shard that is taken over from an earlier index, without its deleted vectors."""
+    """A shard of an earlier index that is reused, without its deleted vectors."""
 
     record: dict[str, Any]
     kept: NDArray[np.bool_]
@@ -116,8 +115,8 @@ def lay_down_queries(plan: ShardPlan, find: Callable[[], NDArray[np.float32] | N
     """Write the query vectors that measure recall, unless an earlier run did.
 
     Args:
-        find: returns query vectors, float32 [Q, D]; None if the corpus has no queries: `train_once` then uses vectors
-            of the index.
+        find: returns query vectors, float32 [Q, D]; None if queries cannot be encoded. Then `train_once` uses vectors
+            of the index as queries.
     """
     vectors = None if (plan.shards / _QUERIES_NAME).is_file() else find()
     if vectors is not None:
@@ -131,7 +130,7 @@ def _write_queries(plan: ShardPlan, rows: NDArray[np.int64], vectors: NDArray[np
 
 
 def measured_with_vectors(plan: ShardPlan) -> bool:
-    """Return whether recall is measured with vectors of the index, because the corpus has no queries."""
+    """Return whether recall is measured with vectors of the index, and not with queries."""
     rows = _queries(plan)[1]
     return bool((rows != _NO_ROW).any())
 
@@ -178,7 +177,7 @@ def _sampled(shard: NewShard, places: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def build_shards(shards: Sequence[NewShard | KeptShard], plan: ShardPlan, workspace: Workspace) -> list["ShardRecord"]:
-    """Build or take over the shards that have no files yet; return the records of all shards, in order."""
+    """Build or reuse the shards that have no files yet; return the records of all shards, in order."""
     from readapt_ray.retrieval.index_files import find_shards
 
     there = find_shards(plan.shards, [shard.name for shard in shards], encoder=plan.encoder)
@@ -212,7 +211,7 @@ def _results(pending: Sequence[NewShard | KeptShard], plan: ShardPlan) -> Iterat
 
 
 def _make(shard: NewShard | KeptShard) -> "ShardRecord":
-    """Build one shard, or take it over, in a Ray task."""
+    """Build one shard, or reuse it from an earlier index, in a Ray task."""
     if isinstance(shard, NewShard):
         return _build_shard(shard)
     from readapt_ray.retrieval.index_files import ShardRecord, carry_over

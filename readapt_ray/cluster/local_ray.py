@@ -15,7 +15,7 @@ logger = logging.getLogger("readapt_ray")
 _TIMED_OUT = "timed out during startup"
 """Part of Ray's message when its processes did not start within 30 s. No option changes this limit."""
 _LOCAL = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # this machine is not preempted: saves one process
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody announces a preemption here: saves one process
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end of a training is noticed this late; default: 2 s
 }
 """Environment variables of Ray on a single machine."""

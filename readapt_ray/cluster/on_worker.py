@@ -150,8 +150,9 @@ def load_encoder(
 
 
 def faiss_on_threads(num_threads: int) -> Any:
-    """Import FAISS with this number of threads. Its BLAS must be limited before it is loaded: else it takes all cores
-    and busy-waits.
+    """Import FAISS and limit its threads; return the module.
+
+    Its BLAS must be limited before it is loaded: else it takes all cores and busy-waits.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(num_threads))
     from readapt_ray.retrieval.faiss_build import faiss

@@ -64,7 +64,7 @@ def num_near_partitions(total_bytes: int) -> int:
 
 
 class ParallelIngest:
-    """One ingest of all pieces of a source; `run` does it."""
+    """An ingest of one source, whose pieces are read by Ray tasks."""
 
     def __init__(
         self,

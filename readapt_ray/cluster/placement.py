@@ -60,7 +60,7 @@ class Placement:
 
 
 def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, float]:
-    """Return the number of actors, and the CPUs and GPUs of each; connect to Ray if need be.
+    """Return the number of actors, and the CPUs and GPUs of each; connect to Ray if needed.
 
     Args:
         wanted: the user's options.

@@ -266,7 +266,7 @@ def _entered(config: dict[str, Any]) -> None:
 
 
 def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, ...]:
-    """Return the names of the layers that get an adapter; empty if all weights are trained without one."""
+    """Return the names of the layers that get an adapter: the option's, else the family's; empty without adapters."""
     if config.target_modules or config.method == "full":
         return config.target_modules
     return retrievers.target_modules(str(model.config.get("model_type")))

@@ -1,4 +1,4 @@
-"""An actor on each node that runs its checks and exchanges data with the other nodes."""
+"""Define the actor that runs the checks of its node and exchanges data with other nodes."""
 
 import dataclasses
 import importlib

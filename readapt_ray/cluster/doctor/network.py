@@ -23,9 +23,9 @@ _CLOCK_ADVICE = "start chrony or ntpd there: heartbeats of leases and signatures
 
 
 def check_clock(inspector: Any) -> Finding:
-    """Compare a node's clock with the driver's; fail if it is off by as much as makes a lease stale.
+    """Compare a node's clock with the driver's: warn from 2 s of difference, fail from 30 s (`leases.STALE_S`).
 
-    The offset is the smallest of three tries, less the time of the round trip.
+    The difference is the smallest of three tries, without the time of the round trip.
     """
     import ray
 
