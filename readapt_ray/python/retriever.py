@@ -102,7 +102,7 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Return the hash of everything that decides a vector: weights, tokenizer, encoding, dtype."""
+        """Return the hash of everything that decides a vector: model, encoding and dtype."""
         return self._encoder.fingerprint
 
     @refusing_in_our_words
