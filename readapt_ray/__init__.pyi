@@ -546,26 +546,26 @@ def finetune(
         dtype: Data type of matrix products and frozen weights; trained weights are always float32. auto is
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
-        base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
+        base_dtype: Data type in which the frozen weights of the model's layers are stored. auto is the same as
             dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product. With
             fp8, GPUs such as H100 and L4 compute the forward pass in 8 bits. The adapter still fits the model
-            in full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
+            in full precision. Use it with gradient_checkpointing if a model does not fit on a GPU. nf4 needs
             the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
         torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps. If
-            omitted, layers are compiled on GPUs, except with zero_stage 3, where it does not work. A compiled
-            layer that computes something else is not used.
+            omitted, layers are compiled on GPUs, except with zero_stage 3, which does not support it. A
+            compiled layer whose output differs is not used.
         zero_stage: What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also
             gradients, 3 also the model's weights. Use 3 only for a model that does not fit on one worker,
             because it sends every weight to every worker in each pass. (default: 0)
         num_workers: Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without
             GPUs.
-        min_workers: Begin with as few workers as this when no more GPU nodes came within five minutes, continue
-            with as few when nodes are lost, and add workers when nodes come back, after two checkpoint
-            intervals. If omitted, wait until all workers can run.
-        num_cpus_per_worker: CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its
-            workers.
+        min_workers: Fewest workers to train with. Training starts with this many if no more GPU nodes come
+            within five minutes, continues with this many when nodes are lost, and adds workers two checkpoint
+            intervals after nodes come back. If omitted, wait until all workers can run.
+        num_cpus_per_worker: CPUs per worker. If omitted, one for a worker with a GPU, else the node's CPUs
+            divided by its workers.
         checkpoint_every_s: Seconds between checkpoints; 0 makes one after each step. A killed run resumes from
             the last one. (default: 300.0)
         keep_checkpoints: Number of checkpoints to keep; older ones are deleted. (default: 2)
@@ -842,8 +842,8 @@ def pack(
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
-        new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose
-            title and text are not in it.
+        new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages whose title and
+            text are not in it are used.
         pretrained: Model whose tokenizer is used: a catalog name, a folder, a GGUF file, a URI or a hub id.
             (required)
         corpus: Passages: the output of `readapt ingest`. (required)
@@ -1341,26 +1341,26 @@ def train(
         dtype: Data type of matrix products and frozen weights; trained weights are always float32. auto is
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
-        base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
+        base_dtype: Data type in which the frozen weights of the model's layers are stored. auto is the same as
             dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product. With
             fp8, GPUs such as H100 and L4 compute the forward pass in 8 bits. The adapter still fits the model
-            in full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
+            in full precision. Use it with gradient_checkpointing if a model does not fit on a GPU. nf4 needs
             the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
         torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps. If
-            omitted, layers are compiled on GPUs, except with zero_stage 3, where it does not work. A compiled
-            layer that computes something else is not used.
+            omitted, layers are compiled on GPUs, except with zero_stage 3, which does not support it. A
+            compiled layer whose output differs is not used.
         zero_stage: What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also
             gradients, 3 also the model's weights. Use 3 only for a model that does not fit on one worker,
             because it sends every weight to every worker in each pass. (default: 0)
         num_workers: Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without
             GPUs.
-        min_workers: Begin with as few workers as this when no more GPU nodes came within five minutes, continue
-            with as few when nodes are lost, and add workers when nodes come back, after two checkpoint
-            intervals. If omitted, wait until all workers can run.
-        num_cpus_per_worker: CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its
-            workers.
+        min_workers: Fewest workers to train with. Training starts with this many if no more GPU nodes come
+            within five minutes, continues with this many when nodes are lost, and adds workers two checkpoint
+            intervals after nodes come back. If omitted, wait until all workers can run.
+        num_cpus_per_worker: CPUs per worker. If omitted, one for a worker with a GPU, else the node's CPUs
+            divided by its workers.
         checkpoint_every_s: Seconds between checkpoints; 0 makes one after each step. A killed run resumes from
             the last one. (default: 300.0)
         keep_checkpoints: Number of checkpoints to keep; older ones are deleted. (default: 2)
@@ -1381,8 +1381,8 @@ def train(
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
-        new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose
-            title and text are not in it.
+        new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages whose title and
+            text are not in it are used.
         pretrained: Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id.
             (required)
         corpus: Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are

@@ -1,8 +1,8 @@
-"""Ask Ray's autoscaler for GPU nodes when a stage needs them, and release them when none does.
+"""Ask Ray's autoscaler for GPU nodes while a stage needs them, and release them afterwards.
 
-READAPT_NUM_GPUS says how many GPUs the cluster may grow to; without it the cluster is what is up. While a stage
-runs, what it asked for is requested, so that a lost spot node is replaced; afterwards nothing is, and idle nodes end after
-the autoscaler's idle_timeout_minutes.
+READAPT_NUM_GPUS says how many GPUs the cluster may grow to; without it, only nodes that are up are used. The request
+lasts as long as the stage, so that the autoscaler replaces a lost spot node. Afterwards idle nodes end after the
+autoscaler's idle_timeout_minutes.
 """
 
 import contextlib
@@ -19,17 +19,17 @@ from readapt_ray.progress import amount
 logger = logging.getLogger("readapt_ray")
 
 PATIENCE_S = 300.0
-"""Seconds to wait for all workers before a stage begins with fewer. Workers that come later cost a restart."""
+"""Seconds to wait for all workers before a stage starts with fewer. Workers that come later cost a restart."""
 
 _POLL_S = 1.0
 _SAID_S = 20.0
 _requests: dict[object, list[dict[str, float]]] = {}
-"""Resources that this process requests now, by request."""
+"""Current requests of this process: the resources of each worker, by request."""
 _REQUESTING = threading.Lock()
 
 
 def may_grow(each: Mapping[str, float]) -> bool:
-    """Return whether the autoscaler may add nodes for workers with these resources."""
+    """Return whether the autoscaler may add nodes for such workers: they need GPUs and READAPT_NUM_GPUS is set."""
     return bool(each.get("GPU")) and environment.num_gpus() is not None
 
 
@@ -37,14 +37,16 @@ def may_grow(each: Mapping[str, float]) -> bool:
 def requested(
     num_workers: int, each: Mapping[str, float], *, least: int, patience_s: float = 0.0, check_versions: bool = True
 ) -> Iterator[None]:
-    """Ask the autoscaler for room for these workers while the block runs; enter the block once there is enough.
+    """Request nodes for these workers from the autoscaler while the block runs; wait for them before the block starts.
+
+    Without an autoscaler (see `may_grow`), the block starts at once.
 
     Args:
-        num_workers: how many are wanted; the block begins at once where all have room.
-        each: what a worker asks for.
-        least: how many the block can begin with.
-        patience_s: how long to wait for all of them before it begins with fewer.
-        check_versions: refuse nodes that do not run what the driver runs.
+        num_workers: number of workers that are wanted.
+        each: resources of one worker.
+        least: fewest workers that the block can start with.
+        patience_s: seconds to wait for all workers before the block starts with fewer.
+        check_versions: refuse new nodes whose package versions differ from the driver's.
 
     Raises:
         PlacementError: nodes for `least` did not come within READAPT_WAIT_S seconds, or have other versions.
@@ -66,11 +68,13 @@ def requested(
 
 
 def _note(request: object, bundles: list[dict[str, float]] | None) -> None:
-    """Tell the autoscaler the largest of all requests: it knows the last one only, and stages run side by side.
+    """Add or remove a request, and send the largest of all to the autoscaler.
+
+    The autoscaler only keeps the last request of a process, but several stages may run at the same time.
 
     Args:
-        request: the key of one request.
-        bundles: resources of each of its workers; None where it ends.
+        request: key of the request.
+        bundles: resources of each worker; None to remove the request.
     """
     from ray.autoscaler.sdk import request_resources
 
@@ -82,7 +86,7 @@ def _note(request: object, bundles: list[dict[str, float]] | None) -> None:
 
 
 def _wait(num_workers: int, each: Mapping[str, float], least: int, patience_s: float) -> None:
-    """Wait until there is room."""
+    """Wait until there is room for all workers, or after `patience_s` for `least` of them."""
     started_s, said_s = time.monotonic(), 0.0
     while (room := nodes.room_for(each)) < num_workers:
         waited_s = time.monotonic() - started_s

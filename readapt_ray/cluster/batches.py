@@ -1,4 +1,4 @@
-"""Make sure that a batch feeds every worker: choose the batch size if it is auto, else check it before anything starts."""
+"""Make sure that each worker gets a part of each batch: choose the batch size if it is auto, else check it early."""
 
 import logging
 from typing import TYPE_CHECKING, TypeVar
@@ -19,10 +19,15 @@ C = TypeVar("C", bound=OptimizationConfig)
 
 
 def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
-    """Return the config with `batch_size: auto` replaced by a number, with as many workers as it feeds and their
-    learning rate.
+    """Replace `batch_size: auto` in the config by a number; adapt the number of workers and the learning rate to it.
 
-    The batch size of an output is chosen once, and kept in it: a run that resumes with other workers takes the same steps.
+    The batch size is chosen once per output and stored there, so that a run that resumes with other workers takes the
+    same steps.
+
+    Args:
+        config: options with `batch_size: auto`.
+        size: size of the packed corpus.
+        output: folder of the artifact.
 
     Raises:
         PlacementError: the cluster does not have the workers asked for.
@@ -50,32 +55,32 @@ def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
 
 
 def least_workers(config: OptimizationConfig, offered: int) -> int:
-    """Return how many workers train however small the corpus is: those asked for, and all that ZeRO shares a model
-    over.
+    """Return the fewest workers that train, even on a tiny corpus: all of them if num_workers or zero_stage is set,
+    else 1.
     """
     return offered if config.num_workers or config.zero_stage else 1
 
 
 def check_batch_feeds(config: OptimizationConfig, batch_size: int, unit: str) -> None:
-    """Check that each worker gets a part of each batch.
+    """Check that each worker that the config asks for gets a part of each batch.
 
     Args:
-        config: how many workers were asked for.
-        batch_size: over all workers.
-        unit: what a batch is made of, such as "blocks".
+        config: options with the number of workers.
+        batch_size: size of a batch over all workers.
+        unit: name of the items of a batch, such as "blocks".
 
     Raises:
-        PlacementError: some would get none, or the cluster does not have the workers asked for.
+        PlacementError: a worker would get nothing, or the cluster does not have the workers asked for.
     """
     num_workers = placement.num_training_workers(config.num_workers, config.num_cpus_per_worker)
     check_feeds(num_workers, batch_size, unit)
 
 
 def check_feeds(num_workers: int, batch_size: int, unit: str) -> None:
-    """Check that each of these workers gets a part of each batch, as `check_batch_feeds` does.
+    """Check that each of `num_workers` workers gets a part of each batch; see `check_batch_feeds`.
 
     Raises:
-        PlacementError: some would get none.
+        PlacementError: a worker would get nothing.
     """
     if batch_size < num_workers:
         raise PlacementError(

@@ -1,9 +1,9 @@
-"""Blocks to Ray Train workers through Ray Data, in the order of training.
+"""Send blocks to Ray Train workers through Ray Data, in the data order.
 
-A read task takes a piece of the steps (training/blocks.py), reads its blocks once, cuts the shares of all workers
-and yields a row for each (up to 64 steps, worker). Rows go to the workers in turn, so each worker gets its own rows
-whatever the number of workers. The tasks reserve no CPU: they run beside workers that have reserved all CPUs, on
-whatever cores of the cluster are free.
+A read task takes a piece of the steps (`training/blocks.py`), reads its blocks once, and cuts them into the shares of
+all workers. It yields one row per worker for up to 64 steps. Ray Data gives the rows to the workers in turn, so each
+worker gets its own rows, for any number of workers. The tasks reserve no CPU, so they also run if workers have reserved
+all CPUs.
 """
 
 from collections import deque
@@ -30,23 +30,23 @@ from readapt_ray.training.shares import Cutting, Share, shares_to_table, table_t
 _ROW_TOKENS = 1 << 18
 _ROW_STEPS = 64
 _CHUNK_TOKENS = 1 << 24
-"""Of all workers' rows that a task holds at once: 0.4 GB."""
+"""Most tokens, over the rows of all workers, that a task holds at once: 0.4 GB."""
 _WORKERS_PER_TASK = 4
-"""A core reads and cuts some millions of tokens per second."""
+"""Workers per read task: a core reads and cuts a few million tokens per second."""
 _BYTES_PER_WORKER = 64 << 20
-"""Of the object store: rows that wait for a worker."""
+"""Object store memory for rows that wait for a worker."""
 _ROWS_AHEAD = 2
 _SHARES_AHEAD = 4
 
 
 class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
-    """Gives every start of the workers a dataset from the last checkpoint's step on.
+    """The data configuration of Ray Train: each start of the workers gets the data after the last checkpoint's step.
 
     Args:
-        row_groups: of the blocks.
-        data_order: which blocks, in which order.
-        cutting: into micro-batches.
-        checkpoints: their folder.
+        row_groups: row groups of the files of blocks.
+        data_order: which blocks are trained on, in which order.
+        cutting: how batches are cut into micro-batches.
+        checkpoints: folder of the checkpoints.
     """
 
     name = "blocks"
@@ -60,10 +60,10 @@ class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
 
     @staticmethod
     def no_dataset() -> None:
-        """Return a placeholder for the dataset that Ray Train wants before the number of workers is known."""
+        """Return None, a placeholder for the dataset that Ray Train wants before the number of workers is known."""
 
     def configure(self, *, world_size: int, **_: Any) -> list[dict[str, Any]]:
-        """Return the iterator of each worker; Ray Train calls this in an actor, once all workers ask for theirs."""
+        """Return the data iterator of each worker. Ray Train calls this in an actor, when all workers ask for data."""
         first_step = steps_done(self._checkpoints, self.data_order)
         source = _Source(self._row_groups, self.data_order, self._cutting, first_step, world_size)
         dataset = ray.data.read_datasource(
@@ -79,13 +79,13 @@ class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
         )
         context.enable_progress_bars = False
         context.execution_no_progress_timeout_s = -1
-        # A row is then a block. Blocks of several rows would be merged and cut by size, and no longer go in turn.
+        # Each row becomes a block. Blocks of several rows would be merged and cut by size, and not be given in turn.
         context.target_max_block_size = 1
         return [{self.name: each} for each in dataset.streaming_split(world_size, equal=False)]
 
 
 class _Source(Datasource):  # type: ignore[misc]
-    """Rows for all workers: for each chunk of steps one per worker, by rank."""
+    """A source of rows for all workers: one row per worker for each chunk of steps, by rank."""
 
     def __init__(
         self, row_groups: RowGroups, data_order: DataOrder, cutting: Cutting, first_step: int, num_workers: int
@@ -102,7 +102,7 @@ class _Source(Datasource):  # type: ignore[misc]
         return None
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-        """Return one task for each piece."""
+        """Return one read task per piece of the steps."""
         return self._tasks
 
 
@@ -116,7 +116,7 @@ def _read_task(row_groups: Any, piece: Piece, batch_size: int, cutting: Cutting,
 def rows_of(
     row_groups: RowGroups, piece: Piece, batch_size: int, cutting: Cutting, num_workers: int
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a piece: the shares of some steps, for one worker after the other."""
+    """Yield the rows of a piece: for each chunk of steps, one row per worker with its shares, by rank."""
     most_slots = min(_ROW_TOKENS * num_workers, _CHUNK_TOKENS)
     waiting: list[list[Share]] = []
     num_slots = 0
@@ -131,7 +131,7 @@ def rows_of(
 
 
 def _row(shares: tuple[Share, ...]) -> pa.Table:
-    """Return a table of one row that holds the table of the shares."""
+    """Return a table of one row, whose cell holds the shares as an Arrow IPC stream."""
     table = shares_to_table(shares)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -143,18 +143,21 @@ def _row(shares: tuple[Share, ...]) -> pa.Table:
 
 
 def decoded(rows: pa.Table) -> Iterator[Share]:
-    """Yield the shares in rows of `rows_of`."""
+    """Yield the shares in rows that `rows_of` made."""
     for data in rows["shares"]:
         yield from table_to_shares(pa.ipc.open_stream(data.as_buffer()).read_all())
 
 
 def receive(num_steps: int) -> Callable[[int], Iterator[Share]]:
-    """Begin to fetch this Ray Train worker's shares, and return what yields them from the newest checkpoint's step on.
+    """Start fetching this Ray Train worker's shares in a thread; return a function that yields them.
 
-    A thread fetches and decodes them, from this call on: the stream starts while the model is loaded.
+    The stream starts now, so that it fills while the model is loaded.
 
     Args:
-        num_steps: of the run.
+        num_steps: number of steps of the run.
+
+    Returns:
+        A function of the first step (steps that the newest checkpoint has done), which yields one share per step.
     """
     fetched = _ahead(_fetched())
 
@@ -174,12 +177,12 @@ def _fetched() -> Iterator[Share]:
             yield from decoded(row)
     except ray.exceptions.RayError as error:
         cause = cause_of(error)
-        # Lost processes and nodes are Ray's errors: the workers are then started again.
+        # Keep Ray's error for a lost process or node: then the workers are restarted.
         raise error if isinstance(cause, WorkerError) else cause from None
 
 
 def _ahead(shares: Iterator[Share]) -> Iterator[Share]:
-    """Begin to fetch in a thread, and return an iterator over what comes."""
+    """Start fetching in a thread; return an iterator over the shares as they arrive."""
     thread = ThreadPoolExecutor(1, thread_name_prefix="shares")
     pending = deque(thread.submit(next, shares, None) for _ in range(_SHARES_AHEAD))
 

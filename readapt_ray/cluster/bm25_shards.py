@@ -1,7 +1,8 @@
 """Build the BM25 scores of index shards on Ray, with statistics of the whole corpus.
 
 In: the shards of an index, and the corpus of its passages. Out: `shards/00000.bm25.npz` and so on. All passages are read
-twice: to count their words, then to score them. The driver holds each word of the corpus once, a task the passages of a shard.
+twice: to count their words, then to score them. The driver holds each distinct word of the corpus; a task holds the
+passages of one shard.
 """
 
 import hashlib
@@ -34,7 +35,7 @@ class _Shard:
 
     record: "ShardRecord"
     first: int
-    """Row of the corpus that its first passage has, if the shards are in the order of the corpus."""
+    """Row of its first passage in the corpus, if the index has the order of the corpus."""
     folder: Location
     passages: ParquetRows
 
@@ -42,10 +43,16 @@ class _Shard:
 def build_word_shards(
     records: Sequence["ShardRecord"], folder: Location, corpus: Artifact, workspace: Workspace
 ) -> dict[str, str]:
-    """Write the BM25 scores of all shards.
+    """Write the BM25 scores of all index shards.
+
+    Args:
+        records: the index shards.
+        folder: folder of the shards; the files of scores are written there.
+        corpus: corpus with the passages of the index.
+        workspace: receives the progress.
 
     Returns:
-        The SHA-256 of each file, by the name of its shard.
+        The SHA-256 of each file of scores, by the name of its shard.
 
     Raises:
         CorpusError: a passage of the index is not in the corpus.
@@ -88,7 +95,7 @@ def _build(shard: _Shard, whole: WordCounts) -> tuple[str, str]:
 
 
 def _passages(shard: _Shard) -> list[list[str] | None]:
-    """Yield the words of each passage in the order of the shard; None where it was deleted."""
+    """Return the words of each passage, in the order of the shard; None for a deleted passage."""
     from readapt_ray.retrieval.index_files import read_ids
     from readapt_ray.retrieval.index_shard import DELETED
 
@@ -102,9 +109,7 @@ def _passages(shard: _Shard) -> list[list[str] | None]:
 
 
 def _texts(shard: _Shard, doc_ids: pa.Array) -> pa.Table:
-    """Return the passages of these doc_ids, which mostly follow each other in the corpus; else all of it is looked
-    through.
-    """
+    """Return the passages with these doc_ids, in this order. Try the rows at `shard.first`; else search the corpus."""
     rows = np.arange(shard.first, min(shard.first + len(doc_ids), shard.passages.num_rows))
     table = shard.passages.take(rows, _TEXTS)
     if len(table) == len(doc_ids) and table["doc_id"].combine_chunks().cast(pa.string()).equals(doc_ids):

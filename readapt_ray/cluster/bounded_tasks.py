@@ -1,4 +1,4 @@
-"""Run a few Ray tasks at a time, so that memory for their results stays bounded."""
+"""Run a limited number of Ray tasks at a time, so that their results take bounded memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -9,14 +9,14 @@ T = TypeVar("T")
 
 
 def run_bounded(start: Callable[[T], Any], items: Iterable[T], num_at_once: int) -> Iterator[Any]:
-    """Start a task for each item and yield the results in the order in which tasks end.
+    """Run one Ray task per item; yield the results in the order in which the tasks end.
 
-    When the caller stops or an error is raised, the tasks that still run are cancelled.
+    If the caller stops early or an error is raised, the running tasks are cancelled.
 
     Args:
-        start: starts the task of one item and returns Ray's reference to its result.
-        items: what the tasks work on.
-        num_at_once: how many run at the same time.
+        start: starts the task of an item; returns the Ray reference to its result.
+        items: one item per task.
+        num_at_once: most tasks that run at the same time.
 
     Raises:
         ReadaptError: the error of a task, with its own type and message.
@@ -38,10 +38,10 @@ def run_bounded(start: Callable[[T], Any], items: Iterable[T], num_at_once: int)
 
 
 def cancel(running: Sequence[Any]) -> None:
-    """Cancel tasks, the last one first.
+    """Cancel Ray tasks, the last one first.
 
-    Ray 2.60 aborts this process if a task that waits is cancelled at the moment in which it gets the CPU of another one that
-    was cancelled, or that ends.
+    The order matters: Ray 2.60 aborts this process if a waiting task is cancelled while it gets the CPU of a task that
+    was just cancelled or that just ended.
 
     Args:
         running: references or streams of tasks that have not ended, in the order in which they were started.

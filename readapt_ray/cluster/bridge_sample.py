@@ -1,9 +1,9 @@
-"""Take a sample of passages with their old vectors, and encode it with the new model.
+"""Draw a sample of passages with their old vectors, and encode it with the new model.
 
-In: vectors of a corpus. Out: for each passage of the sample the vectors of both models. The sample is drawn in short runs of
-neighbouring rows, since a row group of some 1,000 vectors is read to get one. Vectors of the new model are written to
-`vectors/part-00000.parquet` and so on, 512 at a time; what is there is not encoded again. The doc_ids of the whole corpus
-are read once. Memory is the texts and vectors of the sample.
+In: vectors of a corpus. Out: for each passage of the sample, the vectors of both models. The sample is drawn in runs of
+32 neighbouring rows, since reading one vector reads its whole row group of about 1,000. New vectors are written to
+`vectors/part-00000.parquet` and so on, 512 per file; a file that exists is not encoded again. The doc_ids of the whole
+corpus are read once. Texts and vectors of the sample are held in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,16 +41,21 @@ _READ_ROWS = 65536
 
 @dataclass(frozen=True)
 class NewEncoder:
-    """The new model, as it encodes the sample."""
+    """The new model and its encoding."""
 
     model: OpenModel
     encoding: Encoding
     description: dict[str, Any]
-    """As in manifests."""
+    """The entry `encoder` of manifests: fingerprint, dtype and so on."""
 
 
 def old_sample(old: Artifact, size: int, seed: int) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the doc_ids and vectors [N, D] of a sample, always the same for the same seed.
+    """Draw a sample of the old vectors; return its doc_ids and vectors, float32 [N, D]. The same seed gives the same.
+
+    Args:
+        old: the output of the embed stage with the old model.
+        size: number of passages to draw; all if the corpus has fewer.
+        seed: seed of the draw.
 
     Raises:
         CorruptFileError: a file of vectors was cut short or altered, or is gone.
@@ -61,7 +66,7 @@ def old_sample(old: Artifact, size: int, seed: int) -> tuple[list[str], NDArray[
 
 
 def _drawn(num_rows: int, size: int, seed: int) -> NDArray[np.int64]:
-    """Draw rows in runs of 32, rising."""
+    """Draw row numbers in runs of 32, in ascending order."""
     if size >= num_rows:
         return np.arange(num_rows)
     starts = np.arange(0, num_rows, _RUN_ROWS)
@@ -102,15 +107,15 @@ def new_sample(
     check: Callable[[int], None],
     progress: Callable[[int, int], None],
 ) -> NDArray[np.float32]:
-    """Encode the passages of a sample, or read what an earlier run of the stage encoded.
+    """Encode the passages of a sample with the new model, except those that an earlier run of the stage encoded.
 
     Args:
-        doc_ids: of the sample.
-        corpus: holds their texts.
+        doc_ids: doc_ids of the sample.
+        corpus: corpus with their texts.
         encoder: the new model.
-        target: folder of the files of vectors.
-        check: is told the dimension of the vectors as soon as there is one; raises an error where it will not do.
-        progress: is told the passages done, and all.
+        target: folder for the files of vectors.
+        check: called with the dimension of new vectors; raises an error if it does not fit.
+        progress: called with the number of passages done, and of all passages.
 
     Returns:
         float32 [N, D], in the order of the doc_ids.

@@ -1,8 +1,8 @@
-"""Write an artifact again without the dead rows of its parts.
+"""Write an artifact of vectors again without its dead rows (rows of passages that changed or were deleted).
 
-In: vectors, some of whose files are shared with an earlier artifact and have dead rows. Out: the same artifact, under the
-same fingerprint, in another folder. A file without dead rows is shared; each other one is written by a Ray task, which holds it
-in memory.
+In: vectors, some of whose files are shared with an earlier artifact and have dead rows. Out: the same vectors, with the
+same fingerprint, in another folder. A file without dead rows is shared. Each other file is written by a Ray task, which
+holds it in memory.
 """
 
 from readapt_ray.artifacts import Artifact, Workspace, produce_again
@@ -17,12 +17,12 @@ from readapt_ray.storage import Location
 
 
 def num_dead(artifact: Artifact) -> int:
-    """Return how many dead rows the files of an artifact have."""
+    """Return the number of dead rows in the files of an artifact."""
     return int(artifact.manifest.details.get("num_dead", 0))
 
 
 def compact(artifact: Artifact, output: str) -> Artifact:
-    """Make the same artifact without dead rows in another folder, unless it is there.
+    """Write the same artifact without dead rows into another folder, unless it is already there.
 
     Raises:
         CorruptFileError: a file was cut short or altered.

@@ -1,8 +1,7 @@
-"""Start or join Ray, in this one place: quiet on the terminal, complete in the log files.
+"""Start or join Ray. All of the package connects here; Ray and other libraries log to files, not to the terminal.
 
-On a cluster whose nodes come up one by one, READAPT_NUM_NODES says how many to wait for when it is joined
-(READAPT_WAIT_S seconds at most, 900 by default); without it, 50 seconds for the first node that has a CPU.
-What cannot be placed is an error before anything starts; what has to wait for others says so.
+Nodes of a cluster may come up one by one. When it is joined, READAPT_NUM_NODES says how many nodes to wait for, for
+at most READAPT_WAIT_S seconds (default: 900). Without it, wait at most 50 seconds for the first node that has a CPU.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ _PROBE = ".seen-"
 _HEX = "[0-9a-f]" * 32
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _UNPACKED = "working_dir_files"
-"""Folder of Ray's that holds the working directories of jobs."""
+"""Name of the folder into which Ray unpacks the working directories of jobs."""
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -52,29 +51,31 @@ _JOINING = threading.Lock()
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources of the whole cluster."""
+    """Total CPUs, GPUs and nodes of the cluster."""
 
     num_cpus: int
     num_gpus: int
-    """Those that the autoscaler may bring included (READAPT_NUM_GPUS)."""
+    """Includes GPUs that the autoscaler may add (READAPT_NUM_GPUS)."""
     num_nodes: int
 
 
 def connect(*, check_versions: bool = True) -> Resources:
-    """Join the cluster of `RAY_ADDRESS`, or start Ray on this machine; do nothing if Ray runs already.
+    """Join the cluster at `RAY_ADDRESS`, or start Ray on this machine if it is not set; return the cluster's resources.
+
+    A second call does not connect again.
 
     Args:
-        check_versions: refuse nodes that do not run what the driver runs.
+        check_versions: refuse nodes whose package versions differ from the driver's.
 
     Raises:
-        InputError: `RAY_ADDRESS` is where jobs are submitted to.
-        PlacementError: the nodes did not come, or differ.
+        InputError: `RAY_ADDRESS` is an http address, which only accepts jobs.
+        PlacementError: the nodes did not come up in time, or differ.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import ray
 
-    num_nodes, _ = environment.num_nodes(), environment.wait_s()  # wrong ones are refused before Ray starts
+    num_nodes, _ = environment.num_nodes(), environment.wait_s()  # invalid values fail before Ray starts
     with _JOINING:
         joins = not ray.is_initialized()
         if joins:
@@ -94,9 +95,10 @@ def connect(*, check_versions: bool = True) -> Resources:
 
 @contextlib.contextmanager
 def connecting_ahead() -> Iterator[None]:
-    """Connect in the background while the block runs: Ray takes seconds to start, and the block may not need it at once.
+    """Connect in a thread while the block runs, since Ray takes seconds to start.
 
-    What fails there fails again at the first `connect` of the block, which tells it.
+    Errors of the thread are ignored: the block's first `connect` raises them again. The end of the block waits for the
+    thread.
     """
 
     has_tried = threading.Event()
@@ -132,13 +134,13 @@ def _join(address: str | None) -> None:
 
 
 def _of_the_job() -> dict[str, str]:
-    """Return the variables that a submitted job's runtime environment sets for all workers; Ray lets none be set twice."""
+    """Return the variables that a submitted job already sets for all workers; Ray refuses to set a variable twice."""
     of_job = json.loads(os.environ.get(_JOB_VARIABLE, "{}")).get("runtime_env") or {}
     return dict(of_job.get("env_vars") or {})
 
 
 def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
-    """Return the nodes that are up, once there are as many as `READAPT_NUM_NODES` asks for.
+    """Wait until `wanted` nodes are up and one has a CPU; return the nodes that are up.
 
     Raises:
         PlacementError: they did not come in time, or none of them has a CPU for tasks.
@@ -168,10 +170,10 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
 
 
 def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Check that all nodes run the driver's versions of this package and of torch, lack no package, and can use their GPUs.
+    """Check that each node has the driver's versions of readapt_ray and torch, lacks no package, and can use its GPUs.
 
     Raises:
-        PlacementError: some do not; it names them.
+        PlacementError: a node fails the check; the message names the nodes.
     """
     installed = software.reader()
     here = installed()
@@ -186,15 +188,16 @@ def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _check_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Check that torch can use the GPUs that Ray has on these nodes.
+    """Check that torch can use the GPUs that Ray counts on these nodes.
 
     Raises:
-        PlacementError: on some it cannot; it names them.
+        PlacementError: torch cannot use a GPU; the message names the nodes.
     """
     found: dict[str, str] = {}
     for count in {int(node["Resources"].get("GPU", 0)) for node in nodes} - {0}:
         have_these = [node for node in nodes if int(node["Resources"].get("GPU", 0)) == count]
-        # CUDA keeps the GPUs that it saw first, and a worker of one GPU must not find a process that saw all.
+        # `max_calls`: CUDA keeps the set of GPUs that a process saw first, so a later worker with one GPU must not
+        # reuse a process that saw all of them.
         found |= _on_each(have_these, gpus.why_unusable, count, max_calls=1)
     if any(found.values()):
         raise PlacementError(
@@ -203,12 +206,12 @@ def _check_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def check_seen_by_all(folder: Location) -> None:
-    """Check that every node sees a folder before workers start: on the head's local disk their work would be lost.
+    """Check that every node sees a folder, before workers write to it: output on a node's local disk would be lost.
 
-    A folder in the place to which Ray unpacked a job's working directory is warned of: Ray removes it.
+    Log a warning if the folder is inside a job's working directory, which Ray removes after the job.
 
     Raises:
-        PlacementError: some node does not see it; it names them.
+        PlacementError: a node does not see the folder; the message names the nodes.
     """
     if folder.is_local and _UNPACKED in folder.local_path.parts:
         logger.warning(
@@ -242,7 +245,7 @@ def check_seen_by_all(folder: Location) -> None:
 def _on_each(
     nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any, max_calls: int = 0
 ) -> dict[str, Any]:
-    """Return what a function returns on each node, by the node's address; skip nodes that die."""
+    """Call a function on each node; return the results by the node's address, without nodes that do not answer."""
     import ray
 
     found = {}
@@ -258,7 +261,7 @@ def _on_each(
 
 
 def all_have_bfloat16_units() -> bool:
-    """Return whether every node with CPUs computes fast in bfloat16."""
+    """Return whether the CPUs of every node multiply matrices faster in bfloat16 than in float32."""
     nodes = alive()
     if len(nodes) == 1:
         return hardware.has_bfloat16_units()
@@ -278,14 +281,14 @@ def _gpus_by_kind(nodes: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _hush_libraries(*, is_new: bool) -> None:
-    """Take the libraries off the terminal; what they log goes to a file among Ray's."""
+    """Stop libraries from printing on the terminal; write their logs to a file beside Ray's logs."""
     from ray._private import worker
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # Ray's own loses the cause on its way here
+    context.raise_original_map_exception = True  # Ray's wrapper would lose the cause
     worker.print_to_stdstream = _to_log  # Ray's notices, such as a task that failed at the end
     _printed.setLevel(logging.INFO)  # Ray's own logger drops all but errors
     library_logs.silence()
@@ -294,13 +297,13 @@ def _hush_libraries(*, is_new: bool) -> None:
 
 
 def _to_log(data: Mapping[str, Any], **_: Any) -> None:
-    """Log what Ray would print."""
+    """Log the lines that Ray would print."""
     for line in data["lines"]:
         _printed.warning("%s", line)
 
 
 def logs_folder() -> Path | None:
-    """Return the folder of Ray's logs on this machine: of its processes, its workers, and this driver."""
+    """Return the folder of Ray's logs on this machine (of Ray, workers and this driver); None if not connected."""
     from ray._private import worker
 
     node = getattr(worker, "_global_node", None)
@@ -308,13 +311,13 @@ def logs_folder() -> Path | None:
 
 
 def _see_logs() -> str:
-    """Return, as the end of a message, where Ray's logs are."""
+    """Return the end of an error message that names the folder of Ray's logs; empty if not connected."""
     folder = logs_folder()
     return f"; Ray's logs: {folder}" if folder else ""
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return the error inside Ray's wrappers: our own error if there is one, with its message."""
+    """Unwrap an error of Ray: return the ReadaptError inside it, else a WorkerError with the innermost message."""
     from ray.exceptions import RayTaskError
 
     for each in _linked(error, with_contexts=True):
@@ -324,13 +327,13 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the last line of what the innermost error says."""
+    """Return the last line of the innermost error's message; its type's name if the message is empty."""
     lines = [line.strip() for line in str(_linked(error)[-1]).splitlines() if line.strip()]
     return lines[-1] if lines else type(_linked(error)[-1]).__name__
 
 
 def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseException]:
-    """Return an error and what caused it, nearest first; with contexts, also what was being handled meanwhile."""
+    """Return an error and its causes, nearest first; `with_contexts` adds errors that were being handled then."""
     from ray.exceptions import RayTaskError
 
     found: list[BaseException] = []
@@ -348,13 +351,13 @@ def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseEx
 
 
 def has_ended() -> bool:
-    """Return whether Ray's own processes have ended, if this process started them."""
+    """Return whether Ray's server processes (gcs_server, raylet), started by this process, have died."""
     node = getattr(sys.modules.get("ray._private.worker"), "_global_node", None)
     return node is not None and bool({kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"})
 
 
 def disconnect() -> None:
-    """Leave Ray; stop it if `connect` started it on this machine."""
+    """Disconnect from Ray, and stop it if `connect` started it on this machine."""
     import ray
 
     with contextlib.suppress(ConnectionError):

@@ -1,7 +1,7 @@
-"""Go on training an adapter: check that it fits the model and the options, and load it on a worker.
+"""Continue the training of an adapter: check that it fits the model and the options, and load it on a worker.
 
-In: an adapter that `readapt train` or PEFT saved. Out: the options with the adapter's shape, and a model whose adapters
-begin where that one ended. The optimizer and the learning-rate schedule start from the beginning.
+In: an adapter that `readapt train` or PEFT saved. Out: the options with the adapter's shape, and a model that starts
+with its weights. The optimizer and the learning-rate schedule start from the beginning.
 """
 
 from collections.abc import Collection
@@ -23,11 +23,11 @@ _REFUSED = ("rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform"
 
 
 def with_shape_of(config: Config, adapter: OpenModel) -> Config:
-    """Return the options with method, rank, alpha and target modules of an adapter.
+    """Return a copy of the options with the method, rank, alpha and target modules of an adapter.
 
     Raises:
-        InputError: another one of these was given.
-        ModelError: it is no adapter, or has a shape that training does not have.
+        InputError: the user gave another value for one of these options.
+        ModelError: the model is not an adapter, or has PEFT options that training does not support.
     """
     if not adapter.is_adapter:
         raise ModelError(
@@ -58,11 +58,11 @@ def with_shape_of(config: Config, adapter: OpenModel) -> Config:
 
 
 def check_base(adapter: OpenModel, model: OpenModel) -> None:
-    """See that an adapter was trained on a model.
+    """Check that an adapter was trained on this model.
 
     Raises:
-        ModelError: it was trained on another one, by another stage, or it does not say on which.
-        WeightMismatchError: it changes layers that the model does not have, or not in this size.
+        ModelError: it was trained on another model or by another stage, or does not say on which model.
+        WeightMismatchError: it changes layers that the model does not have, or has in another size.
     """
     from readapt_ray.weights.adapter import Adapter
     from readapt_ray.weights.weight_files import Checkpoint
@@ -82,11 +82,19 @@ def check_base(adapter: OpenModel, model: OpenModel) -> None:
 
 
 def load(model: Any, name: str, *, due: Collection[str], driver_node: str) -> None:
-    """Start the adapters of a model with the weights of an earlier one. Called on a worker; collective under ZeRO-3.
+    """Load the weights of an earlier adapter into the adapters of a model, on a worker.
+
+    With ZeRO-3, all workers must call it.
+
+    Args:
+        model: network with new adapters of the same shape.
+        name: the earlier adapter, a MODEL.
+        due: expected fingerprints, one of which must match.
+        driver_node: `on_worker.this_node` of the driver.
 
     Raises:
-        FingerprintMismatchError: there is another adapter of this name on this node.
-        ModelError: it has other layers.
+        FingerprintMismatchError: this node has another adapter of this name.
+        ModelError: the adapter has other layers.
     """
     from safetensors.torch import load_file
 

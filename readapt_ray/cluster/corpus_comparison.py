@@ -1,4 +1,4 @@
-"""Compare two states of a corpus: in this process, or by Ray tasks, a part of the doc_ids each, if there are many."""
+"""Compare two states of a corpus, in this process; a large corpus in Ray tasks, one per partition of the doc_ids."""
 
 from collections.abc import Mapping
 
@@ -14,11 +14,13 @@ from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.sources.parts import DIGEST
 
 _PART_ROWS = 16_000_000
-"""Passages per part: 500 MB of memory for each state."""
+"""Passages per partition: a task takes 500 MB of memory for each state."""
 
 
 def compare_corpora(before: Artifact, now: Artifact) -> Changes:
-    """Compare two outputs of ingest. Parts with the same rows on both sides are not read.
+    """Compare two outputs of ingest: count the passages that were added, changed, deleted and kept, and sample some.
+
+    Files with the same rows on both sides are not read.
 
     Raises:
         CorruptFileError: a file was cut short or altered.
@@ -48,13 +50,20 @@ def compare_corpora(before: Artifact, now: Artifact) -> Changes:
 
 
 def _kept_columns(footers: Mapping[str, Footer]) -> set[str]:
-    """Return the names of the columns that were carried along from the source."""
+    """Return the names of the columns that were kept from the source."""
     names = {name for footer in footers.values() for name in footer.schema.names}
     return names - {*PASSAGE_SCHEMA.names, "parent_id"}
 
 
 def opened(artifact: Artifact, name: str) -> ParquetRows:
-    """Return the rows of the passages or vectors of an artifact, readable on every node; files that are known are not opened."""
+    """Return the rows of an artifact's passages or vectors, with paths for every node.
+
+    Files that the artifact's table of footers lists are not opened.
+
+    Args:
+        artifact: an output of ingest or embed.
+        name: folder in the artifact: "passages" or "vectors".
+    """
     folder = on_worker.absolute(artifact.location / name)
     if name == "vectors":
         return ParquetRows(folder, open_vectors(artifact).counts)

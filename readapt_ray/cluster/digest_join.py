@@ -1,8 +1,8 @@
-"""Which passages have a vector already: digests of the corpus and of earlier vectors, joined on the cluster.
+"""Find the passages that already have a vector: join digests of the corpus with digests of earlier vectors, on Ray.
 
-In: passages and earlier vectors. Out: files that say for each passage which earlier row has its vector, and counts of what
-changed. Three rounds of Ray tasks: digests are exchanged by partition, each partition is joined, and the matches go back into
-the order of the corpus. The driver sees counts alone. A task holds four million rows of either side, some 600 MB.
+In: passages and earlier vectors. Out: files with the row of the earlier vector of each passage, and counts of changes.
+There are three rounds of Ray tasks: exchange digests by partition, join each partition, and write the matches in the
+order of the corpus. The driver holds only counts. A task holds four million rows of both sides, about 600 MB.
 """
 
 from collections import Counter
@@ -37,12 +37,13 @@ _CONTENT = np.dtype([("key", "<u8", 2), ("id", "<u8", 2), ("row", "<i8")])
 _ID = np.dtype([("key", "<u8", 2), ("content", "<u8", 2)])
 _MATCH = np.dtype([("row", "<i8"), ("earlier", "<i8")])
 _EARLIER = np.dtype("<i8")
-"""The match of a passage: 2 * row of an earlier vector of the same content, plus 1 if its doc_id is the same; -1 without a match."""
+"""Match of a passage: 2 * (row of an earlier vector with the same content), plus 1 if the doc_id is the same too; -1 if
+no earlier vector has its content."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """How a corpus differs from an earlier one."""
+    """Counts of passages by how a corpus differs from an earlier one; passages are compared by doc_id and content."""
 
     num_unchanged: int
     num_changed: int
@@ -52,36 +53,36 @@ class Changes:
 
 @dataclass(frozen=True)
 class Matches:
-    """The earlier row of each passage, in a file per `chunk_rows` passages."""
+    """For each passage, the row of its earlier vector; stored in one file per `chunk_rows` passages."""
 
     folder: Location
     chunk_rows: int
     files: tuple[str, ...] = ()
     """Names of all files of the join."""
     ends: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Row after the last row of each earlier file."""
+    """End of each earlier file: the row number after its last row."""
     is_kept: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
-    """For each earlier file, whether it is shared as it is."""
+    """For each earlier file, whether the new artifact shares it unchanged."""
 
     def rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
-        """Return for each passage from `first` on the earlier row that has its vector; -1 where there is none."""
+        """Return the row of the earlier vector of each of `num_rows` passages from `first`; -1 for none. int64."""
         return self._read(first, num_rows) >> 1
 
     def left(self, first: int, num_rows: int) -> NDArray[np.int64]:
-        """Return which of the passages from `first` on have no vector in a kept file, counted from `first`."""
+        """Return the passages that have no vector in a kept file, as positions from `first`."""
         rows = self._read(first, num_rows)
         own = np.flatnonzero(_has_own(rows))
         in_kept = self.is_kept[np.searchsorted(self.ends, rows[own] >> 1, side="right")]
         return np.setdiff1d(np.arange(num_rows), own[in_kept], assume_unique=True)
 
     def living(self, first: int, num_rows: int) -> NDArray[np.int64]:
-        """Return the earlier rows whose doc_id and content a passage from `first` on has."""
+        """Return the rows of earlier vectors with the same doc_id and content as one of these passages."""
         found = self._read(first, num_rows)
         rows: NDArray[np.int64] = found[_has_own(found)] >> 1
         return rows
 
     def holders(self, first: int, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return those of the passages from `first` on whose own vector is in an earlier file, and the number of that file."""
+        """Return the passages with an earlier vector of the same doc_id and content, and the number of its file."""
         found = self._read(first, num_rows)
         own = np.flatnonzero(_has_own(found))
         return first + own, np.searchsorted(self.ends, found[own] >> 1, side="right")
@@ -97,7 +98,7 @@ class Matches:
         return np.concatenate(parts)
 
     def pieces(self, num_rows: int) -> Iterator[tuple[int, int]]:
-        """Yield the first passage and the number of passages of each file."""
+        """Yield the first passage and the number of passages of each file of matches."""
         for first in range(0, num_rows, self.chunk_rows):
             yield first, min(self.chunk_rows, num_rows - first)
 
@@ -108,25 +109,25 @@ class Matches:
 
 @dataclass(frozen=True)
 class Joined:
-    """What the join found."""
+    """The result of the join: matches and counts."""
 
     matches: Matches
     changes: Changes
     num_to_encode: NDArray[np.int64]
-    """Passages without an earlier vector in each part of the corpus between `bin_bounds`."""
+    """Number of passages without an earlier vector, in each of the 4,096 parts between `bin_bounds`."""
 
     earlier_counts: RowCounts
-    """Names and rows of the files of earlier vectors."""
+    """Name and number of rows of each file of earlier vectors."""
 
     def lives(self, passages: ParquetRows) -> NDArray[np.bool_]:
-        """Return for all earlier vectors whether a passage has their doc_id and content."""
+        """Return for each earlier vector whether a passage still has its doc_id and content."""
         found = np.zeros(sum(count for _, count in self.earlier_counts), bool)
         for first, num_rows in self.matches.pieces(passages.num_rows):
             found[self.matches.living(first, num_rows)] = True
         return found
 
     def keeping(self, names: Set[str]) -> Matches:
-        """Return the matches if these earlier files are shared as they are."""
+        """Return the matches with these earlier files marked as kept."""
         return replace(
             self.matches,
             ends=np.cumsum([count for _, count in self.earlier_counts]),
@@ -135,17 +136,17 @@ class Joined:
 
 
 def bin_bounds(num_passages: int) -> NDArray[np.int64]:
-    """Return where each of 4,096 equal parts of a corpus begins, and where the last one ends."""
+    """Return the row bounds of 4,096 equal parts of a corpus: 4,097 row numbers."""
     return np.arange(NUM_BINS + 1) * num_passages // NUM_BINS
 
 
 def join_digests(passages: ParquetRows, earlier: ParquetRows, folder: Location) -> Joined:
-    """Join the contents of passages and earlier vectors.
+    """Find the earlier vector of each passage by doc_id and content hash, in Ray tasks.
 
     Args:
-        passages: of the corpus.
+        passages: passages of the corpus.
         earlier: vectors of an earlier corpus.
-        folder: where the files go; every node sees it.
+        folder: folder for the files of the join; every node must see it.
     """
     num_partitions = max(1, -(-max(passages.num_rows, earlier.num_rows) // _CHUNK_ROWS))
     if num_partitions == 1:
@@ -182,7 +183,7 @@ def _tasks(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> It
 def _join_whole(
     passages: ParquetRows, earlier: ParquetRows, folder: Location
 ) -> tuple[dict[str, int], NDArray[np.int64]]:
-    """Join all rows in one process, so that no digest goes through files; return the counts, and those to encode."""
+    """Join all rows in one task, without files of digests; return the counts of changes and of passages to encode."""
     (now, now_ids), (before, before_ids) = (
         _records(rows.folder, chunk)
         for rows in (passages, earlier)
@@ -192,7 +193,7 @@ def _join_whole(
 
 
 def _matched(now: NDArray[np.void], before: NDArray[np.void]) -> NDArray[np.int64]:
-    """Return the match of each passage (see `_EARLIER`); a row of the same doc_id is preferred."""
+    """Return the match of each passage (see `_EARLIER`); prefer an earlier row with the same doc_id."""
     own = matching_rows(_both(now), _both(before))
     place = np.where(own >= 0, own, matching_rows(now["key"], before["key"]))
     rows = before["row"][place] if len(before) else place
@@ -200,19 +201,19 @@ def _matched(now: NDArray[np.void], before: NDArray[np.void]) -> NDArray[np.int6
 
 
 def _has_own(matches: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which matches are of the same doc_id."""
+    """Return for each match whether the earlier row has the same doc_id."""
     own: NDArray[np.bool_] = (matches >= 0) & (matches & 1 == 1)
     return own
 
 
 def _both(records: NDArray[np.void]) -> NDArray[np.uint64]:
-    """Hash doc_id and content together, [N, 2]; zeros, which match nothing, if the content is not known."""
+    """Hash doc_id and content together, [N, 2]; zeros, which match nothing, if the content hash is missing."""
     has_content = records["key"].any(axis=1, keepdims=True)
     return np.where(has_content, records["key"] ^ records["id"], np.uint64(0))
 
 
 def _split(side: str, source: Location, chunk: DataShard, folder: Location, num_partitions: int) -> None:
-    """Write digests of some rows: digests of contents in the content's partition, digests of ids in the id's."""
+    """Write the digests of a chunk of rows: contents partitioned by content, ids partitioned by id."""
     contents, ids = _records(source, chunk)
     for what, records in (("contents", contents), ("ids", ids)):
         to = _file(folder, f"{side}-{what}", chunk.number)
@@ -220,7 +221,7 @@ def _split(side: str, source: Location, chunk: DataShard, folder: Location, num_
 
 
 def _records(source: Location, chunk: DataShard) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """Return the digests of some rows: of their contents, and of their ids together with the contents."""
+    """Return the records of a chunk of rows: one list keyed by content, one keyed by doc_id."""
     contents, ids = np.zeros(len(chunk), _CONTENT), np.zeros(len(chunk), _ID)
     contents["row"] = np.arange(chunk.first, chunk.first + len(chunk))
     done = 0
@@ -235,7 +236,7 @@ def _records(source: Location, chunk: DataShard) -> tuple[NDArray[np.void], NDAr
 
 
 def _digests(file: Location, start: int, num_rows: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """Return the digests of the contents and of the doc_ids of some passages or vectors, [N, 2] each."""
+    """Return the digests of contents and of doc_ids of some passages or vectors, uint64 [N, 2] each."""
     table = scan_rows(file, start, num_rows, ("doc_id", "content_hash"))
     contents = hashes_of(table)
     if "content_hash" not in table.column_names:
@@ -251,7 +252,7 @@ def _digests(file: Location, start: int, num_rows: int) -> tuple[NDArray[np.uint
 def _join(
     number: int, folder: Location, num_partitions: int, num_chunks: dict[str, int], chunk_rows: int
 ) -> dict[str, int]:
-    """Join one partition: write its matches by the positions of the passages, and count the changes."""
+    """Join one partition: write its matches, partitioned by chunk of passages, and count the changes."""
 
     def read(what: str, dtype: np.dtype[np.void]) -> Sequence[NDArray[np.void]]:
         return [
@@ -271,7 +272,7 @@ def _join(
 
 
 def _counted(now: NDArray[np.void], before: NDArray[np.void]) -> dict[str, int]:
-    """Count the changes between two lists of ids with their contents."""
+    """Count the changes between two lists of ids with contents."""
     place = matching_rows(now["key"], before["key"])
     known = place >= 0
     num_known = int(known.sum())
@@ -287,7 +288,7 @@ def _counted(now: NDArray[np.void], before: NDArray[np.void]) -> dict[str, int]:
 def _in_order(
     chunk: DataShard, folder: Location, num_partitions: int, num_chunks: int, num_passages: int
 ) -> NDArray[np.int64]:
-    """Write the earlier rows of some passages in their order, and count those to encode between `bin_bounds`."""
+    """Write the matches of a chunk in the order of its passages; count passages to encode between `bin_bounds`."""
     files = [_file(folder, "matches", number) for number in range(num_partitions)]
     matches = read_partition(files, chunk.number, num_chunks, _MATCH)
     earlier = np.full(len(chunk), -1, _EARLIER)

@@ -1,7 +1,8 @@
-"""Plan the shards of a corpus of which an earlier state has vectors: what is shared, and what is encoded.
+"""Plan which files of earlier vectors a changed corpus shares, and which passages are encoded.
 
-In: passages and earlier vectors. Out: shards, and which passages have a vector. Parts that did not change, and their
-vectors, are not read (`retrieval/unread_parts.py`). The driver holds a byte per earlier vector.
+In: passages, and vectors of an earlier state of the corpus. Out: data shards, and the passages that have a vector.
+Unchanged parts of the corpus and their vectors are not read (`retrieval/unread_parts.py`). The driver holds one byte
+per earlier vector.
 """
 
 import itertools
@@ -24,13 +25,16 @@ from readapt_ray.retrieval.unread_parts import EarlierVectors, ToRead, to_read
 def plan_on_earlier(
     job: EmbedJob, passages: ParquetRows, digests: Mapping[str, str], artifact: Artifact
 ) -> tuple[list[DataShard], EmbedJob, Changes]:
-    """Plan the shards, kept files of earlier vectors first.
+    """Plan the data shards of a corpus that has earlier vectors; shards that are kept files come first.
 
     Args:
-        job: with all earlier vectors; the returned one has those that were read.
-        passages: of the corpus.
-        digests: of the rows of its parts, by name; empty for a part without one.
+        job: job with all earlier vectors.
+        passages: passages of the corpus.
+        digests: digest of the rows of each part of the corpus, by name of the part; empty for a part without one.
         artifact: the earlier vectors.
+
+    Returns:
+        The shards, the job with the matches and only the earlier vectors that were read, and counts of changes.
     """
     assert job.earlier is not None
     earlier = EarlierVectors(job.earlier, *files_and_origins(artifact.location))
@@ -38,7 +42,7 @@ def plan_on_earlier(
         joined = join_digests(part.passages, part.earlier, job.output / "join")
         shards, matches = planned(joined, part, earlier, digests, job.rows_per_shard)
         if part.whole <= {each.kept.name for each in shards if each.kept}:
-            break  # else passages that were not read would have to be copied
+            break  # otherwise read everything: passages of a file that is not kept must be copied one by one
     changes = _of_all(joined.changes, passages.num_rows - part.passages.num_rows, earlier.rows.num_rows)
     dimension = int(artifact.manifest.details["encoder"]["dimension"])
     plan = plan_fingerprint(shards, artifact.fingerprint)
@@ -48,17 +52,17 @@ def plan_on_earlier(
 def planned(
     joined: Joined, part: ToRead, earlier: EarlierVectors, digests: Mapping[str, str], rows_per_shard: int
 ) -> tuple[list[DataShard], Matches]:
-    """Plan which earlier files are shared as they are, and cut the passages that these do not have into shards.
+    """Choose the earlier files to keep, and cut the passages that are not in them into shards.
 
     Args:
-        joined: the passages and the vectors that were read.
-        part: which these are.
+        joined: the join of the passages and the vectors that were read.
+        part: which passages and vectors were read.
         earlier: all earlier vectors; a file that the ledger does not know is not kept.
-        digests: of the parts of the corpus.
-        rows_per_shard: most passages of a shard.
+        digests: digest of each part of the corpus, by name.
+        rows_per_shard: most passages per shard.
 
     Returns:
-        Shards, the kept ones first, and the matches for those that are encoded.
+        The shards, kept files first, and the matches for the shards that are encoded.
     """
     kept = files_to_keep(earlier.rows.counts, earlier.known, _lives(joined, part, earlier.rows), rows_per_shard)
     matches = joined.keeping({each.name for each in kept})
@@ -73,12 +77,12 @@ def planned(
 
 
 def sources_of(shard: DataShard, digests: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the digests of the parts that a shard is cut from."""
+    """Return the digests of the parts of the corpus that a shard is cut from."""
     return tuple(sorted({digests.get(each.name, "") for each in shard.ranges}))
 
 
 def _lives(joined: Joined, part: ToRead, earlier: ParquetRows) -> NDArray[np.bool_]:
-    """Return for all earlier vectors whether their passage is there as it was."""
+    """Return for each earlier vector whether its passage still exists, unchanged."""
     found = np.ones(earlier.num_rows, bool)
     in_read = dict(zip((name for name, _ in part.earlier.counts), _ranges(part.earlier), strict=True))
     lives = joined.lives(part.passages)
@@ -94,7 +98,7 @@ def _ranges(rows: ParquetRows) -> list[slice]:
 
 
 def _sources(matches: Matches, part: ToRead, digests: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Return the digests of the parts that hold the live passages of each earlier file that was read."""
+    """Return for each earlier file that was read the digests of the parts that hold its live passages."""
     ends = np.cumsum([count for _, count in part.passages.counts])
     found: dict[str, set[str]] = defaultdict(set)
     for first, size in matches.pieces(part.passages.num_rows):
@@ -106,7 +110,7 @@ def _sources(matches: Matches, part: ToRead, digests: Mapping[str, str]) -> dict
 
 
 def _of_all(read: Changes, num_unread: int, num_earlier: int) -> Changes:
-    """Return the changes of all passages; those that were not read are as they were."""
+    """Return the changes of all passages, from those that were read; passages that were not read are unchanged."""
     num_unchanged = read.num_unchanged + num_unread
     num_deleted = num_earlier - num_unchanged - read.num_changed
     return replace(read, num_unchanged=num_unchanged, num_deleted=num_deleted)

@@ -1,6 +1,6 @@
-"""What the tasks and actors of embed share: the job, and the row of Ray Data that a data shard is on its way.
+"""Define the job that all tasks and actors of embed share, and the row in which Ray Data carries a data shard.
 
-A row is a table of one row. It holds the number of the shard, the error that a step ran into, and arrays as cells.
+A row is a table of one row: the number of the shard, the error of a failed step, and arrays as cells.
 """
 
 import logging
@@ -21,15 +21,15 @@ logger = logging.getLogger("readapt_ray")
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """What tasks and actors must know: the same for all of them."""
+    """The options and inputs that all tasks and actors of embed share."""
 
     model_name: str
     base_name: str
-    """Base of the model, if it is factors."""
+    """Name of the base model if the model is factors, else empty."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
     encoder: dict[str, Any]
-    """What the metadata of the files say of the encoder."""
+    """The entry `encoder` for the metadata of the files: fingerprint and so on."""
     encoding: Encoding
     dtype: str
     vector_dtype: str
@@ -39,29 +39,32 @@ class EmbedJob:
     output: Location
     """Folder of the artifact."""
     earlier: ParquetRows | None = None
-    """Vectors of an earlier corpus, to be copied from."""
+    """Vectors of an earlier corpus, to copy from; None without earlier vectors."""
     dimension: int = 0
-    """Numbers in one of them."""
+    """Dimension of the earlier vectors; 0 without."""
     matches: Matches | None = None
-    """Which passages have one of them."""
+    """For each passage, the row of its earlier vector; None without earlier vectors."""
     plan: str = ""
-    """Fingerprint of the plan of the shards on earlier vectors; empty without earlier vectors."""
+    """Fingerprint of the shard plan that uses earlier vectors; empty without earlier vectors."""
     max_left_out: int = 0
-    """Passages without a usable vector that a shard may have."""
+    """Most passages of a shard that may be left out because their vector is not finite, or zero."""
     rows_per_shard: int = 0
-    """Passages of a shard; 0 for a sample, whose shards differ."""
+    """Passages per shard; 0 for a sample, whose shards have different sizes."""
     driver_node: str = ""
     num_threads: int = 1
-    """Threads of an actor."""
+    """Threads per actor."""
 
     @property
     def vectors(self) -> Location:
-        """Folder that the vectors are written to."""
+        """Return the folder that the vectors are written to."""
         return self.output / "vectors"
 
 
 def or_error(number: int, make: Callable[[], pa.Table]) -> pa.Table:
-    """Hand an error on as a row: raised here, Ray Data would bury its message in stack traces."""
+    """Return what `make` returns; if it raises, return a row with the error.
+
+    Ray Data would bury the message of a raised error in stack traces.
+    """
     try:
         return make()
     except errors.ReadaptError as error:
@@ -85,10 +88,10 @@ def shard_row(number: int, *, error: str = "", message: str = "", **cells: pa.Ar
 
 
 def _one_cell(array: pa.Array) -> pa.LargeListArray:
-    """Put an array into a single cell; nothing is copied."""
+    """Put an array into a single cell, without a copy."""
     return pa.LargeListArray.from_arrays(pa.array([0, len(array)], pa.int64()), array)
 
 
 def cell(shard: pa.Table, name: str) -> pa.Array:
-    """Return the array in a cell of a table of one row; nothing is copied."""
+    """Return the array in a cell of a shard's row, without a copy."""
     return shard[name].combine_chunks().flatten()

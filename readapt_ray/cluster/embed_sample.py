@@ -1,8 +1,8 @@
-"""What a full run of embed would take, and what it would change, from a sample of the corpus.
+"""Estimate the time and size of a full run of embed, and how it would change neighbours, from a sample of the corpus.
 
-In: an embedding job, and the vectors of an earlier run where there are any. Out: the sample's vectors, and an
-estimate with its error bar of tokens, hours and bytes. It costs reading and encoding the sample; with earlier vectors,
-a join of all digests on the cluster.
+In: an embedding job, and earlier vectors if there are any. Out: the sample's vectors; estimates of tokens and hours,
+each with a 95% interval; an estimate of bytes. It costs reading and encoding the sample; with earlier vectors, also a
+join of all digests on the cluster.
 """
 
 import itertools
@@ -44,10 +44,10 @@ _FIND_TASKS = 256
 
 
 def sample_rows(spec: str, num_passages: int) -> int:
-    """Return how many passages `1%` or `2000` are; at least 200 where the corpus has so many.
+    """Return the number of passages of a sample given as `1%` or `2000`: at least 200, at most the corpus.
 
     Raises:
-        InputError: it is neither a share nor a count.
+        InputError: `spec` is neither a percentage nor a number.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec.strip())
     wanted = float(found[1]) * (num_passages / 100 if found[2] else 1) if found else 0.0
@@ -65,14 +65,15 @@ def estimate_full_run(
     compared: ParquetRows | None,
     workspace: Workspace,
 ) -> None:
-    """Encode a sample, and put what follows from it into the manifest and before the user.
+    """Encode a sample of passages; log the estimates for the full run, and add them to the manifest.
 
     Args:
-        spec: the sample, as `sample_rows` takes it.
-        job: of the full run; what it would copy is left out of the sample.
-        passages: of the corpus.
-        placement: of the full run.
-        compared: vectors of another encoder, to say how much the neighbours change.
+        spec: size of the sample, see `sample_rows`.
+        job: job of the full run; passages whose vector it would copy are left out of the sample.
+        passages: passages of the corpus.
+        placement: the user's options for the encoding actors of the full run.
+        compared: vectors of another encoder, to measure how many neighbours change; None to skip this.
+        workspace: receives the progress, and the details of the manifest.
     """
     joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
     num_to_encode = passages.num_rows if joined is None else int(joined.num_to_encode.sum())
@@ -99,7 +100,7 @@ def estimate_full_run(
 
 
 def _strata(passages: ParquetRows, joined: Joined | None, size: int) -> list[DataShard]:
-    """Cut the corpus into 20 parts of about as many passages to encode, and draw the same share of each."""
+    """Cut the corpus into 20 strata with about equally many passages to encode; draw the same share of each."""
     bounds = bin_bounds(passages.num_rows)
     todo = np.diff(bounds) if joined is None else joined.num_to_encode
     ends = np.concatenate([[0], np.cumsum(todo)])
@@ -118,7 +119,7 @@ def _strata(passages: ParquetRows, joined: Joined | None, size: int) -> list[Dat
 
 
 def _forecast(ledger: ShardLedger, num_to_encode: int, num_passages: int, num_workers: int) -> dict[str, Any]:
-    """Estimate each figure as a mean over strata times what is to be encoded, with the half-width of its 95% interval."""
+    """Estimate the full run from the means per passage of the strata, with half the width of each 95% interval."""
     num_rows = np.array([len(shard) for shard in ledger.shards])
 
     def scaled(name: str, factor: float) -> dict[str, float]:
@@ -157,7 +158,7 @@ def _tell_forecast(details: dict[str, Any], size: int) -> None:
 
 
 def _compare_neighbours(job: EmbedJob, ledger: ShardLedger, compared: ParquetRows) -> dict[str, float]:
-    """Return how many of a passage's 10 nearest in the sample are the same by the earlier vectors: the mean share."""
+    """Return the mean share of a passage's 10 nearest passages in the sample that are the same by earlier vectors."""
     names = [shard.name for shard in ledger.shards]
     written = ParquetRows(job.vectors, tuple(zip(names, ledger.figures["num_rows"].tolist(), strict=True)))
     doc_ids, vectors = matrix_of(written.take(np.arange(written.num_rows), VECTOR_COLUMNS), job.vectors)
@@ -184,7 +185,7 @@ def _compare_neighbours(job: EmbedJob, ledger: ShardLedger, compared: ParquetRow
 
 
 def _vectors_of(compared: ParquetRows, doc_ids: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the earlier vectors of some passages, at most 10,000, found by tasks that read their share of the files."""
+    """Find the earlier vectors of up to 10,000 passages in Ray tasks; return sorted doc_ids and vectors [N, D]."""
     import ray
 
     wanted = ray.put(pa.array(doc_ids[:_MOST_COMPARED]))
@@ -196,7 +197,7 @@ def _vectors_of(compared: ParquetRows, doc_ids: Sequence[str]) -> tuple[list[str
 
 
 def _found_in(folder: Location, counts: RowCounts, wanted: pa.Array) -> pa.Table:
-    """Return the rows of some files whose doc_id is wanted."""
+    """Return the rows of some files whose doc_id is in `wanted`."""
     tables = [read_rows(folder / counts[0][0], 0, 0, VECTOR_COLUMNS)]
     for name, num_rows in counts:
         ids = read_rows(folder / name, 0, num_rows, ("doc_id",))["doc_id"]

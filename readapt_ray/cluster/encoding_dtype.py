@@ -1,4 +1,4 @@
-"""Choose the data type that encoders compute in: one type for the whole output."""
+"""Choose the data type that encoders compute in, the same for all vectors of an output."""
 
 import os
 
@@ -8,7 +8,9 @@ from readapt_ray.config import StageConfig
 
 
 def encoding_dtype(config: StageConfig, asked: str) -> str:
-    """Choose the type for `auto`: the one the output was begun with, else the one that suits the devices."""
+    """Return the data type asked for; for `auto`, the type of an earlier start of the output, else one that suits the
+    devices of the cluster or machine.
+    """
     if asked != "auto":
         return asked
     if not config.overwrite:

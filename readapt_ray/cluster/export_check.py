@@ -1,7 +1,7 @@
-"""Compare the answers of a target with exact search over the same vectors.
+"""Compare the results of a vector database with exact search over the same vectors.
 
-In: some vectors of the corpus as queries. Out: the share of the ten best that the target finds. The vectors are
-streamed once: in this process, or by a Ray task per piece.
+In: some vectors of the corpus, as queries. Out: the share of the ten best results that the database finds. The vectors
+are streamed once: in this process, or by one Ray task per piece.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,28 @@ TOP_K = 10
 
 @dataclass(frozen=True)
 class Agreement:
-    """Overlap of a target's ten best with exact search's."""
+    """How far a database's ten best results agree with exact search."""
 
     num_queries: int
     overlap_at_10: float
-    """Mean over the queries."""
+    """Share of the ten best of exact search that the database finds; mean over the queries."""
     lowest: float
-    """The smallest overlap of any query."""
+    """The same share for the worst query."""
 
 
 def compare(target: Target, source: Artifact, vectors: ParquetRows, num_queries: int, *, is_small: bool) -> Agreement:
-    """Query the target with vectors that are evenly spread over the corpus, and compare with exact search."""
+    """Query the database with vectors evenly spaced over the corpus, and compare with exact search.
+
+    Args:
+        target: the vector database.
+        source: the output of the embed stage.
+        vectors: its files of vectors.
+        num_queries: most queries to ask.
+        is_small: search in this process instead of on Ray.
+    """
     rows = np.unique(np.linspace(0, vectors.num_rows - 1, min(num_queries, vectors.num_rows)).astype(np.int64))
     _, queries = matrix_of(vectors.take(rows, VECTOR_COLUMNS), vectors.folder)
-    queries = queries.copy()  # torch wants an array that may be written
+    queries = queries.copy()  # torch needs a writable array
     exact = _exact_here(vectors, queries) if is_small else _exact_on_ray(source, vectors, queries)
     found = target.search(queries, TOP_K)
     shares = [len(set(due) & set(got)) / len(due) for due, got in zip(exact, found, strict=True)]

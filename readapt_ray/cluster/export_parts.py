@@ -1,6 +1,6 @@
-"""Send the files of an export: by Ray tasks, a file each, or in this process if there is little to send.
+"""Send the files of an export to a vector database, in Ray tasks, one per file; a small export from this process.
 
-The doc_ids of the corpus are read by one task; its arrays are in Ray's object store, once per node.
+One task reads the doc_ids of the corpus. Its arrays are in Ray's object store, once per node.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,21 +11,21 @@ from readapt_ray.storage import Location
 from readapt_ray.targets.sending import ROWS, Done, ExportJob, delete_lost, look_up, send_file
 
 _SMALL_BYTES = 64 << 20
-"""Float32 vectors that are sent without starting Ray."""
+"""An export with at most this size of float32 vectors is sent without Ray."""
 
 
 def is_small(job: ExportJob) -> bool:
-    """Return whether the vectors are few enough for this process."""
+    """Return whether the export is small enough to be sent from this process, without Ray."""
     return job.vectors.num_rows * job.layout.dimension * 4 <= _SMALL_BYTES
 
 
 def send_all(job: ExportJob, *, max_writers: int, report: Callable[[int], None]) -> Done:
-    """Send and delete what is not noted as done.
+    """Send new rows to the database and delete lost ones, except those that an earlier run recorded as done.
 
     Args:
-        job: what is sent.
-        max_writers: how many tasks may write at once.
-        report: called with the number of rows that are done.
+        job: the vectors, the database and the layout of its rows.
+        max_writers: most tasks that write at the same time.
+        report: called with the number of rows done so far.
 
     Raises:
         TargetError: the database cannot be reached or refuses something.

@@ -1,4 +1,4 @@
-"""Say why torch cannot use the GPUs of this machine: no driver, one that is too old, a build without CUDA, a failed GPU."""
+"""Explain why torch cannot use the GPUs of this machine: no driver, an old driver, no CUDA build, a failed GPU."""
 
 import subprocess
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _ANSWERS_S = 10.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as nvidia-smi describes it."""
+    """A GPU as nvidia-smi describes it; memory in MiB."""
 
     name: str
     driver: str
@@ -21,7 +21,7 @@ class Gpu:
 
 
 def installed_gpus() -> list[Gpu]:
-    """Return the GPUs that nvidia-smi lists; none where there is no nvidia-smi or no driver."""
+    """Return the GPUs that nvidia-smi lists; empty without nvidia-smi or a driver."""
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWERS_S, check=False)
@@ -35,7 +35,7 @@ def installed_gpus() -> list[Gpu]:
 
 
 def why_unusable(wanted: int) -> str:
-    """Return why torch cannot use so many GPUs here, and what to do; empty if it can."""
+    """Return why torch cannot use `wanted` GPUs on this machine, and what to do; empty if it can."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

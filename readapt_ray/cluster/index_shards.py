@@ -1,8 +1,10 @@
-"""Shards of an index made on Ray: lists and codes trained once, shards built or carried over, each by one task.
+"""Build the shards of a FAISS index on Ray, one task per shard.
 
-In: files of vectors. Out: the files that `retrieval/index_files.py` describes, and beside them `trained.faiss`, the index
-without vectors that every shard began as, and `queries.recall.npz`, vectors that all shards are measured with. A task holds
-its shard as FAISS stores it, and once more while it is written.
+Inverted lists and codebooks are trained once. Then each shard is built from vectors, or reused from an earlier index.
+
+In: files of vectors. Out: the files of `retrieval/index_files.py`; also `trained.faiss`, the trained index without
+vectors that every shard starts from, and `queries.recall.npz`, the query vectors that measure the recall of all shards.
+A task holds its shard in FAISS's format, and a second copy while it writes the file.
 """
 
 import hashlib
@@ -33,14 +35,14 @@ TRAINED_NAME = "trained.faiss"
 RECALL_SUFFIX = ".recall.npz"
 _QUERIES_NAME = f"queries{RECALL_SUFFIX}"
 _NO_ROW = np.iinfo(np.int64).min // 2
-"""Row of a query that is no vector of the index."""
+"""Row number that marks a query which is not itself a vector of the index."""
 UNTRAINED = ("Flat", "SQfp16")
 _SAMPLE_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """How all new shards are made."""
+    """The options that all new shards share."""
 
     spec: IndexSpec
     options: IndexOptions
@@ -48,47 +50,49 @@ class ShardPlan:
     encoder: str
     shards: Location
     num_cpus: int
-    """Of a task."""
+    """CPUs per task."""
 
 
 @dataclass(frozen=True)
 class NewShard:
-    """A numbered piece of the vectors, and what it becomes."""
+    """A shard to build: its number, and the rows of its vectors."""
 
     number: int
     first: int
-    """Place of its first vector among all that are added."""
+    """Position of its first vector among all vectors that are added."""
     vectors: ParquetRows
-    """The files that hold its vectors, and no others."""
+    """Only the files that hold its vectors."""
     rows: NDArray[np.int64] | range
+    """Row numbers of its vectors in these files."""
     plan: ShardPlan
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """Return the name of its files without the suffix."""
         return f"{self.number:05d}"
 
 
 @dataclass(frozen=True)
 class KeptShard:
-    """A shard of an earlier index, and which of its vectors are still found."""
+    """A shard of an earlier index that is reused, without its deleted vectors."""
 
     record: dict[str, Any]
     kept: NDArray[np.bool_]
+    """For each vector of the shard, whether it is kept."""
     encoder: str
     source: Location
     shards: Location
 
     @property
     def name(self) -> str:
-        """Name of its files."""
+        """Return the name of its files without the suffix."""
         return str(self.record["name"])
 
 
 def cut_shards(
     plan: ShardPlan, vectors: ParquetRows, rows: NDArray[np.int64] | range, rows_per_shard: int, *, first: int
 ) -> Iterator[NewShard]:
-    """Cut rows into shards, numbered from `first`; each is told its own files only."""
+    """Cut rows of vectors into shards of `rows_per_shard` rows, numbered from `first`."""
     ends = np.cumsum([0, *(count for _, count in vectors.counts)])
     for place, begin in enumerate(range(0, len(rows), rows_per_shard)):
         part = rows[begin : begin + rows_per_shard]
@@ -99,7 +103,7 @@ def cut_shards(
 
 
 def task_cpus(plan: ShardPlan, num_rows: int) -> int:
-    """Return the CPUs of a task that makes a shard, at most those of the largest node; see `shard_cpus`."""
+    """Return the CPUs of a task that builds a shard (see `shard_cpus`), at most the CPUs of the largest node."""
     import ray
 
     connection.connect()
@@ -108,10 +112,11 @@ def task_cpus(plan: ShardPlan, num_rows: int) -> int:
 
 
 def lay_down_queries(plan: ShardPlan, find: Callable[[], NDArray[np.float32] | None]) -> None:
-    """Write the queries that recall is measured with, unless a run before did. If none are found, training takes vectors.
+    """Write the query vectors that measure recall, unless an earlier run did.
 
     Args:
-        find: returns the vectors [Q, D] of queries.
+        find: returns query vectors, float32 [Q, D]; None if queries cannot be encoded. Then `train_once` uses vectors
+            of the index as queries.
     """
     vectors = None if (plan.shards / _QUERIES_NAME).is_file() else find()
     if vectors is not None:
@@ -131,7 +136,7 @@ def measured_with_vectors(plan: ShardPlan) -> bool:
 
 
 def train_once(everything: NewShard) -> None:
-    """Train lists and codes on a sample of all vectors, in one task, unless a run before did."""
+    """Train inverted lists and codebooks on a sample of all vectors, in one task, unless an earlier run did."""
     import ray
 
     shards, num_cpus = everything.plan.shards, everything.plan.num_cpus
@@ -142,7 +147,7 @@ def train_once(everything: NewShard) -> None:
 
 
 def _train(everything: NewShard) -> None:
-    """Train an index on a sample and write it without vectors; then queries to measure recall with, if none are there."""
+    """Train an index on a sample and write it without vectors; use vectors as recall queries if there are none."""
     plan = everything.plan
     faiss = on_worker.faiss_on_threads(plan.num_cpus)
     from readapt_ray.retrieval.faiss_build import train
@@ -161,7 +166,7 @@ def _train(everything: NewShard) -> None:
 
 
 def _sampled(shard: NewShard, places: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Return vectors of rising places among a shard's rows; the files that hold them are read at once."""
+    """Return the vectors at ascending positions among a shard's rows; read their files in parallel."""
     rows = places + shard.rows.start if isinstance(shard.rows, range) else shard.rows[places]
     parts = np.array_split(rows, max(1, len(rows) // _SAMPLE_ROWS))
 
@@ -172,7 +177,7 @@ def _sampled(shard: NewShard, places: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def build_shards(shards: Sequence[NewShard | KeptShard], plan: ShardPlan, workspace: Workspace) -> list["ShardRecord"]:
-    """Make the shards that are not there; the records of all, in order."""
+    """Build or reuse the shards that have no files yet; return the records of all shards, in order."""
     from readapt_ray.retrieval.index_files import find_shards
 
     there = find_shards(plan.shards, [shard.name for shard in shards], encoder=plan.encoder)
@@ -197,7 +202,7 @@ def _size(shard: NewShard | KeptShard) -> int:
 
 
 def _results(pending: Sequence[NewShard | KeptShard], plan: ShardPlan) -> Iterator["ShardRecord"]:
-    """Make the shards, as many at a time as there are CPUs; yield the record of each as it is made."""
+    """Make the shards, as many at a time as the CPUs allow; yield each record when its shard is written."""
     import ray
 
     num_at_once = max(1, connection.connect().num_cpus // plan.num_cpus)
@@ -206,7 +211,7 @@ def _results(pending: Sequence[NewShard | KeptShard], plan: ShardPlan) -> Iterat
 
 
 def _make(shard: NewShard | KeptShard) -> "ShardRecord":
-    """Make one shard, in a task."""
+    """Build one shard, or reuse it from an earlier index, in a Ray task."""
     if isinstance(shard, NewShard):
         return _build_shard(shard)
     from readapt_ray.retrieval.index_files import ShardRecord, carry_over
@@ -215,7 +220,7 @@ def _make(shard: NewShard | KeptShard) -> "ShardRecord":
 
 
 def _build_shard(shard: NewShard) -> "ShardRecord":
-    """Return a shard grows chunk by chunk; one that is not exact is measured with queries that all shards share."""
+    """Build and write a shard, chunk by chunk; unless it is exact, also write its recall for the shared queries."""
     plan = shard.plan
     on_worker.faiss_on_threads(plan.num_cpus)
     from readapt_ray.retrieval.faiss_build import adder
@@ -242,7 +247,7 @@ def _build_shard(shard: NewShard) -> "ShardRecord":
 
 
 def _empty_index(plan: ShardPlan) -> tuple[Any, str]:
-    """Return the trained index without vectors, and what it was trained as."""
+    """Return the trained index without vectors, and the SHA-256 of its file (the factory string if it has none)."""
     from readapt_ray.retrieval.faiss_build import faiss
     from readapt_ray.retrieval.index_shard import new_index
 
@@ -253,7 +258,7 @@ def _empty_index(plan: ShardPlan) -> tuple[Any, str]:
 
 
 def _best_rows(shard: NewShard) -> "BestRows":
-    """Return the queries of all shards, with the place of each in this one."""
+    """Return the queries of all shards, with the row of each in this shard."""
     from readapt_ray.retrieval.index_recall import BestRows
 
     vectors, rows = _queries(shard.plan)
@@ -261,13 +266,13 @@ def _best_rows(shard: NewShard) -> "BestRows":
 
 
 def _queries(plan: ShardPlan) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Return the vectors [Q, D] of the queries, and the row of each among all vectors."""
+    """Return the vectors [Q, D] of the queries, and the row of each among all vectors, [Q] (or `_NO_ROW`)."""
     with np.load(io.BytesIO((plan.shards / _QUERIES_NAME).read_bytes()), allow_pickle=False) as arrays:
         return arrays["vectors"], arrays["rows"]
 
 
 def _read(shard: NewShard) -> Iterator[tuple[list[str], NDArray[np.float32], bytes]]:
-    """Yield doc_ids, vectors and content hashes of a shard's rows, a chunk at a time."""
+    """Yield doc_ids, vectors and content hashes of a shard's rows, in chunks of 16,384 rows."""
     for start in range(0, len(shard.rows), _CHUNK_ROWS):
         rows = np.asarray(shard.rows[start : start + _CHUNK_ROWS])
         table = shard.vectors.take(rows, (*VECTOR_COLUMNS, "content_hash"))

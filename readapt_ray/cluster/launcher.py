@@ -1,6 +1,6 @@
-"""Say why the cluster launcher (Ray's autoscaler) could not start nodes: no quota, no capacity, no permission.
+"""Explain why the cluster launcher (Ray's autoscaler) could not start nodes: no quota, no capacity, no permission.
 
-Ray writes this into its own status alone, while a run would wait for the nodes without a word.
+Ray shows this only in its own status, and a run would wait for the nodes without a message.
 """
 
 import re
@@ -22,21 +22,21 @@ _ADVICE = {
 
 
 def described_failures() -> str:
-    """Return, as the end of a message, what the cluster launcher could not start; empty if nothing failed."""
+    """Return the end of a message that names the nodes that could not be started; empty if none failed."""
     lines = failures()
     return f"; the launcher could not start {'; '.join(lines)}" if lines else ""
 
 
 def failures() -> list[str]:
-    """Return one line per node group that could not be started, with what to do; none without a launcher."""
+    """Return one line per node group that could not be started, with a remedy; empty without a cluster launcher."""
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
 
-    if not ray.is_initialized():  # asked for its context, Ray would start itself
+    if not ray.is_initialized():  # `get_runtime_context` would start Ray
         return []
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
-    except Exception:  # a cluster without autoscaler, or of another Ray: this only explains another error
+    except Exception:  # no autoscaler, or another version of Ray; this text only explains another error
         return []
     lines = {
         f"{each.ray_node_type_name} ({each.instance_type_name}): "
@@ -47,7 +47,7 @@ def failures() -> list[str]:
 
 
 def _logged(group: str) -> str:
-    """Return what the launcher's log on the head says of a group: Ray 2.60 gives no reason in its status."""
+    """Return the reason for a node group from the launcher's log on the head: Ray 2.60 gives none in its status."""
     import ray
 
     try:
@@ -62,7 +62,7 @@ def _logged(group: str) -> str:
 
 
 def _explained(details: str) -> str:
-    """Return a provider's message, with the remedy if it is a known one."""
+    """Return a cloud provider's message, with a remedy if the error is a known one."""
     advice = next((text for code, text in _ADVICE.items() if code in details), None)
     message = first_line(Exception(details))
     return f"{message}; {advice}" if advice else message

@@ -1,4 +1,4 @@
-"""Start Ray on this machine. A machine that is busy gets a second chance: Ray gives its processes 30 s to come up."""
+"""Start Ray on this machine; try twice, because Ray gives up after 30 s, which a busy machine may exceed."""
 
 import contextlib
 import logging
@@ -15,17 +15,20 @@ logger = logging.getLogger("readapt_ray")
 _TIMED_OUT = "timed out during startup"
 """Part of Ray's message when its processes did not start within 30 s. No option changes this limit."""
 _LOCAL = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody gives notice of taking the node away: one process fewer to start
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # also how late the end of a training is noticed: up to 2 s by default
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody announces a preemption here: saves one process
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end of a training is noticed this late; default: 2 s
 }
-"""For a Ray on this machine alone."""
+"""Environment variables of Ray on a single machine."""
 
 
 def start() -> None:
-    """Start a Ray of our own, and once more if it does not come up in time; its workers inherit the environment of this process.
+    """Start Ray on this machine, with the cores of `READAPT_NUM_CPUS` or all; try once more if that times out.
 
-    A runtime environment would say the same to them, but Ray then cannot use the workers that it starts ahead, one per
-    CPU: the first task waits for a new process.
+    Workers inherit the environment variables of this process. A runtime environment would also pass them, but then Ray
+    cannot use the workers that it starts in advance, one per CPU, and the first task waits for a new process.
+
+    Raises:
+        WorkerError: Ray did not start in time, twice.
     """
     import ray
 
@@ -33,7 +36,7 @@ def start() -> None:
     for name, value in _LOCAL.items():
         os.environ.setdefault(name, value)
     options = {
-        "address": "local",  # without a word Ray joins what it last saw on this machine, alive or not
+        "address": "local",  # by default Ray joins the last Ray that it saw on this machine, alive or not
         "include_dashboard": False,
         "num_cpus": environment.num_cpus() or hardware.num_cores(),
         "logging_level": logging.ERROR,
@@ -53,7 +56,7 @@ def _start_again(options: Mapping[str, Any]) -> None:
     """Start Ray on this machine a second time.
 
     Raises:
-        WorkerError: the machine is too busy for that, too.
+        WorkerError: Ray again did not start in time.
     """
     import ray
 
@@ -69,9 +72,9 @@ def _start_again(options: Mapping[str, Any]) -> None:
 
 
 def _init(options: Mapping[str, Any]) -> None:
-    """Start Ray; if that fails or is interrupted, end the processes that it has started by then.
+    """Start Ray; if that fails or is interrupted, end the processes that it has started.
 
-    Ray itself forgets them, and they run until this process ends: for hours in a notebook, and beside those of the second try.
+    Ray itself leaves them running until this process ends: for hours in a notebook, and during the second try.
     """
     import ray
     from ray._private.node import Node
@@ -91,8 +94,8 @@ def _init(options: Mapping[str, Any]) -> None:
 def _in_groups_of_their_own() -> Iterator[None]:
     """Start each of Ray's processes in its own process group while the block runs.
 
-    `timeout` sends its signal to the group of the command. Ray has to outlive that for as long as the command cleans up; when
-    the command ends, Ray's processes end with it in any case.
+    `timeout` sends its signal to the process group of the command. Ray must survive that signal while the command
+    cleans up. When the command ends, Ray's processes end too.
     """
     from ray._private import utils
 

@@ -1,4 +1,4 @@
-"""Measure the language-model loss of withheld passages in one Ray task: on a GPU if the cluster has one.
+"""Measure the language-model loss of withheld passages in one Ray task, on a GPU if the cluster has one.
 
 In: the models by name, and texts. Out: the loss of each text before and after training. The driver loads no model.
 """
@@ -25,11 +25,24 @@ def measure_losses(
     max_tokens: int,
     dtype: str,
 ) -> NDArray[np.float64]:
-    """Return the loss per token of each text, before and after training. float64 [2, N]; see `training.withheld_loss`.
+    """Measure the loss per token of each text before and after training, in one Ray task.
+
+    See `training/withheld_loss.py` for the loss.
+
+    Args:
+        pretrained: the model before training.
+        trained: the model after training.
+        texts: N texts.
+        objective: next-token or masked-token loss.
+        max_tokens: texts are truncated to this length.
+        dtype: data type that the models compute in.
+
+    Returns:
+        float64 [2, N]: before, after.
 
     Raises:
-        PlacementError: the cluster has no CPU, or a GPU that it may grow to did not come.
-        WorkerError: the task died, such as for lack of memory.
+        PlacementError: the cluster has no CPU, or no GPU node came up in time.
+        WorkerError: the task died, for example for lack of memory.
     """
     import ray
 

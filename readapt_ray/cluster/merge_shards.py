@@ -1,8 +1,8 @@
-"""Write the weight files of a merge by Ray tasks, on any node of a cluster.
+"""Write the weight files of a merge in Ray tasks, on any node of a cluster.
 
-In: the names of the models, as every node can find them, and the plan of files. Out: the files that
-were not there, in a place that every node can write. Each task process reads its inputs once to see
-that they are the very same, then its share of them; memory as in `weights/export.py`.
+In: model names that every node can open, and the plan of the files. Out: the files that did not exist yet, in a place
+that every node can write to. Each task process first reads all inputs once, to check that they equal the driver's, then
+the tensors of its file. For memory see `weights/export.py`.
 """
 
 import functools
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """What every task needs to know."""
+    """The inputs that all tasks of a merge share."""
 
     models: "MergeModels"
     fingerprints: tuple[str, ...]
-    """Of the models, as the driver found them."""
+    """Fingerprints of the models, as the driver found them."""
     scales: "Scales"
     plan: "WeightPlan"
     target: Location
@@ -36,12 +36,12 @@ class ShardJob:
 
 
 def write_on_cluster(job: ShardJob, *, num_workers: int, report: Callable[[int], None]) -> "CastLoss":
-    """Write the missing files, a few at once, then the index.
+    """Write the missing weight files in Ray tasks, then the index file; return what the cast to the output dtype lost.
 
     Args:
-        job: what is written.
-        num_workers: how many tasks run at once.
-        report: called with the bytes done so far.
+        job: models, scales, plan and target folder.
+        num_workers: number of tasks that run at the same time.
+        report: called with the number of bytes written so far.
 
     Raises:
         WeightMismatchError: a node finds another model under the same name.
@@ -64,7 +64,7 @@ def write_on_cluster(job: ShardJob, *, num_workers: int, report: Callable[[int],
 
 
 def _write(job: ShardJob, number: int) -> int:
-    """Write one file in a Ray task; return its bytes."""
+    """Write one weight file in a Ray task; return its size in bytes."""
     from readapt_ray.weights import export
 
     readapter = _open(job.models, job.fingerprints)
@@ -82,7 +82,7 @@ def _write(job: ShardJob, number: int) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _open(models: "MergeModels", fingerprints: tuple[str, ...]) -> "Readapter":
-    """Open the models that this node finds, and check that their content equals the driver's."""
+    """Open the models on this node, and check that their content equals the driver's."""
     from readapt_ray.weights.merge_plan import plan_merge
 
     plan = plan_merge(models)

@@ -1,4 +1,4 @@
-"""Drop near duplicates on the cluster: the tasks of `sources/near_pieces.py`, one round after the other."""
+"""Find near duplicates on the cluster: run the tasks of `sources/near_pieces.py` in rounds."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,17 +11,17 @@ Tasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 
 
 def drop_near(tasks: Tasks, job: PieceJob, num_rows: Sequence[int], lists: Lists) -> dict[str, Any]:
-    """Find the near duplicates among the passages that are left.
+    """Find near duplicates among the passages that are left, and write lists of those to drop.
 
     Args:
-        tasks: runs a function of the job on the cluster for each tuple of arguments.
-        job: what all tasks know.
-        num_rows: how many passages each piece has.
-        lists: the files that name the passages that are dropped already.
+        tasks: runs a function on the cluster for each tuple of arguments, and adds the job.
+        job: options and folders that all tasks share.
+        num_rows: number of passages of each piece.
+        lists: the files that list passages that are dropped already, by kind.
 
     Returns:
-        The `count` and `num_bytes` of the passages that are dropped, the `first` of them with what was kept, and the `files`
-        that name them all.
+        `count` and `num_bytes` of the dropped passages; `first`, pairs of a dropped and its kept passage; and `files`,
+        the numbers of the files that list all dropped passages.
     """
     rows = list(num_rows)
     partitions, pieces = range(job.num_near_partitions), range(job.num_pieces)

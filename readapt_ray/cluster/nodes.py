@@ -18,19 +18,24 @@ def alive() -> list[dict[str, Any]]:
 
 
 def room_for(each: Mapping[str, float]) -> int:
-    """Return how many workers with these resources fit on the nodes that are up when these are idle."""
+    """Return how many workers with these resources fit on the nodes that are up, if these were idle."""
     return sum(room_on(node["Resources"], each) for node in alive())
 
 
 def room_on(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """Return how many such workers fit on a node; ten of 0.1 GPU fit on one."""
+    """Return how many workers fit on one idle node; ten workers of 0.1 GPU fit on one GPU.
+
+    Args:
+        resources: resources of the node.
+        each: resources of one worker.
+    """
     return min(
         (int(resources.get(name, 0.0) / amount + _ROUNDING) for name, amount in each.items() if amount), default=0
     )
 
 
 def cores_per_process(num_processes: int) -> int:
-    """Return the cores of this node per process, if so many processes are spread evenly over the nodes with CPUs."""
+    """Return the cores of this node per process, if `num_processes` are spread evenly over the nodes with CPUs."""
     num_nodes = max(1, sum(bool(node["Resources"].get("CPU")) for node in alive()))
     return max(1, hardware.num_cores() // -(-num_processes // num_nodes))
 
@@ -51,12 +56,12 @@ def describe_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def name_of(node: Mapping[str, Any]) -> str:
-    """Name a node by its address and the start of Ray's id, since several nodes may run on one machine."""
+    """Return a node's address and the start of its Ray id, since several nodes may run on one machine."""
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
 
 
 def only_on(node: Mapping[str, Any]) -> Any:
-    """Return Ray's strategy for a task or actor that must run on one node."""
+    """Return Ray's scheduling strategy for a task or actor that must run on this node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -65,13 +70,13 @@ def only_on(node: Mapping[str, Any]) -> Any:
 def start_on_each(
     nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any, max_calls: int = 0
 ) -> dict[str, Any]:
-    """Start a function on each node; return Ray's references to the results by node name.
+    """Start a function on each node, in a task that reserves no CPU; return Ray references to the results by node name.
 
     Args:
-        nodes: as Ray describes them.
-        function: of these arguments.
+        nodes: nodes as Ray describes them.
+        function: the function to call.
         args: its arguments.
-        max_calls: after so many calls its process ends, which other work may use otherwise; 0 is without limit.
+        max_calls: end the worker process after this many calls, so that no other task reuses it; 0 for no limit.
     """
     import ray
 
@@ -84,11 +89,11 @@ def start_on_each(
 
 
 def answers(started: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
-    """Return the values of Ray's references by name, or the error that a reference ended with.
+    """Wait for Ray references; return by name the value of each, or the error of Ray that it ended with.
 
     Args:
-        started: references.
-        timeout_s: how long to wait for all of them; those that are not there by then are a `GetTimeoutError`.
+        started: references by name.
+        timeout_s: seconds to wait for all of them; a result that is late becomes a `GetTimeoutError`.
     """
     import ray
 

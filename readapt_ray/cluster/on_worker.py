@@ -1,4 +1,4 @@
-"""Help code on Ray workers: absolute paths, the driver's model, limits on threads."""
+"""Functions for code on Ray workers: absolute paths, checks of the node and the model, thread limits."""
 
 import os
 from collections.abc import Callable, Collection
@@ -16,37 +16,37 @@ if TYPE_CHECKING:
 
 
 def absolute(location: Location) -> Location:
-    """Return the same place by a name that does not depend on the current folder."""
+    """Return a location with an absolute path; a URI stays as it is."""
     return Location(location.path) if location.is_local else location
 
 
 def model_name(model: OpenModel) -> str:
-    """Return a name by which a worker finds the same model: its folder where the user named one, else what the user
-    called it, at this commit.
+    """Return a name by which a worker finds the same model: its folder if the user gave one, else its name with the
+    commit.
     """
     folder = own_folder(model.name)
     return str(folder) if folder is not None else model.pinned_name
 
 
 def base_name(model: OpenModel) -> str:
-    """Return a name by which a worker finds the base of factors; empty for other models."""
+    """Return a name by which a worker finds the base model of factors; empty if the model is not factors."""
     return model_name(model.base) if model.is_factors else ""
 
 
 def this_node() -> str:
-    """Return Ray's id of the node that this process runs on."""
+    """Return the Ray node id of this process."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
 
 
 def check_node() -> None:
-    """Check that this node runs what the driver runs, and that torch can use the GPUs of this worker.
+    """Check that this node has the driver's package versions, and that torch can use the GPUs of this worker.
 
-    A node that came after the driver joined was not compared then.
+    The driver compares all nodes when it joins the cluster; this also covers nodes that come later.
 
     Raises:
-        PlacementError: it has other versions, lacks a package, or a GPU cannot be used.
+        PlacementError: the node has other versions, lacks a package, or torch cannot use a GPU.
     """
     import ray
 
@@ -58,13 +58,13 @@ def check_node() -> None:
 
 
 def check_gpus() -> int:
-    """Check that torch can use the GPUs that Ray gave to this worker: without them it would compute on the CPU.
+    """Check that torch can use the GPUs that Ray gave to this worker; else it would silently compute on the CPU.
 
     Returns:
-        How many Ray gave, parts of one counted as one.
+        Number of GPUs that Ray gave; a fraction of a GPU counts as one.
 
     Raises:
-        PlacementError: it cannot; the message says why.
+        PlacementError: torch cannot use them; the message says why.
     """
     import ray
 
@@ -75,7 +75,7 @@ def check_gpus() -> int:
 
 
 def gpu_share() -> float:
-    """Return the part of a GPU's memory that this worker may take: what Ray gave it, where several share the GPU."""
+    """Return the fraction of its GPU's memory that this worker may use; less than 1.0 if workers share a GPU."""
     import ray
     import torch
 
@@ -88,16 +88,17 @@ def gpu_share() -> float:
 
 
 def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:
-    """Check on another node that a name means the same model as on the driver.
+    """Check that a model name means the same model on this node as on the driver's node.
 
     Args:
-        name: of the model.
-        fingerprint: of what is found here; reading all weights takes a while.
-        due: what the driver found.
-        driver_node: `this_node` where the driver runs, and where there is nothing to see.
+        name: name of the model.
+        fingerprint: returns the fingerprint of the model on this node; it is called only on other nodes, because it
+            reads all weights.
+        due: expected fingerprints, one of which must match.
+        driver_node: `this_node` of the driver.
 
     Raises:
-        FingerprintMismatchError: it is another one.
+        FingerprintMismatchError: the model differs.
     """
     if this_node() != driver_node and fingerprint() not in due:
         import ray
@@ -119,14 +120,20 @@ def load_encoder(
     num_threads: int,
     batch_tokens: int | None,
 ) -> "Encoder":
-    """Load the encoder of a worker, and check that it is the driver's model.
+    """Load an encoder on a worker, and check that it is the same as the driver's.
 
     Args:
-        base: see `base_name`.
-        due: the fingerprint of the encoder, as the driver found it.
+        name: name of the model, from `model_name`.
+        encoding: prompts, pooling and so on.
+        dtype: data type that the model computes in.
+        base: name of the base model of factors, from `base_name`.
+        due: the encoder's fingerprint that the driver found.
+        driver_node: `this_node` of the driver.
+        num_threads: number of threads of torch.
+        batch_tokens: most tokens per batch; None lets the encoder choose.
 
     Raises:
-        FingerprintMismatchError: there are other weights on this node.
+        FingerprintMismatchError: this node has other weights.
         PlacementError: the node differs from the driver's.
     """
     import_for_models(freeze=True)
@@ -143,7 +150,10 @@ def load_encoder(
 
 
 def faiss_on_threads(num_threads: int) -> Any:
-    """Return FAISS for a task of some CPUs. Its BLAS takes all cores and busy-waits unless told before it is loaded."""
+    """Import FAISS and limit its threads; return the module.
+
+    Its BLAS must be limited before it is loaded: else it takes all cores and busy-waits.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(num_threads))
     from readapt_ray.retrieval.faiss_build import faiss
 

@@ -18,7 +18,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class OptimizationConfig(StageConfig):
-    """What is trained, by which optimizer settings, and on which workers."""
+    """Options of training: method, adapter, optimizer, memory and workers."""
 
     method: Literal["dora", "lora", "full"] = "dora"
     """Train DoRA adapters (dora), LoRA adapters (lora) or all weights (full)."""
@@ -47,16 +47,16 @@ class OptimizationConfig(StageConfig):
     """Data type of matrix products and frozen weights; trained weights are always float32. auto is bfloat16 on GPUs
     and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type that it began with."""
     base_dtype: BaseDtype = "auto"
-    """Data type in which the frozen weights of the model's layers are stored: auto is the same as dtype; int8, fp8 and nf4
-    take 8, 8 and 4.5 bits per weight and are decoded for each product. With fp8, GPUs such as H100 and L4 compute the forward
-    pass in 8 bits. The adapter still fits the model in full precision. Use it with gradient_checkpointing where a model does
-    not fit on a GPU. nf4 needs the extra nf4 (bitsandbytes)."""
+    """Data type in which the frozen weights of the model's layers are stored. auto is the same as dtype; int8, fp8 and
+    nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product. With fp8, GPUs such as H100 and L4 compute
+    the forward pass in 8 bits. The adapter still fits the model in full precision. Use it with gradient_checkpointing
+    if a model does not fit on a GPU. nf4 needs the extra nf4 (bitsandbytes)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more computation, but memory for one layer instead
     of all. Turn it on when training does not fit in memory."""
     torch_compile: bool | None = None
     """Compile each layer with torch.compile: minutes at the start, then faster steps. If omitted, layers are compiled on GPUs,
-    except with zero_stage 3, where it does not work. A compiled layer that computes something else is not used."""
+    except with zero_stage 3, which does not support it. A compiled layer whose output differs is not used."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also gradients, 3 also the
     model's weights. Use 3 only for a model that does not fit on one worker, because it sends every weight to every
@@ -64,11 +64,11 @@ class OptimizationConfig(StageConfig):
     num_workers: int | None = Field(default=None, ge=1)
     """Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without GPUs."""
     min_workers: int | None = Field(default=None, ge=1)
-    """Begin with as few workers as this when no more GPU nodes came within five minutes, continue with as few when
-    nodes are lost, and add workers when nodes come back, after two checkpoint intervals. If omitted, wait until all
-    workers can run."""
+    """Fewest workers to train with. Training starts with this many if no more GPU nodes come within five minutes,
+    continues with this many when nodes are lost, and adds workers two checkpoint intervals after nodes come back. If
+    omitted, wait until all workers can run."""
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
-    """CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its workers."""
+    """CPUs per worker. If omitted, one for a worker with a GPU, else the node's CPUs divided by its workers."""
     checkpoint_every_s: float = Field(default=300.0, ge=0)
     """Seconds between checkpoints; 0 makes one after each step. A killed run resumes from the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -174,7 +174,7 @@ def optimization(config: OptimizationConfig) -> "Optimization":
 
 
 def compiles(config: OptimizationConfig, device_type: str) -> bool:
-    """Return whether a worker tries to compile layers."""
+    """Return whether workers compile layers: the option's value, else True on GPUs unless zero_stage is 3."""
     if config.torch_compile is not None:
         return config.torch_compile
     return device_type == "cuda" and config.zero_stage != 3
@@ -189,7 +189,7 @@ def worker_setup(
     dtype: "torch.dtype",
     device_type: str,
 ) -> "WorkerSetup":
-    """Return the options that decide a worker's memory, for the check before training and for `readapt plan`."""
+    """Return the settings that decide a worker's memory, for the check before training and for `readapt plan`."""
     from readapt_ray.training.memory import WorkerSetup
 
     return WorkerSetup(

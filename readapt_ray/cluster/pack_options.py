@@ -1,4 +1,4 @@
-"""Define which passages are packed into blocks, and how: options of pack, and of train where it packs passages itself."""
+"""Define the options of packing, for pack, and for train if it packs passages itself."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from readapt_ray.config import Config
 
 
 class PackOptions(Config):
-    """The options that decide what is in a block."""
+    """Options that decide which passages are packed into blocks, and how."""
 
     mode: Literal["passage", "packed"] = "passage"
     """passage puts one passage in each block, as in the paper. packed fills each block with several passages that
@@ -25,9 +25,9 @@ class PackOptions(Config):
     only: str | None = None
     """File of the only passages to use; same formats as exclude."""
     new_since: str | None = None
-    """An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose title and text are not in
-    it."""
+    """An earlier state of the corpus, the output of `readapt ingest`. Only passages whose title and text are not in it
+    are used."""
 
 
 PACK_OPTIONS = tuple(PackOptions.model_fields)
-"""What train hands on to pack, where it is given passages."""
+"""Names of the options that train passes to pack if it is given passages."""

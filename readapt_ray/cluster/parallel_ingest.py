@@ -1,10 +1,16 @@
-"""Ingest on the cluster: read pieces of the source in tasks, and find duplicates by an exchange of digests.
+"""Ingest a source on the cluster: read pieces of it in Ray tasks, and find duplicates with an exchange of digests.
 
-Rounds of Ray tasks. First each piece writes its passages, and 16-byte digests of ids and contents. Then each partition
-of the digests is read by one task, which finds repeats: of passages that share an id or a content the first in
-the order of the source stays. Near duplicates among the rest come next (`near_rounds.py`), then queries and judgements
-in one task. Last, pieces that hold repeats are written again without them. The driver holds some hundred bytes per file
-and piece. Ray repeats a lost task; a run that was killed resumes from the files that are there.
+The rounds of tasks are:
+
+1. One task per piece writes its passages, and 16-byte digests of their ids and contents.
+2. One task per partition of the digests finds duplicates. Of passages with the same id or content, the first in the
+   order of the source is kept.
+3. Near duplicates among the rest are found (`near_rounds.py`).
+4. One task writes queries and judgements.
+5. Pieces that hold duplicates are written again without them.
+
+The driver holds a few hundred bytes per file and per piece. Ray retries a lost task. A killed run resumes from the
+files that are already written.
 """
 
 import json
@@ -37,27 +43,28 @@ logger = logging.getLogger("readapt_ray")
 _PARTITION_BYTES = 512 << 20
 _NEAR_PARTITION_BYTES = 32 << 20
 MAX_CHANGED_BYTES = 512 << 20
-"""Source in changed pieces whose doc_ids and contents each task may hold, to look for them in the pieces that did not change."""
+"""Limit on the source bytes of changed pieces. Up to it, each task holds their doc_ids and contents, and looks for
+duplicates of them in the unchanged pieces."""
 _TASKS_PER_CPU = 2
 _SUMMARY = "summary.json"
 _PLAN = "plan"
 _FORMAT = 3
-"""Format of the exchange's files: files of another release are not read."""
+"""Version of the format of the exchange's files. Files with another version are not read."""
 _PARTS = "passages/part-#.parquet"
 
 
 def num_partitions(total_bytes: int) -> int:
-    """Return into how many partitions digests go: a task sorts the digests of 512 MB of source."""
+    """Return the number of partitions for digests: one per 512 MB of source, which one task sorts."""
     return max(1, -(-total_bytes // _PARTITION_BYTES))
 
 
 def num_near_partitions(total_bytes: int) -> int:
-    """Return into how many partitions bands of MinHashes go: a task compares the bands of 32 MB of source."""
+    """Return the number of partitions for bands of MinHashes: one per 32 MB of source, which one task compares."""
     return max(1, -(-total_bytes // _NEAR_PARTITION_BYTES))
 
 
 class ParallelIngest:
-    """Ingest the pieces of one source."""
+    """An ingest of one source, whose pieces are read by Ray tasks."""
 
     def __init__(
         self,
@@ -73,16 +80,16 @@ class ParallelIngest:
         self._options: dict[str, Any] = {"num_cpus": 1}
         self._num_at_once = 1
         self.split_counts: list[dict[str, int]] = []
-        """Counts of the parts, if documents were split."""
+        """Counts of documents and passages of each part; empty if documents are not split."""
 
     def run(self, earlier: Mapping[str, Footer]) -> None:
-        """Fill the workspace.
+        """Write all passages, queries and judgements into the workspace, with counts and details for the manifest.
 
         Args:
-            earlier: what the files of the earlier corpus say of themselves, as far as it is known.
+            earlier: known footers of the files of the earlier corpus, by name; empty if there is no earlier corpus.
 
         Raises:
-            CorpusError: a file changed or is damaged, no passage is left, or a row is bad and none may be.
+            CorpusError: a file changed or is damaged, no passage is left, or a row is bad and `bad_rows` is "fail".
         """
         self._place()
         self._remove_other_plan()
@@ -102,15 +109,15 @@ class ParallelIngest:
             write_pieces(location, self._job.made_by, self._job.deduplicate, pieces, metadata)
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
-        # First the summary says that no repeat is left; while it is there, a run that resumes needs no other file.
+        # First note in the summary that no duplicate is left: a resumed run that finds it needs no other file.
         summary.write_text(json.dumps(found | {"lists": {}}))
         artifact_files.clear(location, [each for each in artifact_files.EXCHANGED if each != f"exchange/{_SUMMARY}"])
         artifact_files.clear(location, (f"exchange/{_SUMMARY}",))
 
     def _shared(self, found: Mapping[str, Any], earlier: Mapping[str, Footer]) -> dict[str, Footer]:
-        """Return what is known of the files of pieces that did not change, by their names here."""
+        """Return the known footers of the files of unchanged pieces, by their names in this corpus."""
         if any(found["lists"].values()):
-            return {}  # repeats were taken out of some
+            return {}  # some files were written again without duplicates
         names = [
             pair
             for number, each in self._job.known.items()
@@ -119,7 +126,7 @@ class ParallelIngest:
         return {name: earlier[before] for name, before in names if before in earlier}
 
     def _remove_other_plan(self) -> None:
-        """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""
+        """Remove the files of an earlier start that cut the source differently: their parts have other numbers."""
         ranges = [[(each.label, each.start, each.end) for each in piece.ranges] for piece in self._pieces]
         known = sorted(self._job.known) if self._job.by_changes else []
         plan = fingerprint([_FORMAT, ranges, self._job.num_partitions, self._job.num_near_partitions, known])
@@ -130,7 +137,7 @@ class ParallelIngest:
             kept.write_text(plan)
 
     def _place(self) -> None:
-        """Let tasks run anywhere; if the source is on this node's disk, only here."""
+        """Let tasks run on any node; if the source is on this node's disk, only on this node."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         resources = connection.connect()
@@ -152,7 +159,7 @@ class ParallelIngest:
         )
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
-        """Read the pieces; what each holds, and the passages of all."""
+        """Read the pieces; return what each holds, and the number of all passages."""
         read: dict[int, dict[str, Any]] = {}
         num_read = 0
         for found in self._tasks(piece_files.read_piece, ((piece,) for piece in self._pieces)):
@@ -163,7 +170,7 @@ class ParallelIngest:
         return [read[number] for number in range(len(self._pieces))], num_read
 
     def _find_repeats_in_known(self, pieces: list[dict[str, Any]]) -> set[int]:
-        """Write the digests of passages of known pieces that repeat changed ones; return the pieces whose files are damaged."""
+        """Write digests of passages in known pieces that repeat a changed one; return the pieces with damaged files."""
         changed = [
             name for number, each in enumerate(pieces) if number not in self._job.known for name in each["parts"]
         ]
@@ -215,14 +222,14 @@ class ParallelIngest:
         lost: Sequence[dict[str, Any]],
         num_read: int,
     ) -> dict[str, Any]:
-        """Return what the manifest says, and what is taken out of which part.
+        """Return counts and details for the manifest, and which passages are dropped from which part.
 
         Args:
             pieces: what each piece holds.
-            contents: what the comparison of contents found, by partition.
-            lists: the partitions that have lists of passages to drop.
-            lost: what all comparisons found, by partition.
-            num_read: passages of all pieces.
+            contents: duplicates by content that each partition found, and near duplicates.
+            lists: the numbers of the files that list passages to drop, by kind.
+            lost: all duplicates, by id and by content, of each partition.
+            num_read: number of passages of all pieces.
         """
         num_kept = num_read - sum(found["count"] for found in lost)
         if not num_kept:
@@ -247,14 +254,14 @@ class ParallelIngest:
         }
 
     def _counted(self, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Sum up the kinds of passages, and what did not fit into kept columns."""
+        """Sum up the kinds of passages, and the values that did not fit into kept columns."""
         kinds = sum((Counter(piece["kinds"]) for piece in pieces), Counter[str]())
         unfit = row_checks.merged((number, piece["unfit"]) for number, piece in enumerate(pieces))
         told = row_checks.told(unfit, self._job.kept, lambda at: self._places(pieces, [at])[0])
         return {"kinds": dict(sorted(kinds.items())), "unfit_values": told}
 
     def _add_bad_rows(self, pieces: Sequence[dict[str, Any]], ids: Sequence[dict[str, Any]]) -> None:
-        """Sum up the rows that are left out, and name the first in the order of the source."""
+        """Count the rows that are left out, and name the first ones in the order of the source."""
         reasons: Counter[str] = Counter()
         first = [(row >> ROW_BITS, line, "duplicate_id", "") for found in ids for row, line in found["first"]]
         for number, piece in enumerate(pieces):
@@ -277,7 +284,7 @@ class ParallelIngest:
         return written.counts, written.details
 
     def _places(self, pieces: Sequence[dict[str, Any]], lines: Sequence[tuple[int, int]]) -> list[str]:
-        """Return file and line, as one process names them, of ordered pairs of piece and line in the piece."""
+        """Return "file:line" for each ordered pair (piece, line in the piece), as an ingest in one process names it."""
         found: list[str] = []
         label, in_file = "", 0
         for number, piece in enumerate(self._pieces):
@@ -317,7 +324,7 @@ class ParallelIngest:
 def _write_labels(
     source: LabelledTableSource, kept: KeptPassages, any_dropped: bool, job: PieceJob
 ) -> tuple[WrittenLabels, dict[str, int], list[BadRow]]:
-    """Write the queries and judgements; return also why rows are left out, and the first of these."""
+    """Write the queries and judgements; also return how many rows are left out, by reason, and the first of them."""
     bad_rows = BadRows("gather")
     written = write_labels(source, job.output, bad_rows, kept.kept_ids, any_dropped=any_dropped)
     return written, dict(bad_rows.reasons), bad_rows.first

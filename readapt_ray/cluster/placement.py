@@ -1,6 +1,7 @@
-"""Decide where workers and actors run: how many, with which resources, and what happens while there is no room.
+"""Decide how many workers or actors run, and with which CPUs and GPUs; fail or wait if the cluster has no room.
 
-In: what the user asked for, and the nodes. Out: a count and the resources of each, or an error before anything starts.
+In: the user's options, and the nodes. Out: the number of workers and the resources of each, or an error before anything
+starts.
 """
 
 import contextlib
@@ -26,29 +27,29 @@ _ROOM_SAID_S = 20.0
 _ROOM_LOG_S = 60.0
 _ROOM_JOIN_S = 2.0
 _CORES_PER_ACTOR = 4
-"""Cores per actor where several share a GPU: one launches kernels, three tokenise."""
+"""Cores per actor if several actors share a GPU: one launches kernels, three tokenise."""
 _SETTLE_S = 3.0
-"""What a stage held is free again a second or two after it ends."""
+"""Wait this long for resources of an earlier stage: Ray frees them one or two seconds after it ends."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What the user asked for; None leaves the choice to us."""
+    """The user's options for workers; None lets the package choose."""
 
     num_workers: int | None
     num_cpus_per_worker: int | None
     num_gpus_per_worker: float | None = None
     actors_per_gpu: int = 1
-    """At most, where the user leaves the choice to us: as many as keep a GPU busy."""
+    """Most actors on one GPU, if the package chooses: as many as a small model needs to keep a GPU busy."""
 
     def gpu_share(self, num_cpus: int, num_gpus: int) -> float:
-        """Return the part of a GPU that an actor takes: one alone, unless small models share it; 0 without GPUs.
+        """Return the fraction of a GPU that each actor reserves: 1.0, less if actors share a GPU, 0.0 without GPUs.
 
-        Each actor of a GPU needs some cores that tokenise for it.
+        Actors share a GPU only if there are four cores per actor, which tokenise for it.
 
         Args:
-            num_cpus: of all nodes.
-            num_gpus: of all nodes.
+            num_cpus: CPUs of the cluster.
+            num_gpus: GPUs of the cluster.
         """
         if not num_gpus:
             return 0.0
@@ -59,10 +60,14 @@ class Placement:
 
 
 def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, float]:
-    """Return the number of actors, and the CPUs and GPUs of each.
+    """Return the number of actors, and the CPUs and GPUs of each; connect to Ray if needed.
+
+    Args:
+        wanted: the user's options.
+        num_pending: number of pieces of work; no more actors than this are chosen.
 
     Raises:
-        PlacementError: the cluster does not have that much.
+        PlacementError: the cluster has no room for them, even when idle.
     """
     total = connection.connect()
     num_cpus = wanted.num_cpus_per_worker or 1
@@ -74,10 +79,10 @@ def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, float]:
 
 
 def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
-    """Return the number of workers, the resources of each, and whether each has a GPU.
+    """Return the number of training workers, the resources of each, and whether each has a GPU.
 
     Raises:
-        PlacementError: the cluster does not have that much.
+        PlacementError: the cluster has no room for them, even when idle.
     """
     count, resources = _training_workers(num_workers, num_cpus_per_worker)
     check_placement(count, resources, who="workers")
@@ -85,15 +90,15 @@ def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> 
 
 
 def num_training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> int:
-    """Return the number of workers that `place_training` would place."""
+    """Return the number of training workers that `place_training` would choose, without a check of the room."""
     return _training_workers(num_workers, num_cpus_per_worker)[0]
 
 
 def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float]]:
     """Return the number of workers and the resources of each.
 
-    Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
-    since threads share weights and need no messages.
+    Default: one worker per GPU; without GPUs one worker per node that has all its cores, since threads share weights
+    and send no messages.
     """
     if connection.connect().num_gpus:
         resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
@@ -104,7 +109,7 @@ def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) 
 
 
 def room_for(each: Mapping[str, float]) -> int:
-    """Return how many workers with these resources the idle nodes hold, with those that the autoscaler may add."""
+    """Return how many workers with these resources fit on idle nodes, including GPUs that the autoscaler may add."""
     room = nodes.room_for(each)
     return (
         max(room, nodes.room_on({"GPU": environment.num_gpus() or 0}, {"GPU": each["GPU"]}))
@@ -114,16 +119,17 @@ def room_for(each: Mapping[str, float]) -> int:
 
 
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
-    """Check before a stage starts that its workers fit on the nodes; log when they must wait for others to end.
+    """Check that the workers of a stage fit on the nodes; log a warning if they must wait for other work to end.
 
-    Where nodes were lost it waits 45 seconds for others in their place.
+    If nodes were lost, wait up to 45 seconds for replacements.
 
     Args:
-        each: what a worker asks for, such as `{"CPU": 4, "GPU": 1}`.
-        who: what to call them.
+        num_workers: number of workers.
+        each: resources of one worker, such as `{"CPU": 4, "GPU": 1}`.
+        who: name of the workers in messages ("actors").
 
     Raises:
-        PlacementError: the nodes do not have that much, even when idle.
+        PlacementError: the nodes have no room for the workers, even when idle.
     """
     import ray
 
@@ -157,14 +163,16 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
 
 
 def check_asked(wanted: Placement, *, who: str) -> None:
-    """Check what options ask for before anything else: on the cluster of RAY_ADDRESS or the Ray that runs, else on this machine.
+    """Check early that the workers that the user's options ask for fit on the cluster, without starting Ray.
+
+    The cluster is that of RAY_ADDRESS, or the Ray that this process has joined, else this machine.
 
     Args:
-        wanted: nothing is checked of a choice that is left to us.
-        who: what to call the workers.
+        wanted: the user's options; without a number of workers or CPUs, nothing is checked.
+        who: name of the workers in messages ("actors").
 
     Raises:
-        PlacementError: there is no room for so many, even on idle nodes.
+        PlacementError: the workers do not fit, even on idle nodes.
     """
     if wanted.num_workers is None and wanted.num_cpus_per_worker is None:
         return
@@ -189,12 +197,12 @@ def check_asked(wanted: Placement, *, who: str) -> None:
 
 @contextlib.contextmanager
 def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
-    """Log once per minute, while the block runs, what is waited for if the remaining nodes lack room for it.
+    """While the block runs, log once per minute if the remaining nodes lack room for the workers that it needs.
 
     Args:
-        num_workers: how many the block cannot do without.
-        each: what a worker asks for.
-        who: what to call them.
+        num_workers: fewest workers that the block needs.
+        each: resources of one worker.
+        who: name of the workers in messages ("actors").
     """
     stop = threading.Event()
     thread = threading.Thread(target=_watch_room, args=(num_workers, each, who, stop), daemon=True)
@@ -203,7 +211,7 @@ def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str
         yield
     finally:
         stop.set()
-        thread.join(_ROOM_JOIN_S)  # where Ray has ended, what asks it for its nodes waits for a minute
+        thread.join(_ROOM_JOIN_S)  # if Ray has ended, the thread's request for nodes blocks for a minute
 
 
 def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: threading.Event) -> None:
@@ -232,11 +240,11 @@ def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
 
 
 def largest_share(num_workers: int | None, cpus: Sequence[int]) -> tuple[int, int]:
-    """Return the number of workers (one per node with CPUs unless given) and the most CPUs that each can have.
+    """Return the number of workers, and the largest number of CPUs that each of them can have.
 
     Args:
-        num_workers: what the user asked for.
-        cpus: of each node.
+        num_workers: the user's option; None for one worker per node with CPUs.
+        cpus: CPUs of each node.
     """
     count = num_workers or max(1, sum(each > 0 for each in cpus))
     fits = (share for share in range(max(cpus, default=0), 1, -1) if sum(each // share for each in cpus) >= count)

@@ -1,4 +1,4 @@
-"""Form the process group that workers train in."""
+"""Form the process group of training workers, on networks of several nodes too."""
 
 import os
 import socket
@@ -11,35 +11,35 @@ from ray.train.torch.config import TorchConfig, _TorchBackend
 
 
 class StartError(Exception):
-    """Workers failed before their work began."""
+    """The workers' process group could not be formed."""
 
 
 @dataclass
 class ProcessGroupConfig(TorchConfig):  # type: ignore[misc]
-    """Ray Train's configuration of the process group, with a backend that works across nodes.
+    """Ray Train's configuration of the process group, with a network address that works across nodes.
 
-    Left to itself Gloo takes the address of the host's name, and many systems say 127.0.1.1 there
-    (Debian's /etc/hosts): workers of two nodes then never meet.
+    By default Gloo uses the address of the host name, which is 127.0.1.1 on many systems (Debian's /etc/hosts). Workers
+    of two nodes then never connect.
     """
 
     monitor: Any = None
-    """Told the placement group of each start."""
+    """The `RunMonitor` actor, which is told the placement group of each start."""
 
     @property
     def backend_cls(self) -> type["ProcessGroupBackend"]:
-        """The class that sets the workers up."""
+        """Return the class that sets up the workers."""
         return ProcessGroupBackend
 
 
 class ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
-    """Set the workers up; runs in Ray Train's controller."""
+    """Sets up the workers; runs in Ray Train's controller."""
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroupConfig) -> None:
-        """Form the process group.
+        """Choose each worker's network interface, then form the process group.
 
         Raises:
-            StartError: it cannot be formed. Ray Train (2.60) itself starts the workers again where one is lost
-                but beside the placement group of the first, and waits for room without end; this error ends it.
+            StartError: the group cannot be formed. If a worker is lost here, Ray Train (2.60) would restart the workers
+                without freeing their first placement group, and wait for room forever; this error prevents that.
         """
         handle = worker_group.get_worker_group_state().placement_group_handle
         ray.get(backend_config.monitor.hold.remote(handle.placement_group))
@@ -53,7 +53,7 @@ class ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
 
 
 def choose_interface() -> None:
-    """Set Gloo's network to the one by which Ray knows this node, unless GLOO_SOCKET_IFNAME is set."""
+    """Set GLOO_SOCKET_IFNAME to the network interface with Ray's address of this node, unless it is set."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address and each.family in (socket.AF_INET, socket.AF_INET6) for each in addresses):

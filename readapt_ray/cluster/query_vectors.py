@@ -1,6 +1,6 @@
-"""Encode texts on Ray, 512 per piece: queries to search with, or some passages.
+"""Encode queries, or a few passages, in Ray tasks.
 
-In: texts and the model that encodes them. Out: Ray references to vectors, in the order of the texts.
+In: texts in pieces, and the model that encodes them. Out: Ray references to the vectors of each piece, in order.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ QUERIES_A_PIECE = 512
 
 
 class TextPiece(NamedTuple):
-    """Texts that are encoded by one task in one go: passages if they have titles, else queries."""
+    """Texts that one task encodes together: passages if they have titles, else queries."""
 
     texts: Sequence[str]
     titles: Sequence[str] | None = None
@@ -36,16 +36,21 @@ def encode_queries(
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Any]:
-    """Return references to float32 [512, D] each: vectors do not depend on the number of tasks, one per GPU or core.
+    """Encode queries in Ray tasks, 512 per piece, with one task per GPU or core; wait until all are encoded.
+
+    The vectors do not depend on the number of tasks.
 
     Args:
         texts: the queries.
-        model: what encodes them.
+        model: the model that encodes them.
         encoding: its templates and pooling.
-        encoder: what the manifest of the vectors, or of the bridge, says of it.
-        bridge: maps the vectors to another model's.
-        batch_tokens: tokens per batch at most; None for what suits the device and the model.
-        progress: is told how many are done, of how many.
+        encoder: the entry `encoder` in the manifest of the vectors or of the bridge: fingerprint, dtype and so on.
+        bridge: maps the vectors to the space of another model; None for no map.
+        batch_tokens: most tokens per batch; None chooses by device and model.
+        progress: called with the number of queries done, and of all queries.
+
+    Returns:
+        One Ray reference per piece, to float32 [512, D]; the last piece may be shorter.
 
     Raises:
         ModelError: the model gives NaN or infinity for a query.
@@ -72,7 +77,7 @@ def encode_pieces(
     bridge: Bridge | None = None,
     batch_tokens: int | None = None,
 ) -> Iterator[Any]:
-    """Yield a reference to the vectors of each piece, in their order; see `encode_queries`."""
+    """Encode pieces in Ray tasks; yield a Ray reference to the vectors of each, in order. See `encode_queries`."""
     import ray
 
     num_tasks, num_cpus, num_gpus = place_actors(Placement(None, None), len(pieces))
@@ -92,7 +97,7 @@ def encode_pieces(
         try:
             for number in range(len(pieces)):
                 yield next(streams[number % num_tasks])
-        except BaseException:  # also where the caller stops
+        except BaseException:  # also if the caller stops early
             bounded_tasks.cancel(streams)
             raise
 

@@ -1,7 +1,8 @@
-"""Ask a language model about passages, piece by piece: in this process for an endpoint, else by Ray tasks with a model each.
+"""Ask a language model to write queries for passages, in pieces of 64 passages.
 
-The file of a piece, `answers/part-00000.parquet`, is its own ledger: what is there is not asked again. Memory is a piece of
-64 passages per task, and the model.
+An endpoint is asked from this process; a local model runs in Ray tasks. Each piece has its file,
+`answers/part-00000.parquet` and so on; a piece whose file exists is not asked again. A task holds one piece and the
+model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,13 +38,13 @@ ANSWER_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class WritingJob:
-    """What is asked, of whom, and where answers go."""
+    """Which passages a language model is asked about, with which prompt and options, and where answers are written."""
 
     passages: ParquetRows
     rows: NDArray[np.int64]
-    """Row numbers of the passages that are asked about, in this order."""
+    """Row numbers of the passages to ask about, in this order."""
     answers: Location
-    """Folder of the files of answers."""
+    """Folder for the files of answers."""
     prompt: str
     queries_per_passage: int
     max_passage_chars: int
@@ -57,16 +58,16 @@ class WritingJob:
         return -(-len(self.rows) // PASSAGES_A_PIECE)
 
     def file(self, number: int) -> Location:
-        """Return the file of a piece."""
+        """Return the path of a piece's file."""
         return self.answers / f"part-{number:05d}.parquet"
 
     def missing(self) -> list[int]:
-        """Return the pieces that have no file yet."""
+        """Return the numbers of the pieces that have no file yet."""
         there = {name for name, _ in self.answers.listing(".parquet")}
         return [number for number in range(self.num_pieces) if self.file(number).name not in there]
 
     def missing_in_random_order(self) -> list[int]:
-        """Return the missing pieces so that those of a job that ends early are of all parts of the corpus."""
+        """Return the missing pieces in a random order, so that a job that ends early covers all parts of the corpus."""
         missing = set(self.missing())
         order = random_generator(self.seed, "order of synthesized pieces").permutation(self.num_pieces).tolist()
         return [number for number in order if number in missing]
@@ -75,13 +76,13 @@ class WritingJob:
 def ask_here(
     job: WritingJob, writer: EndpointWriter, *, budget_tokens: int | None, report: Callable[[int], None]
 ) -> bool:
-    """Answer the missing pieces in this process, in a random order; False if the budget is spent before the last one.
+    """Have an endpoint answer the missing pieces, in a random order; return False if the token budget ran out.
 
     Args:
-        job: what is asked.
-        writer: who is asked.
-        budget_tokens: tokens that may be used, including the pieces that are there.
-        report: is told how many passages are done.
+        job: the passages and the prompt.
+        writer: the endpoint.
+        budget_tokens: limit on tokens, including the pieces that are already written; None for no limit.
+        report: called with the number of passages done.
 
     Raises:
         InputError, WorkerError: the endpoint refuses, or cannot be reached.
@@ -98,18 +99,18 @@ def ask_here(
 
 
 def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callable[[int], None]) -> None:
-    """Answer the missing pieces by Ray tasks, one per GPU, or one per node without GPUs.
+    """Have a language model answer the missing pieces in Ray tasks, one per GPU; without GPUs one per node.
 
     Args:
-        job: what is asked.
+        job: the passages and the prompt.
         model: the language model.
-        dtype: that it computes in.
-        report: is told how many passages are done.
+        dtype: data type that it computes in.
+        report: called with the number of passages done.
 
     Raises:
-        ModelError: the model cannot write.
-        PlacementError: the cluster has no CPU, or no GPU that it may grow to came.
-        WorkerError: tasks died again and again.
+        ModelError: the model cannot generate text.
+        PlacementError: the cluster has no CPU, or no GPU node came up in time.
+        WorkerError: a task died after all of Ray's retries.
     """
     import ray
 
@@ -137,7 +138,7 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
 
 
 def read_answers(job: WritingJob) -> pa.Table:
-    """Return all answers in the order of the passages."""
+    """Return the answers that are written so far, in the order of `job.rows`, with the columns of `ANSWER_SCHEMA`."""
     there = set(range(job.num_pieces)).difference(job.missing())
     return pa.concat_tables([ANSWER_SCHEMA.empty_table(), *(_read(job.file(number)) for number in sorted(there))])
 
@@ -160,7 +161,7 @@ def _write_pieces(
     driver_node: str,
     num_threads: int,
 ) -> Iterator[int]:
-    """Load the model of a name and fingerprint, and answer pieces in a task; yields the tokens of each."""
+    """Load the model and answer pieces, in a Ray task; yield the number of tokens of each piece."""
     import torch
 
     from readapt_ray.retrieval.encoder import DTYPES
@@ -177,7 +178,7 @@ def _write_pieces(
 
 
 def _write(job: WritingJob, number: int, writer: Writer) -> int:
-    """Answer a piece and write its file; returns the tokens that it took."""
+    """Answer a piece and write its file; return the number of tokens used."""
     first = number * PASSAGES_A_PIECE
     rows = job.rows[first : first + PASSAGES_A_PIECE]
     table = job.passages.take(rows, ("doc_id", "title", "text"))

@@ -1,7 +1,8 @@
-"""Choose the queries that the recall of an index is measured with.
+"""Choose the 100 queries with which the recall of an index is measured.
 
-They are the corpus' own queries, and where it has fewer than 100, pieces of up to eight words of its passages. An index's
-own vectors would say too much: a graph finds best what it was built from.
+They are queries of the corpus. If it has fewer than 100, the rest are pieces of up to eight words of its passages.
+Vectors of the index itself would measure a recall that is too high: a graph finds the vectors best that it was built
+from.
 """
 
 import logging
@@ -27,11 +28,11 @@ NUM_QUERIES = 100
 _MAX_FILES = 4
 _MAX_WORDS = 8
 _CHARACTERS_A_WORD = 6
-"""Where a text has no spaces between words."""
+"""Length of a piece per word, for texts without spaces between words."""
 
 
 def recall_queries(vectors: Artifact) -> NDArray[np.float32] | None:
-    """Return the vectors [100, D] of queries; None if the corpus or the model of the vectors is no longer there.
+    """Encode the recall queries; return float32 [100, D], or None if the corpus or the model is no longer there.
 
     Args:
         vectors: the output of the embed stage. Its manifest names the corpus and the retriever.
@@ -55,11 +56,11 @@ def recall_queries(vectors: Artifact) -> NDArray[np.float32] | None:
 
 
 def corpus_of(vectors: Artifact) -> Artifact:
-    """Return the corpus that vectors were made of.
+    """Open the corpus that vectors were made from.
 
     Raises:
-        ArtifactMissingError: it is no longer there.
-        FingerprintMismatchError: another one is there.
+        ArtifactMissingError: the corpus is no longer there.
+        FingerprintMismatchError: another corpus is there.
     """
     corpus = open_input(vectors, "corpus", "ingest")
     if corpus.fingerprint != vectors.manifest.inputs["corpus"]:
@@ -70,10 +71,10 @@ def corpus_of(vectors: Artifact) -> Artifact:
 
 
 def query_encoder_of(vectors: Artifact) -> QueryEncoder:
-    """Return what encodes queries for vectors: the retriever that they were made with.
+    """Open the retriever that vectors were made with, to encode queries.
 
     Raises:
-        ReadaptError: it is no longer there, or another one is there.
+        ReadaptError: the retriever is no longer there, or another one is there.
     """
     made_with = vectors.manifest.config  # the options of embed: a retriever, or a domain
     model = open_model(made_with.get("domain") or made_with["retriever"], base=made_with.get("base"))
@@ -81,7 +82,7 @@ def query_encoder_of(vectors: Artifact) -> QueryEncoder:
 
 
 def recall_texts(corpus: Artifact) -> list[str]:
-    """Return 100 queries, always the same for a corpus."""
+    """Return the texts of 100 queries, always the same for the same corpus."""
     from readapt_ray.sources.judgements import read_queries
 
     random = random_generator(0, "recall queries")
@@ -93,7 +94,7 @@ def recall_texts(corpus: Artifact) -> list[str]:
 
 
 def _some_passages(corpus: Artifact, number: int, random: np.random.Generator) -> Sequence[str]:
-    """Return the texts of passages from a few files: a corpus may have thousands."""
+    """Return the texts of random passages from at most four files, since a corpus may have thousands of files."""
     folder = corpus.location / "passages"
     names = [name for name, _ in folder.listing(".parquet")]
     names = [names[place] for place in random.permutation(len(names))[:_MAX_FILES]]
@@ -103,7 +104,7 @@ def _some_passages(corpus: Artifact, number: int, random: np.random.Generator) -
 
 
 def _piece(text: str, random: np.random.Generator) -> str:
-    """Return one to eight consecutive words of a text."""
+    """Return one to eight consecutive words of a text; without spaces, about as many characters."""
     length = int(random.integers(1, _MAX_WORDS + 1))
     words = text.split()
     if len(text) > 2 * _CHARACTERS_A_WORD * len(words):

@@ -1,7 +1,7 @@
-"""Search for the passage of each query among the vectors of a corpus, to see whether the query finds it.
+"""Check whether synthetic queries find the passages that they were written for, by exact search on Ray.
 
-In: queries with the doc_ids of their passages, and vectors. Out: which queries have their passage among the best. The
-search is exact, by Ray tasks.
+In: queries with the doc_ids of their passages, and vectors. Out: which queries have their passage among the best
+results.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,14 +25,14 @@ def find_passages(
     *,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> NDArray[np.bool_]:
-    """Return whether each query has its passage among its best. bool [Q].
+    """Search with each query; return whether its passage is among the `top_k` best, bool [Q].
 
     Args:
         texts: Q queries.
-        doc_ids: the passage of each.
+        doc_ids: doc_id of the passage of each query.
         vectors: the output of the embed stage; its manifest names the retriever.
-        top_k: how many of the best are looked at.
-        progress: is told how many queries are encoded, of how many.
+        top_k: number of best passages to look at.
+        progress: called with the number of queries encoded, and of all queries.
 
     Raises:
         ReadaptError: the retriever of the vectors is no longer there, or another one is there.

@@ -1,4 +1,4 @@
-"""Carry what training workers have to say to the driver: step metrics, warnings, the error that ends a run."""
+"""Pass step metrics, warnings and errors from training workers to the driver."""
 
 import logging
 from typing import Any
@@ -14,13 +14,14 @@ MEASURED = (
     "data_wait_s",
     "peak_memory_bytes",
 )
-"""Values of a step that go to Ray's metrics and to the trackers."""
+"""Values of a step that are sent to Ray's metrics and to the trackers."""
 
 
 class RunMonitor:
-    """An actor between the workers and the driver: step metrics, the error that ends a run, and what the workers hold.
+    """An actor that passes step metrics, warnings and errors from the workers to the driver.
 
-    It also sets Ray's own metrics (`ray_readapt_train_loss` and the like for Prometheus).
+    It also sets Ray's metrics (for Prometheus, `ray_readapt_train_loss` and so on), and remembers the placement group
+    of the workers.
     """
 
     def __init__(self, stage: str) -> None:
@@ -39,42 +40,42 @@ class RunMonitor:
         }
 
     def post(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows of worker 0."""
+        """Add step metrics of worker 0, one row per step."""
         self._rows.extend(rows)
         for name, gauge in self._gauges.items():
             if rows and rows[-1][name] is not None:
                 gauge.set(float(rows[-1][name]))
 
     def take(self) -> list[dict[str, Any]]:
-        """Return the rows since the last call."""
+        """Return the rows that were posted since the last call."""
         rows, self._rows = self._rows, []
         return rows
 
     def post_part(self, part: dict[str, Any]) -> None:
-        """Take how far worker 0 is inside a step."""
+        """Store the latest report from inside a step of worker 0."""
         self._part = part
 
     def take_part(self) -> dict[str, Any] | None:
-        """Return how far worker 0 is inside a step; None if it said nothing since the last call."""
+        """Return the latest report from inside a step; None if none came since the last call."""
         part, self._part = self._part, None
         return part
 
     def warn(self, text: str) -> None:
-        """Add a warning of a worker, unless another one gave the same."""
+        """Add a warning of a worker, unless the same text was added before."""
         if text not in self._warnings:
             self._warnings.append(text)
 
     def take_warnings(self) -> list[str]:
-        """Return the warnings since the last call."""
+        """Return the warnings that were added since the last call."""
         taken, self._num_taken = self._warnings[self._num_taken :], len(self._warnings)
         return taken
 
     def fail(self, error: Exception) -> None:
-        """Record an error that a restart would not cure; the first one counts."""
+        """Record an error that a restart would not fix; only the first is kept."""
         self._error = self._error or error
 
     def error(self) -> Exception | None:
-        """Return the error that ends the run."""
+        """Return the error that ends the run; None if there is none."""
         return self._error
 
     def keep(self, step: int) -> None:
@@ -86,7 +87,7 @@ class RunMonitor:
         return self._kept_step
 
     def hold(self, placement_group: Any) -> None:
-        """Remember the placement group of the workers that start."""
+        """Remember the placement group of the workers that are starting."""
         self._held = placement_group
 
     def held(self) -> Any:
@@ -95,12 +96,12 @@ class RunMonitor:
 
 
 class WarningPoster(logging.Handler):
-    """Post the warnings of a worker to the monitor: what a worker logs goes to Ray's files alone."""
+    """A log handler that posts a worker's warnings to the monitor; without it they appear only in Ray's log files."""
 
     def __init__(self, monitor: Any) -> None:
         super().__init__(logging.WARNING)
         self._monitor = monitor
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Post a warning."""
+        """Post the message of a warning to the monitor."""
         self._monitor.warn.remote(record.getMessage())

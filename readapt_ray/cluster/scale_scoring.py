@@ -1,7 +1,8 @@
-"""Score pairs of scales on actors: each holds the inputs of the merge, and sets the scales of an encoder in memory.
+"""Measure pairs of merge scales on Ray actors, which change the scales of an encoder in memory.
 
 In: pairs of scales, and a sample of queries, passages and judgements. Out: the measure of every query with every pair,
-stored at once, so that another process can resume. A pair costs one pass over the weights and the encoding of the sample.
+in one file per pair, so that a killed search resumes. A pair costs one pass over the weights and one encoding of the
+sample.
 """
 
 import json
@@ -44,44 +45,48 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What every actor needs beside the sample."""
+    """The options of every actor; the sample is passed separately."""
 
     models: dict[str, str]
-    """MODEL of each role, as a worker finds it."""
+    """MODEL of each role in `MODELS`, by a name that workers can open."""
     fingerprints: Mapping[str, str]
-    """Of each of them, as the driver found it."""
+    """Fingerprint of each model, as the driver found it."""
     encoding: Encoding
     measure: str
     drop_self_hits: bool
     dtype: str
     accept_vocabulary: bool
     layers: tuple[LayerScale, ...] = ()
-    """Factors of the knowledge scales in ranges of layers."""
+    """Factors of the knowledge scale for ranges of layers; empty for 1.0 everywhere."""
     driver_node: str = ""
 
 
 class ScaleScoring:
-    """Score pairs on actors; they start with the first pair that was not scored before.
+    """A pool of actors that scores pairs of scales; it starts at the first pair that has no stored result.
 
-    An actor gets a pair once it has loaded the models, so one that must wait for room keeps nobody waiting. The pair
-    of an actor that died is another's.
+    An actor gets a pair only after it has loaded the models. So an actor that waits for room delays no pair. If an
+    actor dies, another one gets its pair.
     """
 
     def __init__(self, num_workers: int | None, job: ScoringJob, sample: Sample, workspace: Workspace) -> None:
         self.values: dict[ScalePair, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
-        """What the pairs of this process took, in all actors."""
+        """Seconds by part ("weights", "encoding", "measuring"), summed over the pairs that this process scored."""
         self._num_workers, self._job, self._sample, self._workspace = num_workers, job, sample, workspace
         self._num_actors = 0
         self._each: dict[str, float] = {}
-        """What an actor asks for."""
+        """Resources of one actor."""
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, ScalePair | None]] = {}
-        """The other actors by their pending answer, with its pair; None while the models are loaded."""
+        """The busy actors: pending answer -> (actor, pair); the pair is None while the actor loads models."""
         self._new_actor: Callable[[], Any] | None = None
 
     def score(self, pairs: Sequence[ScalePair]) -> None:
-        """Score these pairs; read what an earlier process scored."""
+        """Score these pairs into `values`; read the stored result of a pair if there is one.
+
+        Raises:
+            ReadaptError: an actor raised it; or a WorkerError: actors died three times in a row.
+        """
         from ray.exceptions import RayError
 
         waiting = []
@@ -157,7 +162,7 @@ class ScaleScoring:
         self._busy[actor.load.remote()] = actor, None
 
     def stop(self) -> None:
-        """End the actors."""
+        """Stop all actors."""
         import ray
 
         for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
@@ -168,17 +173,17 @@ class ScaleScoring:
 
 
 class _ScaleScorer:
-    """Actor with an encoder whose scales can be set, and with the sample."""
+    """An actor that holds the sample, and an encoder whose scales can be changed."""
 
     def __init__(self, job: ScoringJob, sample: Sample) -> None:
         self._job, self._sample = job, sample
 
     def load(self) -> None:
-        """Read the models, and tokenise the sample.
+        """Load the models, and tokenise the sample.
 
         Raises:
-            FingerprintMismatchError: a model is another one than where the stage was started.
-            ModelError: they do not fit each other, or hold NaN.
+            FingerprintMismatchError: a model differs from the driver's model of that name.
+            ModelError: the models do not fit each other, or hold NaN.
             PlacementError: this node differs from the driver's.
         """
         import torch
@@ -244,19 +249,19 @@ class _ScaleScorer:
 def measure_sample(
     sample: Sample, scores_QP: np.ndarray, measure: str, *, drop_self_hits: bool = False, name: str = "sample"
 ) -> "Measurement":
-    """Measure every query on as many of its best passages as the measure looks at.
+    """Rank the passages of a sample for each query, and compute a measure of each ranking.
 
-    Passages with the same doc_id come from a document that was split; its score is the best of theirs.
+    Passages with the same doc_id are parts of one document; its score is the best score of its parts.
 
     Args:
-        sample: Q queries, P passages.
-        scores_QP: of each query with each passage.
-        measure: its canonical name.
+        sample: Q queries, P passages, and judgements.
+        scores_QP: score of each query with each passage, [Q, P].
+        measure: canonical name of the measure; a ranking is as deep as it needs (nDCG@10: 10).
         drop_self_hits: leave out a passage whose doc_id is the query_id.
-        name: what errors call the scores.
+        name: name of the scores in error messages.
 
     Raises:
-        InputError: a score is NaN or infinite, so it ranks nothing.
+        InputError: a score is NaN or infinite.
     """
     from readapt_ray.evaluation.measures import measure_run, parse_measures
     from readapt_ray.evaluation.runs import Run
@@ -289,7 +294,7 @@ def measure_sample(
 
 
 def _best_of_documents(doc_ids: Sequence[str], scores_QP: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """Return each doc_id once, and the best score of its passages: [Q, D]."""
+    """Return the D distinct doc_ids, and the best score of each one's passages, [Q, D]."""
     codes = {doc_id: code for code, doc_id in enumerate(dict.fromkeys(doc_ids))}
     if len(codes) == len(doc_ids):
         return list(doc_ids), scores_QP

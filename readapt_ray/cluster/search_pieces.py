@@ -1,7 +1,7 @@
-"""Search pieces of an index or of vectors on Ray, a task each, and look up the doc_ids of row numbers.
+"""Search an index or vectors on Ray, one task per piece, and look up the doc_ids of row numbers.
 
-In: references to query vectors. Out: scores and row numbers, 12 bytes per result, whatever the length of the doc_ids. Memory
-is a shard per task.
+In: references to query vectors. Out: scores and row numbers, 12 bytes per result; doc_ids are looked up later, only for
+the best. A task holds one shard.
 """
 
 import itertools
@@ -25,26 +25,25 @@ if TYPE_CHECKING:
     from readapt_ray.retrieval.exact import Hits
 
 _TASKS_PER_GPU: Final = 4
-"""At most; with more than one, a GPU that is slow or comes late has less to do."""
+"""Most tasks per GPU. With several, a GPU that is slow or starts late gets less work."""
 
 Content = tuple[RowRange, ...] | dict[str, Any]
-"""What a task searches: ranges of vectors, or the record of an index shard."""
+"""Content of a piece: ranges of rows in files of vectors, or the record of an index shard."""
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What a task searches."""
+    """The part of an artifact that one task searches."""
 
     number: int
     first: int
-    """Number of its first row in the whole."""
+    """Number of its first row among the rows of all pieces."""
     artifact: Location
     content: Content
-    """Ranges of vectors, or the record of an index shard."""
 
 
 class Pieces:
-    """The pieces that tasks search."""
+    """The pieces of an index or of vectors, which tasks search."""
 
     def __init__(self, artifact: Artifact, contents: Sequence[Content], *, on_gpus: bool, num_at_once: int) -> None:
         self._on_gpus, self._room = on_gpus, num_at_once
@@ -55,7 +54,12 @@ class Pieces:
         ]
 
     def search(self, queries: Sequence[Any], top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield what each task found: scores and rows [Q, K], in the order in which tasks end."""
+        """Yield the scores and row numbers of each piece's best rows, [Q, K] each, as the tasks end.
+
+        Args:
+            queries: Ray references to query vectors, float32 [n, D] each; Q is the sum of all n.
+            top_k: results per query; an unfilled result has the row -1.
+        """
         import ray
 
         each = {"CPU": 1, "GPU": int(self._on_gpus)}
@@ -69,11 +73,11 @@ class Pieces:
     def search_words(
         self, texts: Sequence[str], sha256s: dict[str, str], top_k: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield what each task found by BM25, as `search`.
+        """Yield the scores and row numbers that each task found by BM25; see `search`.
 
         Args:
-            texts: the queries.
-            sha256s: of the BM25 scores of each index shard, by its name.
+            texts: Q queries.
+            sha256s: SHA-256 of the file of BM25 scores of each index shard, by the name of the shard.
             top_k: results per query.
         """
         import ray
@@ -84,7 +88,7 @@ class Pieces:
         )
 
     def names(self, rows: np.ndarray) -> pa.Array:
-        """Return the doc_ids of rising row numbers; null for -1, which is no row."""
+        """Return the doc_ids of ascending row numbers; null for row -1 (no result)."""
         import ray
 
         task = ray.remote(num_cpus=1)(_names)
@@ -100,15 +104,15 @@ class Pieces:
 
 
 def vector_pieces(vectors: Artifact, num_at_once: int, *, on_gpus: bool) -> list[Content]:
-    """Cut vectors into ranges of rows, a list of ranges per task.
+    """Cut vectors into pieces for the tasks of an exact search: tuples of row ranges.
 
-    On GPUs each task starts a process, and CUDA in it, which takes seconds. So a GPU gets few tasks, and each streams its
-    vectors.
+    A task on a GPU starts a process with CUDA, which takes seconds. So a GPU gets at most four tasks, and each streams
+    its vectors.
 
     Args:
         vectors: the output of the embed stage.
-        num_at_once: tasks that search at the same time.
-        on_gpus: whether each has a GPU.
+        num_at_once: number of tasks that search at the same time.
+        on_gpus: whether each task has a GPU.
 
     Raises:
         CorruptFileError: a file of vectors was cut short or altered, or is gone.
@@ -127,10 +131,10 @@ def _num_rows(content: Content) -> int:
 
 
 def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """Search an index shard in FAISS, or stream ranges of vectors through exact search on a device; in a task.
+    """Search an index shard with FAISS, or ranges of vectors exactly on a device, in a Ray task.
 
     Returns:
-        Scores [Q, K], and the number of each row in the whole, -1 for none: 12 bytes a hit travel.
+        Scores [Q, K], and row numbers among all pieces [Q, K] (-1 for no result): 12 bytes per result are sent.
     """
     import ray
 
@@ -163,7 +167,7 @@ def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str
 def _search_words(
     piece: _Piece, texts: Sequence[str], sha256s: dict[str, str], top_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Search the words of an index shard, in a task; returns what `_search_piece` does."""
+    """Search an index shard by BM25, in a Ray task; the result is as in `_search_piece`."""
     from readapt_ray.retrieval.bm25 import search_words
     from readapt_ray.retrieval.index_files import ShardRecord, read_ids, read_words
 
@@ -176,14 +180,14 @@ def _search_words(
 
 
 def _numbered(hits: "Hits", doc_ids: pa.Array, piece: _Piece) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores [Q, K], and the number of each row in the whole."""
+    """Return scores and row numbers among all pieces, [Q, K] each."""
     found = pc.index_in(pa.array(hits.doc_ids.ravel(), pa.string()), value_set=doc_ids)
     rows = found.fill_null(0).to_numpy().astype(np.int64).reshape(hits.scores.shape) + piece.first
     return hits.scores, np.where(hits.scores > -np.inf, rows, -1)
 
 
 def _names(piece: _Piece, rows: np.ndarray) -> tuple[int, pa.Array]:
-    """Return the doc_ids of some rows of a piece, with its number, in a task."""
+    """Return the number of a piece and the doc_ids of some of its rows, in a Ray task."""
     if isinstance(piece.content, dict):
         from readapt_ray.retrieval.index_files import ShardRecord, read_ids
 

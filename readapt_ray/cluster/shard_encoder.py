@@ -1,8 +1,8 @@
-"""What an embedding actor does: token ids, or texts, of a data shard in, a file of vectors out.
+"""Encode a data shard in an actor of embed, and write its file of vectors.
 
-In: rows of Ray Data, a shard each, and the job that all actors share. Out: `vectors/part-00000.parquet`, written whole. An
-actor holds one model and works on two shards at a time: while the vectors of one are computed, the other is tokenised where
-no task did it, or written. Memory is the model and two shards.
+In: rows of Ray Data, one data shard each with token ids or texts, and the job. Out: `vectors/part-00000.parquet`,
+written as a whole. An actor holds one model and works on two shards at a time: it computes the vectors of one while it
+tokenises the other (if no task did that) or writes it. It needs memory for the model and two shards.
 """
 
 import logging
@@ -28,7 +28,7 @@ SHARDS_AT_A_TIME = 2
 
 
 class ShardEncoder:
-    """An actor: holds the model, and turns one shard a call from token ids into a file of vectors."""
+    """An actor that holds the model; each call encodes one shard and writes its file of vectors."""
 
     def __init__(self, job: EmbedJob) -> None:
         self._job = job
@@ -37,8 +37,10 @@ class ShardEncoder:
         self._idle_since_s: float | None = None
 
     def __call__(self, shard: pa.Table) -> pa.Table:
-        """Return what the file of a shard says. An error is handed back as a value: raised here, Ray Data would bury
-        its message in stack traces."""
+        """Encode a shard and return a row with its figures, or with an error.
+
+        An error is returned as a value, because Ray Data would bury the message of a raised one in stack traces.
+        """
         number, error, message = (shard[name][0].as_py() for name in ("number", "error", "message"))
         figures: dict[str, Any] = dict.fromkeys(COUNTS, 0) | dict.fromkeys(SECONDS, 0.0)
         if not error:
@@ -53,14 +55,14 @@ class ShardEncoder:
         return pa.Table.from_pylist([row])
 
     def _lowered_budget(self) -> int:
-        """Return the budget in tokens to which a lack of memory brought the encoder down; 0 where there was enough."""
+        """Return the batch size in tokens if the encoder had to lower it for lack of memory; else 0."""
         tokens = self._encoder.batch_tokens if self._encoder else 0
         return tokens if self._encoder and tokens < self._encoder.first_batch_tokens else 0
 
     def _encode(self, number: int, shard: pa.Table) -> dict[str, Any]:
-        """Encode the distinct texts, copy the earlier vectors, and write the vector of each row.
+        """Encode the distinct texts of a shard, copy earlier vectors, and write one vector per row.
 
-        An actor that was lost may have written the file and not said so: it stays.
+        Keep a file that exists: a lost actor may have written it and not reported it.
         """
         file, doc_ids = self._job.vectors / shard_name(number), cell(shard, "doc_id")
         if file.is_file():
@@ -95,7 +97,7 @@ class ShardEncoder:
         return figures | {"num_bytes": num_bytes, "dimension": dimension}
 
     def _encoded(self, shard: pa.Table, place: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
-        """Return the stored vectors of the distinct texts of a shard, and what making them took."""
+        """Encode the distinct texts of a shard; return the vectors as stored, and counts and seconds as metadata."""
         lengths, losses = (cell(shard, name).to_numpy() for name in ("lengths", "losses"))
         metadata: dict[str, Any] = {"num_encoded": len(lengths), "num_tokens": 0, "num_positions": 0}
         metadata |= {"num_truncated": int((losses > 0).sum()), "num_lost": int(losses.sum())}

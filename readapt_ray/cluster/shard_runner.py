@@ -1,9 +1,9 @@
-"""Data shards through Ray Data until each has its file of vectors: read and tokenise, then encode and write.
+"""Encode data shards with Ray Data, until each shard has its file of vectors.
 
-In: shards and a job. Out: a file per shard, in the job's folder. Tasks on any idle core read and tokenise; a pool of
-actors, one per GPU, encodes and writes, and grows and shrinks with the nodes. Where CPUs encode and none is idle, the
-actors tokenise. A file appears whole or not at all, with what made it in its own footer, so the files are their own
-ledger: what is there is done, and a kill at any moment costs the shards in flight.
+In: shards and a job. Out: a file per shard, in the job's folder. Tasks on any idle core read and tokenise. A pool of
+actors, one per GPU, encodes and writes; it grows and shrinks with the nodes. If CPUs encode and no core is idle, the
+actors tokenise. A file is written as a whole, and its footer says what made it. So a shard whose file exists is done,
+and a kill at any moment costs only the shards in flight.
 """
 
 import logging
@@ -29,25 +29,28 @@ logger = logging.getLogger("readapt_ray")
 _MAX_VAIN_STARTS = 3
 _SAVE_S = 60.0
 _SHARED_CPUS = 0.1
-"""CPUs that every encoder leaves to tasks that read: if no core is idle, they share the encoders' cores."""
+"""CPUs that every encoder leaves to tasks that read, so that they can run if no core is idle."""
 
 
 def encode_shards(
     shards: Sequence[DataShard], job: EmbedJob, placement: Placement, progress: Callable[[int, int], None]
 ) -> ShardLedger:
-    """Encode what has no file yet; continue with the rest when an actor dies.
+    """Encode the shards that have no file of vectors yet; restart actors that die.
 
     Args:
-        shards: numbered from 0.
-        job: the same for all of them.
-        placement: of the encoding actors.
-        progress: is told the passages done, and all.
+        shards: data shards, numbered from 0.
+        job: what is encoded, with which model, into which folder.
+        placement: the user's options for the encoding actors.
+        progress: called with the number of passages done, and of all passages.
+
+    Returns:
+        The ledger, with figures of all shards.
 
     Raises:
-        PlacementError: the cluster does not have what the actors ask for.
-        WorkerError: it had that at first, and nodes were lost; or actors died again and again.
+        PlacementError: the cluster has no room for the actors.
+        WorkerError: nodes were lost and no room is left; or actors died three times without a finished shard.
         CorruptFileError: files that were written are gone.
-        ReadaptError: what a task or an actor ran into.
+        ReadaptError: a task or an actor raised it.
     """
     total = sum(map(len, shards))
     ledger = shard_ledger(shards, job)
@@ -76,13 +79,13 @@ def encode_shards(
 
 
 def shard_ledger(shards: Sequence[DataShard], job: EmbedJob) -> ShardLedger:
-    """Return the ledger of a job, before it looks at what is written."""
+    """Return the ledger of a job, without a look at the files that are written."""
     made_by, rows_per_shard = job.encoder["fingerprint"], job.rows_per_shard
     return ShardLedger(shards, job.output, made_by=made_by, rows_per_shard=rows_per_shard, plan=job.plan)
 
 
 def _share_kept(ledger: ShardLedger, job: EmbedJob) -> None:
-    """Share the files of earlier vectors that are kept."""
+    """Share the kept files of earlier vectors with this artifact, and record them in the ledger."""
     pending = [shard for shard in ledger.pending if shard.kept]
     if job.earlier is None or not pending:
         return
@@ -98,7 +101,7 @@ def _share_kept(ledger: ShardLedger, job: EmbedJob) -> None:
 
 
 def _recorded(pending: Sequence[DataShard], job: EmbedJob, placement: Placement, ledger: ShardLedger) -> Iterator[None]:
-    """Note each shard as it is written; the ledger is saved once a minute, and however it ends."""
+    """Record each shard when it is written; save the ledger once per minute, and at the end, also after an error."""
     saved_s = -_SAVE_S
     try:
         for figures in _results(pending, job, placement):
@@ -112,7 +115,7 @@ def _recorded(pending: Sequence[DataShard], job: EmbedJob, placement: Placement,
 
 
 def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[dict[str, Any]]:
-    """Yield the figures of each shard, as it is written."""
+    """Yield the figures of each shard when it is written."""
     connection.connect()
     connection.check_seen_by_all(job.vectors)
     num_workers, num_cpus, num_gpus = place_actors(placement, len(pending))
@@ -134,9 +137,9 @@ def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) 
 
 
 def _pool_sizes(placement: Placement, num_workers: int, each: Mapping[str, float], num_pending: int) -> dict[str, int]:
-    """Return how many actors the pool has: as many as have room now, and more when nodes come late or return.
+    """Return the size of the actor pool: as many as fit now, and more when nodes come late or return.
 
-    On one machine nothing comes, and a pool of fixed size starts all its actors at once.
+    One machine does not grow, so its pool has a fixed size and starts all actors at once.
     """
     if connection.connect().num_nodes == 1 and not autoscaling.may_grow(each):
         return {"size": num_workers}
@@ -145,14 +148,14 @@ def _pool_sizes(placement: Placement, num_workers: int, each: Mapping[str, float
 
 
 def _num_idle_cores(num_encoders: int, each: Mapping[str, float]) -> int:
-    """Return the cores that the encoders leave to tasks."""
+    """Return the number of cores that encoders leave idle."""
     return int(connection.connect().num_cpus - num_encoders * each["CPU"])
 
 
 def tasks_tokenize(num_encoders: int, each: Mapping[str, float]) -> bool:
-    """Return whether tasks tokenise, and not the encoders.
+    """Return whether read tasks tokenise; otherwise the encoders do.
 
-    Where CPUs encode and none is idle, a task would take a core from them, and load the tokenizer once more.
+    If CPUs encode and none is idle, a task would take a core from them, and load the tokenizer once more.
     """
     return each["GPU"] > 0 or _num_idle_cores(num_encoders, each) >= 1
 
@@ -160,7 +163,7 @@ def tasks_tokenize(num_encoders: int, each: Mapping[str, float]) -> bool:
 def _stream(
     pending: Sequence[DataShard], job: EmbedJob, each: Mapping[str, float], pool: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
-    """Yield what the actors say of the shards that they wrote."""
+    """Run the shards through Ray Data; yield the row that an actor returns for each shard that it wrote."""
     import ray
     from ray.data import ActorPoolStrategy
     from ray.util.annotations import RayDeprecationWarning
@@ -169,14 +172,14 @@ def _stream(
 
     num_encoders = pool.get("size") or pool["min_size"]
     reader_cpus = 1 if _num_idle_cores(num_encoders, each) >= 1 else _SHARED_CPUS
-    # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
-    # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
+    # On several nodes, Ray restarts lost actors, so that one lost node does not stop the actors of the others. On one
+    # machine `encode_shards` starts again instead, because Ray would print a line on the user's terminal.
     restarts = {"max_restarts": 0} if "size" in pool else {}
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # Ray 2.64 needs another way
         source = ShardSource(pending, replace(job, earlier=None), tokenizes=tasks_tokenize(num_encoders, each))
         shards = ray.data.read_datasource(source, num_cpus=reader_cpus)
         shards.context.execution_no_progress_timeout_s = -1
-        shards.context.target_max_block_size = 1  # a block has one row: a shard goes its way as soon as it is read
+        shards.context.target_max_block_size = 1  # blocks of one row: a shard moves on as soon as it is read
         written = shards.map_batches(
             ShardEncoder,
             fn_constructor_args=(job,),

@@ -1,8 +1,8 @@
-"""Where the passages of embed enter Ray Data: read tasks yield data shards.
+"""Read the passages of data shards in Ray Data tasks, for embed.
 
-In: planned shards. Out: a row per shard, with doc_ids, content hashes and texts of its passages, or token ids in place
-of texts, and the earlier rows that have their vectors where these are known. Texts whose vectors are there are not
-read. Memory of a task is one shard.
+In: planned shards. Out: one row per shard, with the doc_ids, content hashes, and texts (or token ids) of its passages,
+and the rows of their earlier vectors if there are any. Texts that have an earlier vector are not read. A task holds one
+shard in memory.
 """
 
 import functools
@@ -30,12 +30,12 @@ _DIGEST_COLUMN = "content_hash"
 
 
 class ShardSource(Datasource):  # type: ignore[misc]  # Ray's classes have no types
-    """The shards of a run as a source of Ray Data: a block of one row per shard.
+    """A source of Ray Data that yields each data shard as a block of one row.
 
     Args:
-        shards: to be read.
-        job: of the run.
-        tokenizes: whether the rows have token ids and not texts.
+        shards: the shards to read.
+        job: the embedding job.
+        tokenizes: whether tasks tokenise: rows then have token ids instead of texts.
     """
 
     def __init__(self, shards: Sequence[DataShard], job: EmbedJob, *, tokenizes: bool) -> None:
@@ -43,11 +43,11 @@ class ShardSource(Datasource):  # type: ignore[misc]  # Ray's classes have no ty
         self._shards, self._job, self._tokenizes = shards, job, tokenizes
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Return nothing: blocks are one row each however large they are."""
+        """Return None: the size is unknown."""
         return None
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
-        """Return tasks that have a share of the shards each, in turn, so that the first shards are read first."""
+        """Return the read tasks; shards are dealt to them in turn, so that the first shards are read first."""
         num_tasks = min(len(self._shards), _MAX_READ_TASKS)
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [
@@ -67,7 +67,7 @@ def _row(shard: DataShard, job: EmbedJob, tokenizes: bool) -> pa.Table:
 
 
 def _read(shard: DataShard, job: EmbedJob) -> pa.Table:
-    """Read the passages of a shard: all, a draw from those that have no vector yet, or those that no kept file has."""
+    """Read passages of a shard: all of them, a random draw (of a sample), or those without a vector in a kept file."""
     rows = np.arange(shard.num_rows)
     if job.matches is None or not job.rows_per_shard:
         if shard.num_drawn is not None:
@@ -85,7 +85,7 @@ def _read(shard: DataShard, job: EmbedJob) -> pa.Table:
 def _new_texts(
     shard: DataShard, job: EmbedJob, rows: NDArray[np.int64], earlier: NDArray[np.int64]
 ) -> dict[str, pa.Array]:
-    """Read some passages of a shard, without title and text of those whose vector is there: these are null."""
+    """Read some passages of a shard; title and text are null if the passage has an earlier vector."""
     ids = _take(shard, job.passages, rows, ("doc_id", _DIGEST_COLUMN))
     if ids["doc_id"].null_count:
         raise CorpusError("a passage has no doc_id; ingest the corpus again")
@@ -106,7 +106,7 @@ def _new_texts(
 
 
 def _take(shard: DataShard, folder: Location, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-    """Read rows of a shard, numbered from its first one."""
+    """Read rows of a shard, numbered from its first row."""
     ends = [each.start + each.num_rows for each in shard.ranges]
     begins = itertools.accumulate(ends[:-1], initial=0)
     numbers = np.concatenate(
@@ -117,10 +117,10 @@ def _take(shard: DataShard, folder: Location, rows: NDArray[np.int64], columns: 
 
 
 def _checked_hashes(table: pa.Table) -> NDArray[np.uint64]:
-    """Return the content hashes of passages, [N, 2].
+    """Compute the content hashes of passages, uint64 [N, 2], and compare them with the stored ones.
 
     Raises:
-        CorpusError: a passage has no doc_id or text, or is not the one that was ingested.
+        CorpusError: a passage has no doc_id or text, or was altered after it was ingested.
     """
     doc_ids, titles, texts = (table[name].to_pylist() for name in PASSAGE_COLUMNS)
     stored = table[_DIGEST_COLUMN].to_pylist() if _DIGEST_COLUMN in table.column_names else itertools.repeat(None)

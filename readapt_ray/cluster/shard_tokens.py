@@ -1,8 +1,8 @@
-"""Tokenise data shards: texts of a row of Ray Data in, token ids out.
+"""Tokenise data shards: turn the texts in a row of Ray Data into token ids.
 
-Where there are GPUs, or cores that no encoder uses, tasks of Ray Data do it on any idle core. Where the encoders use all
-cores, each does it for its own shards: a task would only take a core from them, and load the tokenizer once more. A
-text that occurs twice in a shard is tokenised once. A core tokenises some 15,000 passages of 100 tokens per second.
+With GPUs, or cores that no encoder uses, Ray Data tasks tokenise on any idle core. If the encoders use all cores, each
+tokenises its own shards: a task would take a core from them, and load the tokenizer once more. A text that occurs twice
+in a shard is tokenised once. A core tokenises about 15,000 passages of 100 tokens per second.
 """
 
 import functools
@@ -21,11 +21,11 @@ from readapt_ray.retrieval.shard_plan import first_rows
 from readapt_ray.retrieval.tokenization import TextTokenizer
 
 TokensAndLosses = tuple[list[list[int]], list[int]]
-"""Token ids of each text, and how many tokens truncation took from it."""
+"""Token ids of each text, and how many tokens truncation removed from it."""
 
 
 def tokenize_in_task(shard: pa.Table, job: EmbedJob) -> pa.Table:
-    """Tokenise as `tokenize_shard`, with a tokenizer that the process keeps."""
+    """Tokenise a shard in a Ray Data task, with a tokenizer that the process keeps; see `tokenize_shard`."""
 
     def tokenize(texts: list[str], titles: list[str]) -> TokensAndLosses:
         tokenizer = _tokenizer(job.model_name, job.encoding.model_dump_json(), job.tokenizer, job.driver_node)
@@ -38,12 +38,12 @@ def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], T
     """Tokenise the distinct texts of a shard that have no vector yet.
 
     Args:
-        shard: a row with the cells doc_id, title, text and hashes, and earlier where earlier vectors are known.
-        tokenize: turns texts and their titles into token ids, and the number that truncation took from each.
+        shard: a row with the cells doc_id, title, text and hashes; also earlier, if there are earlier vectors.
+        tokenize: turns texts and their titles into token ids, and the number of tokens that truncation removed.
 
     Returns:
-        A row with the cells doc_id and hashes of all passages, lengths, losses and tokens of the distinct texts, and
-        vector: the place of each passage's vector among the distinct texts, or -1 - e for that in the earlier row e.
+        A row with the cells doc_id and hashes of all passages; lengths, losses (truncated tokens) and tokens of the
+        distinct texts; and vector: for each passage, the index of its distinct text, or -1 - e to copy earlier row e.
 
     Raises:
         CorpusError: a passage gives no token.
@@ -67,7 +67,7 @@ def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], T
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(model_name: str, encoding: str, due: str, driver_node: str) -> TextTokenizer:
-    """Return the tokenizer of this process, checked to be the driver's; weights are not fetched."""
+    """Load a tokenizer, without weights, and check that it is the driver's."""
     on_worker.check_node()
     model = open_model(model_name, with_weights=False)
     on_worker.check_same_model(model_name, lambda: model.tokenizer_fingerprint, {due}, driver_node=driver_node)

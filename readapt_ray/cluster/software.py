@@ -1,7 +1,7 @@
-"""Compare what a node has installed with what the driver runs.
+"""Compare the packages of a node with the driver's.
 
-All nodes of a cluster are compared when the driver joins it, and a node that came later when a worker starts on it: the
-driver's own list is in the workers' environment.
+All nodes are compared when the driver joins a cluster. A node that comes later is compared when a worker starts on it:
+an environment variable of the workers has the driver's versions.
 """
 
 import json
@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping
 PACKAGES = ("torch", "ray", "transformers", "deepspeed", "faiss", "pyarrow")
 """Modules that the stages import on every node."""
 DRIVER_VARIABLE = "READAPT_DRIVER_SOFTWARE"
-"""Environment variable of the workers: what the driver runs, as JSON."""
+"""Environment variable of the workers: the driver's versions and missing modules, as JSON."""
 
 _VERSIONED = {"readapt_ray": "readapt-ray", "torch": "torch"}
-"""Modules whose versions must be the driver's, and their packages."""
+"""Modules whose version must equal the driver's, and the names of their packages."""
 _UNINSTALLED = "from a folder"
 _MISSING = "missing"
 
 
 def reader() -> Callable[[], dict[str, str]]:
-    """Return a function that reads what a node has installed, even one without this package: versions, and what is missing."""
+    """Return a function that reads versions and missing modules; it also runs on nodes without this package."""
     modules, versioned, missing, uninstalled = PACKAGES, _VERSIONED, _MISSING, _UNINSTALLED
 
     def installed() -> dict[str, str]:  # nested, so that it is sent by value
@@ -40,18 +40,23 @@ def reader() -> Callable[[], dict[str, str]]:
 
 
 def driver_variable() -> dict[str, str]:
-    """Return the environment variable that tells workers what this process, the driver, runs."""
+    """Return the environment variable that tells workers the versions of this process, the driver."""
     return {DRIVER_VARIABLE: json.dumps(reader()())}
 
 
 def difference_here() -> str:
-    """Return how this worker's node differs from the driver; empty if it does not, or if the driver did not say."""
+    """Return how this worker's node differs from the driver; empty if it does not, or if the variable is not set."""
     told = os.environ.get(DRIVER_VARIABLE)
     return difference(json.loads(told), reader()()) if told else ""
 
 
 def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str:
-    """Return how a node differs from the driver; empty if it does not."""
+    """Return how a node differs from the driver, in versions or in missing modules; empty if it does not.
+
+    Args:
+        here: result of `reader()()` on the driver.
+        there: the same on the node.
+    """
     if text := other_versions(here, there):
         return text
     lacking = sorted(name for name, state in there.items() if state == _MISSING and name not in here)
@@ -59,10 +64,10 @@ def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str:
 
 
 def other_versions(here: Mapping[str, str], there: Mapping[str, str]) -> str:
-    """Return which versions a node has, if they are not the driver's; empty if they are.
+    """Describe the versions of a node if they differ from the driver's; empty if they do not.
 
-    Code from a job's working directory has no version and is the driver's own. Builds of one version are alike: torch is
-    2.13.0+cpu on a head without GPUs and 2.13.0+cu130 on a GPU node.
+    Builds of one version are equal: torch is 2.13.0+cpu on a head without GPUs, and 2.13.0+cu130 on a GPU node. Code
+    from a job's working directory has no version and equals any, because it is the driver's code.
     """
     pairs = [(here[name].partition("+")[0], there[name].partition("+")[0]) for name in _VERSIONED]
     if all(a == b or (_UNINSTALLED in (a, b) and _MISSING not in (a, b)) for a, b in pairs):

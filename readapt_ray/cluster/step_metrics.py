@@ -1,8 +1,9 @@
 """Report the step metrics of a run: terminal, JSONL, Ray's metrics, and optional trackers.
 
-Worker 0 writes the lines of all steps up to a checkpoint before the checkpoint itself, a file each
-(`metrics/step-N.jsonl`), so that whatever dies, every step that counts has its line, once; the end of the
-run joins them into `metrics.jsonl`. What it posts to the monitor meanwhile is for the eye.
+Before each checkpoint, worker 0 writes the metrics of all steps since the last one to a file
+(`metrics/step-FIRST-LAST.jsonl`). So every step that a checkpoint covers has its metrics, even after a crash. The end
+of the run joins the files into `metrics.jsonl`, each step once. What worker 0 posts to the monitor in between is only
+displayed.
 """
 
 import contextlib
@@ -37,14 +38,14 @@ _PART = re.compile(r"step-\d{9,}-\d{9,}\.jsonl")
 _POLL_S = 1.0
 _AVERAGED_STEPS = 50
 _LONG_STEP_S = 10.0
-"""From this length on the progress inside a step is shown."""
+"""Show progress inside a step if the step takes longer than this."""
 _PROJECT = "readapt_ray"
 _Log = Callable[[int, dict[str, float]], None]
-"""Takes a step and its values."""
+"""Function of a tracker: takes a step and its values by name."""
 
 
 class StepPoster:
-    """Report steps as worker 0: to the monitor once per second, to files for good."""
+    """Reports the steps of worker 0: to the monitor once per second, and to files at each checkpoint."""
 
     def __init__(self, monitor: Any, output: Location) -> None:
         self._monitor = monitor
@@ -55,7 +56,7 @@ class StepPoster:
         self._last_part_s = 0.0
 
     def __call__(self, report: "StepReport") -> None:
-        """Take a report."""
+        """Take the report of a finished step."""
         row = dataclasses.asdict(report)
         self._unposted.append(row)
         self._unkept.append(row)
@@ -65,13 +66,13 @@ class StepPoster:
             self._unposted = []
 
     def part(self, report: "PartReport") -> None:
-        """Take a report from inside a step; the monitor gets one per second."""
+        """Take a report from inside a step; post at most one per second to the monitor."""
         if time.monotonic() - self._last_part_s > _POLL_S:
             self._last_part_s = time.monotonic()
             self._monitor.post_part.remote(dataclasses.asdict(report))
 
     def keep(self, step: int) -> None:
-        """Write the lines of all steps since the last call."""
+        """Write the metrics of all steps since the last call to a file; called before the checkpoint of `step`."""
         if self._unkept:
             first = self._unkept[0]["step"]
             (self._folder / f"step-{first:09d}-{step:09d}.jsonl").write_text(_lines(self._unkept))
@@ -81,7 +82,7 @@ class StepPoster:
 
 @contextlib.contextmanager
 def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Iterator[None]:
-    """Show what the monitor has, once per second, while the block runs; join the lines afterwards.
+    """Show the monitor's metrics once per second while the block runs, on the terminal and in trackers.
 
     Raises:
         InputError: a tracker's package is not installed.
@@ -108,7 +109,7 @@ def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Ite
 
 
 class _InsideSteps:
-    """Say how far a long step is, that it is at work, and once, from its first micro-batch, what the whole run will take."""
+    """Shows progress inside long steps, and once, after a first micro-batch, an estimate for the whole run."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
@@ -117,7 +118,7 @@ class _InsideSteps:
         self._began_s = 0.0
 
     def show(self, part: dict[str, Any] | None) -> None:
-        """Show a report from inside a step, or without a new one that the last step is still at work, if it is long."""
+        """Show a report from inside a long step; without a new report (None), show that the step is still at work."""
         if part is not None:
             if self._last is None or part["step"] != self._last["step"]:
                 self._began_s = time.monotonic()
@@ -135,12 +136,16 @@ class _InsideSteps:
         self._workspace.progress(last["step"], last["num_steps"], unit="steps", note=where + at_work)
 
     def end(self) -> None:
-        """Take note that the step ended."""
+        """Forget the reports of a step that ended."""
         self._last = None
 
 
 def estimate(part: dict[str, Any]) -> str:
-    """Return what the rest of a run will take, from the first micro-batches of a step, and what an interruption would cost."""
+    """Format an estimate of the run's remaining time, from the first micro-batches of a step.
+
+    Args:
+        part: a `PartReport` as a dict.
+    """
     step_s = part["part_s"] * part["num_parts"]
     left = part["num_steps"] - part["step"]
     late = (
@@ -181,7 +186,7 @@ def _show(
 
 
 def note(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the latest steps for the terminal: values of the last one, speeds over all of them."""
+    """Format the latest steps for the terminal: loss and sizes of the last step, speeds over all of these steps."""
     last = rows[-1]
     seconds = max(sum(row["seconds"] for row in rows), 1e-9)
 
@@ -198,7 +203,7 @@ def note(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def join(location: Location) -> list[dict[str, Any]]:
-    """Join the lines that workers kept into `metrics.jsonl`: rows in order, each step once."""
+    """Join the files that worker 0 wrote into `metrics.jsonl`; return the rows in order, each step once."""
     rows = {row["step"]: row for row in read_metrics(location)}
     parts = _parts(location)
     for file in parts:
@@ -211,13 +216,13 @@ def join(location: Location) -> list[dict[str, Any]]:
 
 
 def kept_steps(location: Location) -> int:
-    """Return the last step whose line workers kept so far."""
+    """Return the last step whose metrics worker 0 has written so far; 0 for none."""
     files = _parts(location)
     return int(files[-1].name.removesuffix(".jsonl").rsplit("-", 1)[-1]) if files else 0
 
 
 def kept_peak_bytes(location: Location, *, after_step: int) -> int:
-    """Return the most memory that worker 0 reported after a step; 0 if it kept no line since."""
+    """Return the peak memory that worker 0 reported in its latest file, of steps after `after_step`; 0 for none."""
     files = _parts(location)
     rows = [json.loads(line) for file in files[-1:] for line in file.read_text().splitlines()]
     return max((int(row["peak_memory_bytes"]) for row in rows if row["step"] > after_step), default=0)
@@ -230,7 +235,7 @@ def read_metrics(location: Location) -> list[dict[str, Any]]:
 
 
 def _parts(location: Location) -> list[Location]:
-    """Return the files of lines that workers kept, in order; other files in their folder are ignored."""
+    """Return the files of metrics that worker 0 wrote, in order; ignore other files in their folder."""
     folder = location / _PARTS_NAME
     return [folder / name for name, _ in folder.listing(".jsonl") if _PART.fullmatch(name)]
 
@@ -241,7 +246,7 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def _tensorboard(workspace: Workspace) -> Iterator[_Log]:
-    """Write event files to `tensorboard/` of the artifact."""
+    """Write TensorBoard event files to `tensorboard/` in the artifact."""
     target = workspace.location / "tensorboard"
     with tempfile.TemporaryDirectory() as temporary:
         folder = target.local_path if target.is_local else Path(temporary)
@@ -261,7 +266,7 @@ def _tensorboard(workspace: Workspace) -> Iterator[_Log]:
 
 @contextlib.contextmanager
 def _wandb(workspace: Workspace) -> Iterator[_Log]:
-    """Write a run of Weights & Biases, configured by its own environment variables."""
+    """Write a run to Weights & Biases, configured by that client's environment variables."""
     name, run_id = workspace.location.name, workspace.fingerprint
     run = _installed(_PACKAGES["wandb"]).init(project=_PROJECT, name=name, id=run_id, resume="allow")
     try:
@@ -272,7 +277,7 @@ def _wandb(workspace: Workspace) -> Iterator[_Log]:
 
 @contextlib.contextmanager
 def _mlflow(workspace: Workspace) -> Iterator[_Log]:
-    """Write a run of MLflow, to the server of MLFLOW_TRACKING_URI."""
+    """Write a run to the MLflow server at MLFLOW_TRACKING_URI."""
     mlflow = _installed(_PACKAGES["mlflow"])
     mlflow.set_experiment(_PROJECT)
     with mlflow.start_run(run_name=workspace.location.name):
@@ -288,10 +293,10 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Check that the packages of trackers are installed.
+    """Check that the packages of these trackers are installed.
 
     Raises:
-        InputError: one is not.
+        InputError: a package is not installed.
     """
     for name in trackers:
         _installed(_PACKAGES[name])

@@ -1,8 +1,8 @@
-"""Running a function on Ray Train workers, and what train and finetune do on them alike.
+"""Run a function on Ray Train workers, and the part of train and finetune that is the same on each worker.
 
-State lives in our own checkpoints under the artifact (see training/checkpoints.py), not in Ray Train's, so
-what counts as done is what was really committed. Ray Train starts the workers, forms their process
-group, and starts them again after a failure, with fewer where nodes were lost and the options allow it.
+Checkpoints are our own files in the artifact (`training/checkpoints.py`), not Ray Train's: a step counts as done only
+when its checkpoint is committed. Ray Train starts the workers, forms their process group, and restarts them after a
+failure, with fewer workers if nodes were lost and `min_workers` allows it.
 """
 
 import contextlib
@@ -39,16 +39,16 @@ _DTYPE_NAME = "dtype"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run on workers tells the stage."""
+    """The result of a run on workers."""
 
     num_workers: int
     dtype: str
-    """What was computed in."""
+    """Data type that the workers computed in."""
     rows: list[dict[str, Any]]
-    """Step metrics, each step once."""
+    """Metrics of the steps, in order, each step once."""
 
     def details(self) -> dict[str, Any]:
-        """Return the details for the manifest."""
+        """Return the details for the manifest; `last_loss` is the mean over the last 5% of the steps."""
         rows = self.rows
         tail = rows[-max(1, len(rows) // 20) :]
         return {
@@ -72,15 +72,15 @@ def run_workers(
     """Run `work(job)` on Ray Train workers until all of them end.
 
     Args:
-        stage: names Ray's metrics.
-        work: runs on every worker inside a process group; a `TrainWorker` finds in its job what the driver adds to it.
-        job: plain values.
-        workspace: progress goes there, step metrics into its `metrics.jsonl`.
-        config: how many workers, and how often they are started again after one of them died.
-        stream: the workers' data, where it comes through Ray Data.
+        stage: name of the stage, for Ray's metrics.
+        work: function that runs on every worker, inside a process group.
+        job: plain values for `work`; the driver adds what a `TrainWorker` needs.
+        workspace: receives the progress; step metrics go into its `metrics.jsonl`.
+        config: number of workers, and how often they are restarted after one of them died.
+        stream: training data through Ray Data; None if the workers read their data themselves.
 
     Raises:
-        ReadaptError: the workers' own, with its message; or one that says how they died.
+        ReadaptError: what the workers raised; a WorkerError if they died; a PlacementError before they start.
     """
     import ray
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -126,15 +126,15 @@ def _scaling(least: int, num_workers: int, resources: dict[str, float], checkpoi
         "num_workers": (least, num_workers) if least < num_workers else num_workers,
         "resources_per_worker": resources,
         "use_gpu": "GPU" in resources,
-        # A resize starts all workers again from the last checkpoint, so each start needs time to write one.
+        # A resize restarts all workers from the last checkpoint. Leave each start enough time to write one.
         "elastic_resize_monitor_interval_s": 2 * checkpoint_every_s,
     }
 
 
 def _start_monitor(stage: str) -> Any:
-    """Start the monitor on the driver's node: on a node that may die it would take the run with it.
+    """Start the monitor on the driver's node, so that the loss of another node does not end the run.
 
-    If it crashes it restarts empty. It holds only progress, and an error that would come again.
+    If it crashes it restarts empty. It holds only progress, and an error that the workers would raise again.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -152,7 +152,7 @@ def _new_trainer(
     *,
     stream: "BlockStream | None",
 ) -> Any:
-    """Return Ray's trainer of this work. Its controller, once it runs, is the only one in `controllers`."""
+    """Return Ray's trainer for this work. Once it runs, `controllers` holds its controller and no other."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -175,15 +175,13 @@ def _new_trainer(
             backend="nccl" if scaling["use_gpu"] else "gloo", monitor=loop["job"]["monitor"]
         ),
     )
-    # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
+    # Keep Python's handler of Ctrl-C. Ray Train's ends the process with code 1, and is not removed after the run.
     made._register_sigint_handler = controllers.append
     return made
 
 
 def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> str:
-    """Return what all workers compute in, at every start: as asked, else what the output was begun with, else what
-    suits them.
-    """
+    """Return the workers' data type; auto is the type of an earlier start, else the one that suits the hardware."""
     if config.dtype != "auto":
         return config.dtype
     begun = output / _DTYPE_NAME
@@ -193,9 +191,9 @@ def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> st
 
 
 def _fit(trainer: Callable[[], Any], monitor: Any, max_failures: int) -> None:
-    """Train; start lost workers again, until they die more than `max_failures` times without a checkpoint in between.
+    """Train; restart lost workers, until they die more than `max_failures` times without a new checkpoint in between.
 
-    Ray Train would count all failures of a run, and a run on spot instances lasts through many.
+    Ray Train would count all failures of a run, but a run on spot instances has many.
     """
     import ray
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -218,9 +216,10 @@ def _fit(trainer: Callable[[], Any], monitor: Any, max_failures: int) -> None:
 
 
 def _release_failed_start(error: Exception, monitor: Any) -> None:
-    """Release what workers hold that were lost between the forming of the process group and the first line of the work.
+    """Release the resources of workers that were lost while they started.
 
-    Ray Train (2.60) keeps their placement group until the driver ends.
+    If a worker dies after the process group was formed and before `work` began, Ray Train (2.60) keeps the placement
+    group until the driver ends.
 
     Raises:
         ControllerError: the controller failed for another reason.
@@ -241,10 +240,10 @@ def _release_failed_start(error: Exception, monitor: Any) -> None:
 
 
 def _entered(config: dict[str, Any]) -> None:
-    """Set as many threads as the worker has CPUs, then do the work.
+    """Use as many threads as the worker has CPUs, then run the work.
 
-    An error of ours would come again at every new start: it is left on the monitor, and a worker that finds
-    one there ends at once.
+    A ReadaptError would be raised again at every restart. So it is left on the monitor, and a worker that finds one
+    there ends at once.
     """
     import ray
 
@@ -267,26 +266,24 @@ def _entered(config: dict[str, Any]) -> None:
 
 
 def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, ...]:
-    """Return the layers that get an adapter: the ones asked for, or the family's; none where all is
-    trained.
-    """
+    """Return the names of the layers that get an adapter: the option's, else the family's; empty without adapters."""
     if config.target_modules or config.method == "full":
         return config.target_modules
     return retrievers.target_modules(str(model.config.get("model_type")))
 
 
 class TrainWorker:
-    """One worker's model, from the check of its memory to the files of the result.
+    """The model of one training worker: checks the memory, loads, trains and saves.
 
     Args:
-        job: holds `output` and what `run_workers` adds.
-        config: the stage's.
+        job: has `output`, and what `run_workers` adds.
+        config: options of the stage.
         name: MODEL that is trained.
-        objective: loads the model with its head; None headless.
-        micro_batch_tokens: of one pass, for the estimate of memory.
+        objective: decides which head the model is loaded with; None loads it without a head.
+        micro_batch_tokens: tokens of one forward pass, for the estimate of memory.
 
     Raises:
-        FingerprintMismatchError: there are other weights on this node.
+        FingerprintMismatchError: this node has other weights than the driver's.
     """
 
     def __init__(
@@ -333,7 +330,7 @@ class TrainWorker:
         )
 
     def _check_memory(self, micro_batch_tokens: int) -> None:
-        """Refuse what does not fit. What an earlier start in this folder measured corrects the estimate."""
+        """Refuse a model that does not fit in memory. A peak measured by an earlier start corrects the estimate."""
         import ray.train
         import torch
 
@@ -362,7 +359,7 @@ class TrainWorker:
         memory.check_fits(self._model_shape, setup, free_bytes=free, correction=correction)
 
     def run(self, objective: Any, *, mean_attended: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
-        """Take all steps."""
+        """Train from the last checkpoint to the last step; a token attends to `mean_attended` tokens on average."""
         import torch
 
         from readapt_ray.training.engine import DeepSpeedEngine
@@ -383,7 +380,7 @@ class TrainWorker:
         )
 
     def save(self, *, trained_on: str, task_type: str) -> None:
-        """Write the adapter, or all weights; all workers call it, the first one writes."""
+        """Write the adapter, or all weights. All workers must call it; worker 0 writes."""
         import torch
 
         from readapt_ray.training import dora

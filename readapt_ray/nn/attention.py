@@ -1,10 +1,9 @@
-"""Attention over passages laid end to end in one row: none sees another, and nothing is padded.
+"""Compute attention over passages that are packed into one row, without padding; tokens attend only within a passage.
 
-Put into transformers' models through its AttentionInterface. On CUDA it is the flash kernel of
-`torch.nn.attention.varlen` (torch 2.11 and newer, bfloat16 or float16, no flash-attn package); elsewhere,
-and where attention has dropout, torch's own attention over the passages one below the other, those of about
-one length together. Either costs about the sum of the squared passage lengths, where a mask over the row
-would cost its length squared.
+It is registered with transformers' AttentionInterface. On CUDA it calls the flash kernel of
+`torch.nn.attention.varlen` (torch 2.11 and newer, bfloat16 or float16; the package flash-attn is not needed). On other
+devices, and with attention dropout, it calls torch's `scaled_dot_product_attention` on batches of passages with similar
+lengths. Both cost about the sum of the squared passage lengths; a mask over the row would cost its length squared.
 """
 
 import functools
@@ -26,21 +25,23 @@ NAME = "readapt_passages"
 _KERNEL_DEVICE = "cuda"
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _KERNEL_OPTIONS = frozenset({"scale", "window_size"})
-"""What torch 2.10 had not yet."""
+"""Parameters of the kernel that torch 2.10 lacks."""
 _UNSUPPORTED = ("softcap", "s_aux")
-"""What some models' attention adds to the common one: capped scores, sinks."""
+"""Arguments of attention variants that are not supported: capped scores, attention sinks."""
 _MIN_WIDTH_STEP = 16
 
 
 def install(model: Any, name: str) -> None:
-    """Make a transformers model attend this way; its batches then say where passages end (cu_seq_lens_q, max_length_q).
+    """Replace the attention of a transformers model by `attend`, in place.
+
+    Its batches must then contain `cu_seq_lens_q` and `max_length_q`, which say where passages end.
 
     Args:
-        model: its layers keep their weights.
-        name: what the user calls it.
+        model: the transformers model.
+        name: the user's name of the model, for the error message.
 
     Raises:
-        ModelError: its attention cannot be exchanged.
+        ModelError: the model's class does not let its attention be replaced.
     """
     from transformers import AttentionInterface
 
@@ -49,13 +50,13 @@ def install(model: Any, name: str) -> None:
             f"{name} ({type(model).__name__}) does not take attention functions of transformers' AttentionInterface, which "
             f"passages end to end need; give a model whose class does"
         )
-    # No mask function beside it: with one, transformers looks for packed rows, and the host waits for the device.
+    # Register no mask function: with one, transformers searches for packed rows, and the CPU waits for the GPU.
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
 
 
 def is_exchangeable(model: Any) -> bool:
-    """Return whether a transformers model takes attention functions of transformers' AttentionInterface."""
+    """Return whether a transformers model lets its attention be replaced through AttentionInterface."""
     return bool(model._can_set_attn_implementation())
 
 
@@ -74,27 +75,27 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Return what transformers calls in every layer.
+    """Compute attention within each passage of a packed row; transformers calls this in every layer.
 
     Args:
-        module: the attention layer; says whether it is causal.
+        module: the attention layer; its attribute `is_causal` decides unless the argument does.
         query: [1, heads, tokens, head_dim].
-        key: [1, key heads, tokens, head_dim]; fewer heads than queries have is grouped-query attention.
-        value: as `key`.
+        key: [1, key heads, tokens, head_dim]; with fewer key heads than heads it is grouped-query attention.
+        value: same shape as `key`.
         attention_mask: unused.
-        scaling: of the inner products.
-        dropout: of the attention's weights.
-        cu_seq_lens_q: int32 [passages + 1], where each ends.
-        max_length_q: the longest passage.
-        is_causal: overrides the module's.
-        sliding_window: tokens that a query sees, itself included; None for all.
-        others: what else transformers hands over.
+        scaling: factor of the inner products; None for 1 / sqrt(head_dim).
+        dropout: dropout probability of the attention weights.
+        cu_seq_lens_q: int32 [passages + 1]: 0, then the end of each passage.
+        max_length_q: length of the longest passage, in tokens.
+        is_causal: whether tokens attend only to earlier tokens and themselves; None for the module's value.
+        sliding_window: most tokens that a query token attends to, including itself; None for no limit.
+        others: further arguments of transformers.
 
     Returns:
-        [1, tokens, heads, head_dim], and no weights.
+        The output [1, tokens, heads, head_dim], and None in place of the attention weights.
 
     Raises:
-        ModelError: the model's attention is more than this.
+        ModelError: the model's attention has parts that are not supported here, such as softcap.
     """
     for name in _UNSUPPORTED:
         if others.get(name) is not None:
@@ -105,7 +106,7 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if dropout == 0 and has_kernel(value.device, value.dtype):
         output = _by_kernel(query, key, value, scaling, cu_seq_lens_q, max_length_q, causal=causal, window=window)
-    elif len(cu_seq_lens_q) == 2 and not torch.is_grad_enabled():  # one alone, such as a query that is served
+    elif len(cu_seq_lens_q) == 2 and not torch.is_grad_enabled():  # one passage, such as a query in serving
         output = _alone(query, key, value, scaling, causal=causal, window=window, dropout=dropout)
     else:
         layout = _layout(tuple(cu_seq_lens_q.diff().tolist()), query.device)
@@ -114,13 +115,13 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
 
 
 def _constant_when_compiled(function: F) -> F:
-    """Mark a function as `torch.compiler.assume_constant_result` does, which imports the compiler: 1.2 s of a core."""
+    """Mark a function like `torch.compiler.assume_constant_result`, without importing the compiler (1.2 s of CPU)."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the flash kernel runs there, in this type."""
+    """Return whether the flash kernel supports a device and data type."""
     return device.type == _KERNEL_DEVICE and dtype in _KERNEL_DTYPES and _is_able(device)
 
 
@@ -141,7 +142,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _kernel_options() -> frozenset[str]:
-    """Return what this torch's kernel takes by name; nothing where there is none."""
+    """Return the parameter names of this torch's kernel; empty if it has no kernel."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -166,7 +167,7 @@ def _by_kernel(  # noqa: PLR0917
     left = -1 if window is None else window - 1
     right = 0 if causal else -1 if window is None else window - 1
     grouped: dict[str, Any] = {}
-    if _takes("enable_gqa"):  # older ones take fewer key heads unasked
+    if _takes("enable_gqa"):  # older kernels accept fewer key heads without this argument
         grouped["enable_gqa"] = query_THD.shape[1] != key_THD.shape[1]
     output_THD: Any = varlen_attn(
         query_THD,
@@ -245,22 +246,22 @@ def _by_passage(
 
 @dataclass(frozen=True)
 class Group:
-    """Passages of about one length, each in as many slots: the first hold its tokens, the rest are empty."""
+    """A batch of N passages with similar lengths, padded to `width` slots each; empty slots come last."""
 
     lengths: Tensor
-    """int64 [N]"""
+    """Tokens of each passage, int64 [N]."""
     width: int
-    """Slots of a passage."""
+    """Slots per passage."""
 
     @property
     def num_slots(self) -> int:
-        """Of all its passages."""
+        """Return the number of slots of all its passages."""
         return len(self.lengths) * self.width
 
     def mask(self, *, causal: bool, window: int | None) -> Tensor | None:
-        """Return what a slot sees: bool, broadcast to [N, heads, width, width]. None is all of them, or all before.
+        """Return the attention mask: bool, broadcasts to [N, heads, width, width]; None if none is needed.
 
-        Empty slots are the last: no token sees them where it sees only what is before it.
+        Causal attention without a window needs none: empty slots come last, so no token attends to them.
         """
         places = torch.arange(self.width, device=self.lengths.device)
         back = places[:, None] - places[None, :]
@@ -270,24 +271,24 @@ class Group:
             return None
         is_filled = (places < self.lengths[:, None])[:, None, None, :]
         near = back.abs() < (window or self.width)
-        # An empty slot sees itself, else its softmax has no term.
+        # An empty slot attends to itself: a softmax over no slot would be NaN.
         return (near & is_filled) | (back == 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens of a row go: the slots of all groups, one after the other."""
+    """The slot of each token of a row; the S slots of all groups follow each other."""
 
     groups: tuple[Group, ...]
     token_of_slot: Tensor
-    """int64 [S]; 0 where the slot is empty."""
+    """Token of each slot, int64 [S]; 0 for an empty slot."""
     slot_of_token: Tensor
-    """int64 [T]"""
+    """Slot of each token, int64 [T]."""
     empty_slots: Tensor
-    """int64"""
+    """Numbers of the empty slots, int64."""
 
     def spread(self, row_THD: Tensor) -> list[Tensor]:
-        """Spread [T, H, D] to [N, H, width, D] of each group; on a CPU in float32, where torch's attention is fastest."""
+        """Copy tokens [T, H, D] to the slots of each group, [N, H, width, D]; on CPUs in float32, the fastest there."""
         slots_SHD: Tensor = _Spread.apply(row_THD, self)  # type: ignore[no-untyped-call]
         parts = torch.split(slots_SHD, [group.num_slots for group in self.groups])
         dtype = torch.float32 if slots_SHD.device.type == "cpu" and slots_SHD.dtype.itemsize < 4 else slots_SHD.dtype
@@ -297,17 +298,17 @@ class Layout:
         ]
 
     def gather(self, slots_SHD: Tensor) -> Tensor:
-        """Gather [S, H, D] to [T, H, D]."""
+        """Copy the values of slots [S, H, D] back to the tokens [T, H, D]."""
         return _Gather.apply(slots_SHD, self)  # type: ignore[no-untyped-call, no-any-return]
 
 
 class _Spread(torch.autograd.Function):
-    """Each token to its slot. Torch's own gradient of indexing adds row by row, ten times slower."""
+    """Copies each token to its slot. The gradient is a copy too: torch's gradient of indexing is ten times slower."""
 
     @staticmethod
     def forward(ctx: Any, row: Tensor, layout: Layout) -> Tensor:
         ctx.layout = layout
-        # Attention multiplies empty slots by 0, which is NaN where a slot holds NaN or infinity: only 0 is safe.
+        # Fill empty slots with 0: attention multiplies them by 0, and 0 times infinity or NaN is NaN.
         return row.index_select(0, layout.token_of_slot).index_fill_(0, layout.empty_slots, 0)
 
     @staticmethod
@@ -316,7 +317,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """The inverse of `_Spread`."""
+    """Copies the values of slots back to the tokens: the inverse of `_Spread`."""
 
     @staticmethod
     def forward(ctx: Any, slots: Tensor, layout: Layout) -> Tensor:
@@ -329,9 +330,9 @@ class _Gather(torch.autograd.Function):
         return gradients[0].index_select(0, layout.token_of_slot).index_fill_(0, layout.empty_slots, 0), None
 
 
-@functools.lru_cache(maxsize=8)  # every layer asks for the same
+@functools.lru_cache(maxsize=8)  # all layers of a model use the same layout
 def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
-    """Return passages sorted into few widths."""
+    """Group passages by padded width, and return the slots of their tokens."""
     starts = np.cumsum((0, *lengths))
     widths = np.array([_width(length) for length in lengths])
     groups, tokens = [], []
@@ -349,16 +350,16 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
     return Layout(tuple(groups), *(torch.from_numpy(each).to(device) for each in numbers))
 
 
-@functools.lru_cache(maxsize=8)  # as above
+@functools.lru_cache(maxsize=8)  # all layers use the same masks
 def _masks(layout: Layout, *, causal: bool, window: int | None) -> list[Tensor | None]:
     return [group.mask(causal=causal, window=window) for group in layout.groups]
 
 
 def _width(length: int) -> int:
-    """Return a passage's slots: its length and up to a quarter more, 15 where that is more.
+    """Return the number of slots of a passage: its length rounded up, by at most a quarter or 15, whichever is more.
 
-    A CPU's matrix library compiles and keeps a program for each shape that it meets: with passages at their
-    own lengths a worker grew by 18 MB a step and took half as many steps a second.
+    Few widths are better: the CPU's matrix library compiles and keeps a program for each new shape. Without rounding, a
+    worker grew by 18 MB per step and took half as many steps per second.
     """
     step = max(_MIN_WIDTH_STEP, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step

@@ -1,6 +1,6 @@
-"""Replace transformers' gated MLPs by one that saves one tensor less for the backward pass.
+"""Replace transformers' gated MLPs by one that saves less memory for the backward pass.
 
-Autograd keeps silu(gate) for the product; here the backward pass computes it again.
+Autograd would store silu(gate); this MLP computes it again in the backward pass.
 """
 
 from typing import Any
@@ -14,10 +14,10 @@ _FAMILIES = frozenset(f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2",
 
 
 class GatedMLP(nn.Module):
-    """Compute down(silu(gate(x)) * up(x)) (SwiGLU; Shazeer, 2020).
+    """An MLP that computes down(silu(gate(x)) * up(x)) (SwiGLU; Shazeer, 2020).
 
     Args:
-        mlp: transformers' own; its layers are shared, so names and checkpoints stay as they are.
+        mlp: transformers' MLP; its layers are shared, so names and checkpoints stay as they are.
     """
 
     def __init__(self, mlp: Any) -> None:
@@ -33,7 +33,7 @@ class GatedMLP(nn.Module):
 
 
 class _SiluTimes(torch.autograd.Function):
-    """Compute silu(gate) * up, and silu(gate) again in the backward pass."""
+    """Computes silu(gate) * up, and silu(gate) again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class _SiluTimes(torch.autograd.Function):
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace a model's gated MLPs with silu; return how many there were."""
+    """Replace a model's gated MLPs that use silu, in place; return how many were replaced."""
     found = [
         name
         for name, module in model.named_modules()

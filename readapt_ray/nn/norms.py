@@ -1,7 +1,7 @@
-"""Root-mean-square norms as one kernel, where transformers' models compute them in half a dozen.
+"""Compute RMS norms in one kernel; transformers' models use about six.
 
-Bound by memory, those take a tenth of a 7B model's forward pass on an H100, and autograd keeps two float32 copies of the
-hidden states for each. Elsewhere than on CUDA nothing changes: torch has no such kernel there.
+Those are bound by memory bandwidth and take a tenth of a 7B model's forward pass on an H100. Autograd keeps two float32
+copies of the hidden states for each. Only CUDA is faster: torch has no such kernel for other devices.
 """
 
 from typing import Any
@@ -14,14 +14,16 @@ _SCALED_AFTERWARDS = frozenset(
     f"{family}RMSNorm"
     for family in ("Granite", "Llama", "Mistral", "Mixtral", "Olmo2", "Phi3", "Qwen2", "Qwen3", "Qwen3Moe")
 )
-"""transformers' classes that compute weight * x / rms(x); Gemma's scale by 1 + weight."""
+"""transformers' classes that compute weight * x / rms(x). Gemma's are not among them: they scale by 1 + weight."""
 
 
 class FusedRMSNorm(nn.Module):
-    """weight * x / sqrt(mean(x^2) + eps) over the last axis (Zhang and Sennrich, 2019), rounded once.
+    """An RMS norm in one kernel: weight * x / sqrt(mean(x^2) + eps) over the last axis, rounded once.
+
+    Source: Zhang and Sennrich, 2019.
 
     Args:
-        norm: transformers' own; its weight is shared, so names and checkpoints stay as they are.
+        norm: transformers' norm; its weight is shared, so names and checkpoints stay as they are.
     """
 
     weight: nn.Parameter
@@ -32,13 +34,13 @@ class FusedRMSNorm(nn.Module):
         self.eps = float(norm.variance_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., H] to the same shape, in the type of `x`; CUDA's autocast would give float32."""
+        """Normalize [..., H]; the result has the shape and dtype of `x`, also under CUDA's autocast."""
         with torch.autocast(x.device.type, enabled=False):
             return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def fuse(model: nn.Module) -> int:
-    """Put the kernel in place of a model's norms; how many there were."""
+    """Replace a model's RMS norms by fused ones, in place; return how many were replaced."""
     found = [name for name, module in model.named_modules() if type(module).__name__ in _SCALED_AFTERWARDS]
     for name in found:
         parent, _, child = name.rpartition(".")

@@ -1,9 +1,9 @@
-"""Compute linear layers on a CPU from weights in oneDNN's own layout, for inference.
+"""Compute linear layers on a CPU from weights that are packed into oneDNN's layout, for inference.
 
-torch multiplies float32 by MKL, which is slow on CPUs that are not Intel's where there are few rows, and lays out bfloat16
-weights anew in each call. One core of an AMD EPYC (Zen 4), a weight of 1,536 x 384, packed against torch's own product: 6
-rows 2.9 times as fast in float32 and 3.0 in bfloat16, 80 rows 1.25 and 1.25, 4,096 rows 1.15 and 1.18. It takes the memory
-of the weights a second time.
+torch multiplies float32 with MKL, which is slow for few rows on CPUs other than Intel's, and it packs bfloat16 weights
+again in each call. Speedup of a packed product over torch's on one core of an AMD EPYC (Zen 4), weight of 1,536 x 384:
+6 rows 2.9 (float32) and 3.0 (bfloat16), 80 rows 1.25 and 1.25, 4,096 rows 1.15 and 1.18. Packed copies double the
+memory of the weights.
 """
 
 import functools
@@ -20,38 +20,38 @@ from readapt_ray import hardware
 logger = logging.getLogger("readapt_ray")
 
 MAX_BYTES = 2 << 30
-"""Weights of one model that are packed at most: larger models keep their memory."""
+"""Models with more bytes of linear weights than this are not packed, to save memory."""
 _ROWS = 512
-"""Rows that the layout is chosen for. It was as fast for 6 and for 4,096."""
+"""Number of input rows that the layout is chosen for. Layouts for 6 and for 4,096 rows were as fast."""
 _ops: Any = torch.ops.mkldnn
 
 
 class PackedProduct:
-    """Products with one weight, of which it keeps a packed copy that follows when the weight is written."""
+    """Products with one weight; keeps a packed copy of it, and packs again after the weight was changed."""
 
     def __init__(self) -> None:
         self._packed: Tensor | None = None
         self._packed_from: tuple[int, int] | None = None
 
     def __call__(self, x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Return x W^T + bias, [..., I] to [..., O]; by torch's own product where a gradient is wanted."""
-        is_watched = not weight_OI.is_inference()  # torch counts when it is written
+        """Compute x W^T + bias, [..., I] to [..., O]; with torch's product if gradients are enabled."""
+        is_watched = not weight_OI.is_inference()  # inference tensors do not count their changes (`_version`)
         if torch.is_grad_enabled() or not is_watched or x.dtype != weight_OI.dtype or not x.numel():
             return functional.linear(x, weight_OI, bias)
         written = (id(weight_OI), weight_OI._version)
         if self._packed is None or self._packed_from != written:
             self._packed, self._packed_from = _pack(weight_OI.detach()), written
-        if self._packed.dtype != x.dtype:  # the weight is widened for a while, by other data under the same version
+        if self._packed.dtype != x.dtype:  # the weight has temporarily other, wider data with the same version
             return functional.linear(x, weight_OI, bias)
         return _product(x, self._packed, bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the packed copy out, which torch cannot copy."""
+        """Leave out the packed copy, which torch cannot copy."""
         return {"_packed": None, "_packed_from": None}
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies by its packed weight; weight and bias are shared with the layer that it replaces."""
+    """A linear layer that multiplies with a packed weight; it shares weight and bias with the layer it replaces."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -61,12 +61,12 @@ class PackedLinear(nn.Linear):
         self.product = PackedProduct()
 
     def forward(self, input: Tensor) -> Tensor:  # the name is torch's
-        """Return [..., O] of [..., I]."""
+        """Compute the layer's output, [..., I] to [..., O]."""
         return self.product(input, self.weight, self.bias)
 
 
 def install(model: nn.Module) -> int:
-    """Replace a model's linear layers by packed ones where that is faster; return how many there were."""
+    """Replace a model's linear layers by packed ones if that is faster on this CPU; return how many were replaced."""
     found = {name: each for name, each in model.named_modules() if type(each) is nn.Linear}
     weights = [each.weight for each in found.values()]
     if not should_pack(weights):
@@ -78,7 +78,7 @@ def install(model: nn.Module) -> int:
 
 
 def should_pack(weights: Sequence[Tensor]) -> bool:
-    """Return whether products with these weights are faster packed, and correct: both depend on the CPU and the type alone."""
+    """Return whether packed products with these weights are faster and correct, which depends on CPU and data type."""
     if (
         not weights
         or any(each.device.type != "cpu" for each in weights)
@@ -92,19 +92,19 @@ def should_pack(weights: Sequence[Tensor]) -> bool:
 
 
 def copy_bytes(weight_bytes: int) -> int:
-    """Return the memory of the packed copies of a model's linear layers, whose weights have so many bytes; 0 if none are kept."""
+    """Return the bytes of the packed copies for linear weights of `weight_bytes` bytes; 0 if these are not packed."""
     return weight_bytes if weight_bytes <= MAX_BYTES else 0
 
 
 def faster_dtypes() -> frozenset[str]:
-    """Return the types in which this CPU multiplies faster by packed weights: float32, bfloat16, both or none."""
+    """Return the data types in which packed products are faster on this CPU: float32, bfloat16, both or none."""
     is_faster = {"float32": hardware.is_amd(), "bfloat16": hardware.has_bfloat16_units()}
     return frozenset(name for name, faster in is_faster.items() if faster)
 
 
 @functools.cache
 def _is_right(dtype: torch.dtype) -> bool:
-    """Compare a packed product with torch's own, once per process and type."""
+    """Return whether a packed product equals torch's, once per process and data type."""
     x, weight = (torch.linspace(0, size, size * 48).view(size, 48).sin().to(dtype) for size in (5, 32))
     bias = torch.linspace(-1, 1, 32).to(dtype)
     wanted = functional.linear(x.double(), weight.double(), bias.double())

@@ -7,15 +7,16 @@ from torch import nn
 
 
 def products_in(dtype: torch.dtype, model: nn.Module, device_type: str) -> contextlib.AbstractContextManager[None]:
-    """Return a context for forward passes whose products are in `dtype`.
+    """Return a context manager for forward passes whose matrix products are computed in `dtype`.
 
-    It is autocast only where frozen or trained weights of the model have another type. Adapters cast their own. CUDA's
-    autocast computes norms in float32, so that each product behind one casts again: a third of the bytes of a layer.
+    It is autocast only if frozen weights have another type, or if all weights are trained. Otherwise autocast is not
+    needed, because adapters cast by themselves, and it is slower: CUDA's autocast computes norms in float32, and each
+    product after a norm casts again, a third of the memory traffic of a layer.
 
     Args:
-        dtype: float32 or below.
-        model: float32 weights, or weights in `dtype` with adapters in float32.
-        device_type: where the model is.
+        dtype: data type of the products: float32, bfloat16 or float16.
+        model: model with float32 weights, or with weights in `dtype` and adapters in float32.
+        device_type: type of the model's device, such as "cuda".
     """
     frozen = {each.dtype for each in model.parameters() if not each.requires_grad}
     if dtype == torch.float32 or frozen == {dtype}:

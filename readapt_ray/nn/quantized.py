@@ -1,12 +1,14 @@
 """Store the frozen weights of linear layers in 8 or 4 bits, and decode them for each matrix product.
 
-A 7B model takes 14.5 GB in bfloat16, 7.5 GB in int8 or fp8 and 4.5 GB in nf4. Decoding writes one weight in the type of
-the product and reads it again, in the forward pass and in the backward pass; nothing of that size is kept between them.
+A 7B model takes 14.5 GB in bfloat16, 7.5 GB in int8 or fp8 and 4.5 GB in nf4. The forward and the backward pass each
+decode a weight for its product; the decoded weight is not kept.
 
-int8: one scale per output row, the largest magnitude of the row over 127. nf4: 16 levels that are quantiles of a normal
-distribution and one scale per 64 weights (Dettmers et al., 2023, section 3), by bitsandbytes' kernels for CPUs and GPUs.
-fp8: e4m3 with one scale per output row (Micikevicius et al., 2022). The forward product is in fp8, too, with one scale per
-token; GPUs from compute capability 8.9 on (H100, L4) compute it at twice the rate of bfloat16. The backward pass decodes.
+- int8: one scale per output row: the largest magnitude of the row, divided by 127.
+- nf4: 16 levels, which are quantiles of a normal distribution, and one scale per 64 weights (Dettmers et al., 2023,
+  section 3). It uses the kernels of bitsandbytes, for CPUs and GPUs.
+- fp8: e4m3 with one scale per output row (Micikevicius et al., 2022). The forward product is in fp8 too, with one scale
+  per token; GPUs from compute capability 8.9 (H100, L4) compute it at twice the rate of bfloat16. The backward pass
+  decodes the weight.
 """
 
 import functools
@@ -27,15 +29,15 @@ logger = logging.getLogger("readapt_ray")
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = float(torch.finfo(_FP8).max)
 _FP8_STEP = 16
-"""Sizes that the kernel takes are multiples of it."""
+"""The fp8 kernel needs sizes that are multiples of this."""
 _NF4_BLOCK = 64
-"""Weights with one scale."""
+"""Weights that share a scale."""
 _ROWS_AT_ONCE = 1024
-"""Rows that are float32 at the same time."""
+"""Rows that are converted to float32 at a time, to limit memory."""
 
 
 class QuantizedLinear(nn.Module, ABC):
-    """A frozen linear layer that stores its weight [O, I] in few bits. I = inputs, O = outputs.
+    """A frozen linear layer that stores its weight [O, I] in 8 or 4 bits. I = inputs, O = outputs.
 
     Args:
         linear: the layer to replace; its bias is shared.
@@ -54,20 +56,20 @@ class QuantizedLinear(nn.Module, ABC):
 
     @abstractmethod
     def decoded(self) -> Tensor:
-        """Return the weight [O, I] that products use, in the type that it had."""
+        """Return the dequantized weight [O, I], in the data type that it had before."""
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x W^T, [..., I] to [..., O]."""
+        """Compute x W^T, [..., I] to [..., O], without bias."""
         return functional.linear(x, self.decoded().to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, [..., I] to [..., O]."""
+        """Compute the layer's output, [..., I] to [..., O]."""
         y: Tensor = _DecodedProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 
 class Int8Linear(QuantizedLinear):
-    """A frozen linear layer in 8 bits per weight."""
+    """A frozen linear layer with int8 weights and one scale per output row."""
 
     numbers: Tensor
     scales: Tensor
@@ -84,13 +86,13 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("scales", scales, persistent=False)
 
     def decoded(self) -> Tensor:
-        """Return the weight [O, I], multiplied in float32 and rounded once."""
+        """Return the dequantized weight [O, I], multiplied in float32 and rounded once."""
         out = torch.empty(self.numbers.shape, dtype=self.dtype, device=self.numbers.device)
         return torch.mul(self.numbers, self.scales, out=out)
 
 
 class Nf4Linear(QuantizedLinear):
-    """A frozen linear layer in 4 bits per weight."""
+    """A frozen linear layer with 4-bit nf4 weights and one scale per 64 weights."""
 
     numbers: Tensor
     scales: Tensor
@@ -102,16 +104,16 @@ class Nf4Linear(QuantizedLinear):
         self.register_buffer("scales", scales, persistent=False)
 
     def decoded(self) -> Tensor:
-        """Return the weight [O, I]."""
+        """Return the dequantized weight [O, I], in the data type that it had before."""
         shape = [self.out_features, self.in_features]
-        # bitsandbytes 0.50 decodes wrongly on CPUs with AVX512 where a block goes over the end of a row.
+        # bitsandbytes 0.50 decodes wrongly on CPUs with AVX512 if a block of 64 weights spans two rows.
         flat = shape if self.in_features % _NF4_BLOCK == 0 else [self.out_features * self.in_features]
         weight: Tensor = _kernels().dequantize_4bit(self.numbers, self.scales, _NF4_BLOCK, "nf4", flat, self.dtype)
         return weight.view(shape)
 
 
 class Fp8Linear(QuantizedLinear):
-    """A frozen linear layer in 8-bit floating point, whose forward product rounds its input to it, too."""
+    """A frozen linear layer with fp8 weights, whose forward product rounds its input to fp8 too."""
 
     numbers: Tensor
     scales: Tensor
@@ -125,12 +127,12 @@ class Fp8Linear(QuantizedLinear):
         self._has_kernel = fits and _kernel_is_right(self.numbers.device)
 
     def decoded(self) -> Tensor:
-        """Return the weight [O, I], multiplied in float32 and rounded once."""
+        """Return the dequantized weight [O, I], multiplied in float32 and rounded once."""
         parts = zip(_split_rows(self.numbers), _split_rows(self.scales), strict=True)
         return torch.cat([_from_fp8(numbers, scales, self.dtype) for numbers, scales in parts])
 
     def product(self, x: Tensor) -> Tensor:
-        """Return x W^T by the fp8 kernel; where it does not take the sizes or types, from decoded fp8 numbers."""
+        """Compute x W^T with the fp8 kernel, [..., I] to [..., O]; without it, from decoded fp8 numbers."""
         if x.dtype != self.dtype:
             return super().product(x)
         rows, scales = _to_fp8(x.flatten(0, -2))
@@ -142,7 +144,7 @@ class Fp8Linear(QuantizedLinear):
 
 
 def _to_fp8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows in fp8, and a scale for each, float32 [N, 1]: the largest magnitude becomes the largest that fp8 has."""
+    """Return rows in fp8 and their scales, float32 [N, 1]: a row's largest magnitude becomes the largest fp8 number."""
     scales = (rows.abs().amax(1, keepdim=True).float() / _FP8_MAX).clamp_min(torch.finfo(torch.float32).tiny)
     return (rows / scales).clamp_(-_FP8_MAX, _FP8_MAX).to(_FP8), scales
 
@@ -152,7 +154,7 @@ def _from_fp8(numbers: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_product(rows: Tensor, row_scales: Tensor, numbers: Tensor, scales: Tensor) -> Tensor:
-    """Return rows times numbers^T, with the scales of both, in bfloat16: torch's kernel."""
+    """Compute rows times numbers^T with torch's fp8 kernel and both scales; return bfloat16."""
     return torch._scaled_mm(
         rows, numbers.T, scale_a=row_scales, scale_b=scales.T.contiguous(), out_dtype=torch.bfloat16
     )
@@ -160,7 +162,7 @@ def _scaled_product(rows: Tensor, row_scales: Tensor, numbers: Tensor, scales: T
 
 @functools.cache
 def _kernel_is_right(device: torch.device) -> bool:
-    """Compare the fp8 kernel with decoded numbers, once per device; where it differs or fails, one line says so."""
+    """Return whether the fp8 kernel's product equals that of decoded numbers; if not, log a warning once per device."""
     one, other = (_to_fp8(torch.linspace(0, size, size * 64, device=device).view(size, 64).sin()) for size in (48, 32))
     wanted = _from_fp8(*one, torch.float32) @ _from_fp8(*other, torch.float32).T
     try:
@@ -177,7 +179,7 @@ def _kernel_is_right(device: torch.device) -> bool:
 
 
 class _DecodedProduct(torch.autograd.Function):
-    """Compute x W^T, and the gradient of x with the weight decoded again."""
+    """Computes x W^T, and the gradient of x from the weight, which is decoded again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
@@ -199,17 +201,22 @@ def weight_of(layer: nn.Linear | QuantizedLinear) -> Tensor:
 
 
 def row_norms(weight_OI: Tensor) -> Tensor:
-    """Return the norm of each row, float32 [O]; some rows at a time are float32."""
+    """Return the norm of each row, float32 [O]; convert 1,024 rows at a time to float32."""
     return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in _split_rows(weight_OI)])
 
 
 def quantize(model: nn.Module, base_dtype: BaseDtype, device: torch.device) -> None:
-    """Replace the linear layers inside a model's layers; embeddings and heads stay as they are.
+    """Quantize the linear layers inside a model's layers, in place; embeddings and heads stay as they are.
 
-    Each weight goes to the device alone, so that the device never holds more of the model than its result and one weight.
+    Weights move to the device one at a time, so that it never holds more than the quantized model and one full weight.
+
+    Args:
+        model: the model to change.
+        base_dtype: int8, fp8 or nf4; auto changes nothing.
+        device: device of the quantized layers.
 
     Raises:
-        InputError: nf4 without bitsandbytes.
+        InputError: nf4 is asked for and bitsandbytes is not installed.
     """
     if base_dtype == "auto":
         return
@@ -223,7 +230,13 @@ def quantize(model: nn.Module, base_dtype: BaseDtype, device: torch.device) -> N
 
 
 def stored_bytes(base_dtype: BaseDtype, inputs: int, outputs: int) -> int:
-    """Return the bytes of a quantized weight with its scales and norms."""
+    """Return the size in bytes of a quantized weight with its scales and row norms.
+
+    Args:
+        base_dtype: int8, fp8 or nf4.
+        inputs: columns of the weight.
+        outputs: rows of the weight.
+    """
     size = inputs * outputs
     if base_dtype in ("int8", "fp8"):
         return size + 8 * outputs
@@ -231,10 +244,10 @@ def stored_bytes(base_dtype: BaseDtype, inputs: int, outputs: int) -> int:
 
 
 def check_installed(base_dtype: BaseDtype) -> None:
-    """Check that what decodes a weight is installed.
+    """Check that the package that a quantized type needs is installed.
 
     Raises:
-        InputError: nf4 without bitsandbytes.
+        InputError: nf4 is asked for and bitsandbytes is not installed.
     """
     if base_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Copy arrays to a device without waiting for what it computes."""
+"""Copy arrays to a device without waiting for its pending computations."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 
 def to_device(array: NDArray[Any], device: torch.device) -> torch.Tensor:
-    """Return a tensor on a device.
+    """Copy a numpy array to a device; return the tensor.
 
-    A GPU copies from pinned memory when it comes to it, and the next batch is built meanwhile; from other memory, and by
-    `torch.tensor(..., device="cuda")`, this process would wait until all that was started before is done.
+    A GPU copies from pinned memory later, while this process builds the next batch. A copy from other memory, also by
+    `torch.tensor(..., device="cuda")`, would wait until the GPU has finished all earlier work.
     """
     tensor = torch.from_numpy(array)
     if device.type != "cuda":

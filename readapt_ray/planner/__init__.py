@@ -1,7 +1,8 @@
-"""`readapt plan`: estimate hours, memory, bytes and cost of a run before it starts, and how they grow.
+"""Estimate time, memory, bytes and cost of a run before it starts, and how they grow (`readapt plan`).
 
-In: a run's config, a cluster's file, and whatever the root already measured. Out: a `Plan`, which `report.text` shows.
-It reads a sample of the corpus and configs of models; no weight is read and Ray is not started.
+In: a run's config, a cluster's file, and rates that were measured in finished roots. Out: a `Plan`, which
+`plan_report.text` formats. It reads a sample of the corpus and the configs of models. It reads no weights (except with
+`calibrate`), and does not start Ray.
 """
 
 import functools
@@ -23,37 +24,37 @@ from readapt_ray.recipes.chain import RunConfig, Step
 
 
 class PlanConfig(Config):
-    """Options of `readapt plan` besides the run's."""
+    """Options of `readapt plan`, in addition to those of the run."""
 
     cluster: str
     """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a Slurm script, a list of nodes, or `local`."""
     prices: str | None = None
     """YAML file of machines, GPUs and prices. If omitted, the table of this package."""
     measured: tuple[str, ...] = ()
-    """Roots of finished runs whose measured rates are used, separated by commas. The root of the run itself always
-    is."""
+    """Roots of finished runs whose measured rates are used, separated by commas. The root of the run itself is always
+    used."""
     calibrate: bool = False
-    """Measure for some seconds on this machine how fast the run's own models embed and train, and plan with that: on a node of
-    the cluster, or one with the same GPU. Models that are not here are fetched."""
+    """Measure for a few seconds on this machine how fast the run's models embed and train, and plan with these rates.
+    Use it on a node of the cluster, or on a machine with the same GPU. Missing models are downloaded."""
     num_passages: int | None = None
-    """Number of passages of the corpus, when only a part of it is at hand."""
+    """Number of passages of the corpus. Give it if you have only a part of the corpus."""
     num_queries: int | None = None
-    """Number of queries to evaluate with, when they are not at hand."""
+    """Number of queries to evaluate with. Give it if you do not have the queries yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The estimate of a run."""
+    """The estimates of a run: time, cost, memory and bytes of its stages, and limits of its growth."""
 
     setting: Setting
     prices: PriceTable
     stages: list[StageEstimate]
     index_bytes: dict[str, float]
-    """Of each kind of index, as the run's options have it."""
+    """Bytes in memory of each kind of index, with the run's options."""
     passage_limits: list[Limit]
     worker_limits: list[Limit]
     grid: dict[int, dict[int, Cell]]
-    """The same run at other numbers of passages, and of GPUs (nodes, where there is no GPU)."""
+    """Estimates of the run by number of passages, then by number of GPUs (of nodes, if there is no GPU)."""
 
     @property
     def costs(self) -> tuple[Cost, Cost, Cost]:
@@ -67,12 +68,12 @@ class Plan:
         return low, mid, high
 
     def on_demand_usd(self, stages: list[StageEstimate]) -> float:
-        """Return what some stages are expected to cost where no node is on spot."""
+        """Return the expected cost of some stages in USD if no node is a spot instance."""
         return cost_of(stages, self.setting.cluster.on_demand(self.prices), lambda each: each.seconds).usd
 
     @property
     def price_sources(self) -> list[str]:
-        """Return what a node of each group costs, and where that price is from; on demand, too, for nodes on spot."""
+        """Return one line per group: price of a node and its source; for spot nodes also the price on demand."""
         lines = []
         for group in self.setting.cluster.groups:
             if not group.machine_type:
@@ -87,12 +88,12 @@ class Plan:
 
     @property
     def model_stages(self) -> list[StageEstimate]:
-        """Return the stages that make the models and the vectors, which need GPUs."""
+        """Return the stages that make models and vectors: train, merge and embed."""
         return [each for each in self.stages if each.stage in ("train", "merge", "embed")]
 
     @property
     def assumptions(self) -> list[str]:
-        """Return what the figures assume beside the measured rates, one sentence each."""
+        """Return the assumptions of the figures, in addition to measured rates; one sentence each."""
         cluster = self.setting.cluster
         rated = {each.stage for each in self.stages if each.needs_gpus and not each.rate.is_measured}
         lines = [rates.describe_gpu_share(stage) for stage in sorted(rated)]
@@ -107,12 +108,12 @@ class Plan:
 
     @property
     def out_bytes(self) -> float:
-        """Return the bytes of all artifacts."""
+        """Return the total size of all artifacts in bytes."""
         return sum(each.out_bytes for each in self.stages)
 
     @property
     def problems(self) -> list[str]:
-        """Return what does not fit, one sentence each."""
+        """Return why stages cannot run (memory, options, size of the corpus), one sentence each."""
         short = [f"{each.name} cannot run: {each.problem}" for each in self.stages if each.problem]
         short += [
             f"{each.stage} cannot be made of {self.setting.corpus.num_passages:,} passages: {each.what}, from {each.at:,.0f} on; take "
@@ -128,11 +129,15 @@ class Plan:
 
 
 def plan(run: RunConfig, options: PlanConfig) -> Plan:
-    """Plan a run.
+    """Estimate time, cost, memory and bytes of a run on a cluster.
+
+    Args:
+        run: config of the run.
+        options: the cluster, prices and measured rates.
 
     Raises:
         InputError: an option, the cluster or the price table cannot be used, or the corpus cannot be read.
-        ModelError: what a model costs cannot be told.
+        ModelError: the size of a model is not known.
     """
     prices = read_prices(options.prices)
     cluster = cluster_files.read_cluster(options.cluster, prices)

@@ -1,7 +1,7 @@
-"""Measure on this machine how fast the real models embed and train, a few seconds each, for `readapt plan --calibrate`.
+"""Measure for a few seconds how fast a run's models embed and train on this machine (`readapt plan --calibrate`).
 
-In: the run's models and the mean lengths of its passages. Out: rates as finished runs give them. Token ids are drawn at
-random, since only their number matters. It costs loading both models, and fetching them where they are not here.
+In: the run's models and the mean lengths of its passages. Out: rates, like those of finished runs. Token ids are
+random, because only their number matters. It loads both models, and downloads them if they are not on this machine.
 """
 
 import logging
@@ -21,7 +21,7 @@ from readapt_ray.recipes.chain import RunConfig
 logger = logging.getLogger("readapt_ray")
 
 Measured = dict[tuple[str, str], tuple[float, str]]
-"""Work per second of one CPU or GPU, and where it is from, by stage and device."""
+"""(Stage, device) -> (work per second of one CPU or GPU, text that says where the rate is from)."""
 
 _SECONDS: Final = 5.0
 _TEXTS: Final = 64
@@ -29,14 +29,16 @@ _SOURCE: Final = "calibrated on this machine"
 
 
 def check_device(own: str, cluster: Cluster) -> str:
-    """Return what rates of this machine are kept under: CPU, or its kind of GPU without the size of its memory.
+    """Check that this machine has the device that the cluster computes with; return its name for rates.
+
+    The name is CPU, or the kind of GPU without its memory size (A100 for A100-80GB).
 
     Args:
-        own: the kind of this machine's GPUs; empty if it has none.
-        cluster: what is planned for.
+        own: kind of this machine's GPUs; empty if it has none.
+        cluster: the cluster that the plan is for.
 
     Raises:
-        InputError: the cluster computes with something else, so that nothing measured here would count.
+        InputError: the cluster computes with another device, so rates of this machine would not apply.
     """
     here, there = _speed_of(own), {_speed_of(group.gpu) for group in cluster.gpu_groups} or {CPU}
     if here not in there:
@@ -54,14 +56,14 @@ def _speed_of(gpu: str) -> str:
 def calibrate(
     run: RunConfig, configs: dict[str, Any], *, embed_tokens: float, train_tokens: float, device_name: str
 ) -> Measured:
-    """Return the rates of embed and train on this machine's GPU, or per CPU.
+    """Measure the rates of embed and train on one GPU of this machine, or per CPU.
 
     Args:
-        run: names the models.
-        configs: options of the stages.
-        embed_tokens: mean length of a passage in embedding.
-        train_tokens: mean length of a passage in training.
-        device_name: what `check_device` calls this machine's device.
+        run: config of the run, with its models.
+        configs: options of the stages by name: "embed" and "train".
+        embed_tokens: mean tokens per passage in embedding.
+        train_tokens: mean tokens per passage in training.
+        device_name: name of this machine's device, from `check_device`.
 
     Raises:
         ModelError: a model cannot be loaded.
@@ -83,7 +85,7 @@ def calibrate(
 
 
 def _embed(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any) -> float:
-    """Return the FLOP per second of encoding."""
+    """Measure the FLOP per second of encoding."""
     from readapt_ray.catalog.shapes import model_shape
     from readapt_ray.retrieval.encoder import DTYPES, Encoder
 
@@ -93,7 +95,7 @@ def _embed(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
     encoder = Encoder.load(model, encoding=encoding, dtype=name, device=str(device), batch_tokens=config.batch_tokens)
     shape = model_shape(run.retriever)
     num_rows = _TEXTS
-    if encoder.device.type == "cuda":  # two full batches: the host builds one while the GPU computes the other
+    if encoder.device.type == "cuda":  # two full batches: the CPU builds one while the GPU computes the other
         num_rows = max(_TEXTS, 2 * (encoder.batch_tokens // num_tokens))
     rows = _random_rows(num_tokens, encoder.network.config.vocab_size, num_rows)
     per_round = num_tokens * len(rows) * shape.forward_flops(num_tokens)
@@ -101,7 +103,7 @@ def _embed(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
 
 
 def _train(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any) -> float:
-    """Return the FLOP per second of a forward and a backward pass, as training takes them."""
+    """Measure the FLOP per second of forward and backward passes, as in training."""
     import torch
 
     from readapt_ray.catalog.shapes import pretrained_shape
@@ -147,7 +149,7 @@ def _random_rows(num_tokens: int, vocab_size: int, num_rows: int = _TEXTS) -> li
 
 
 def _rounds_per_second(work: Callable[[], Any]) -> float:
-    """Return how often some work is done per second, over some seconds; the first time, which warms up, does not count."""
+    """Repeat some work for five seconds; return the repetitions per second, without the first, which warms up."""
     work()
     started_s = time.monotonic()
     num_rounds = 0

@@ -1,8 +1,8 @@
-"""Read the cluster that a plan is for from the file that starts it.
+"""Read the nodes of the cluster that a plan is for, from the file that starts the cluster.
 
-A Ray cluster launcher file (`cluster_name`, AWS or GCP), a KubeRay manifest (`kind: RayCluster`, `RayJob` or
-`RayService`), a Slurm script, a plain list (`nodes`), or `local`, this machine. Prices and what a machine type has come
-from a table that the user can replace.
+The file is a Ray cluster launcher file (`cluster_name`, AWS or GCP), a KubeRay manifest (`kind: RayCluster`, `RayJob`
+or `RayService`), a Slurm script, or a plain list (`nodes`); `local` means this machine. CPUs, memory, GPUs and prices
+of machine types come from a table that the user can replace.
 """
 
 import math
@@ -23,19 +23,23 @@ from readapt_ray.planner.slurm_script import is_slurm_script, nodes_of
 from readapt_ray.storage import Location
 
 _PLACEHOLDER: Final = re.compile(r"\b(?:ACCOUNT|PROJECT|REGISTRY|BUCKET)\b")
-"""Words of our cluster files that a user replaces."""
+"""Placeholders in our cluster files, which the user must replace."""
 _GB: Final = 1_000_000_000
 _RAY_MAX_WORKERS: Final = 2
-"""Ray's default of max_workers in a launcher file."""
+"""Ray's default for max_workers in a launcher file."""
 _KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), a Slurm script, or a list of nodes"
 
 
 def read_cluster(uri: str, prices: PriceTable) -> Cluster:
-    """Read the cluster from a file, or describe this machine if the file is `local`.
+    """Read a cluster from its file, or describe this machine.
+
+    Args:
+        uri: path or URI of the file; `local` for this machine.
+        prices: table of machine types.
 
     Raises:
-        InputError: there is no such file, its kind is unknown, a value is of a wrong type, or a machine is not in the price
-            table.
+        InputError: there is no such file, its kind is unknown, a value has a wrong type, or a machine is not in the
+            price table.
     """
     if uri == "local":
         return Cluster(name="local", groups=(_this_machine(prices),))
@@ -61,10 +65,10 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
 
 
 def _values(location: Location) -> dict[str, Any]:
-    """Return what a cluster's file says; a Slurm script as a list of nodes.
+    """Return the options in a cluster's file; a Slurm script becomes a list of nodes.
 
     Raises:
-        InputError: there is no such file, or it is a folder; the message names the manifests in it.
+        InputError: there is no such file, or it is a folder; then the message names the files in it.
     """
     if location.is_folder():
         names = [name for name in location.children()[0] if name.endswith((".yaml", ".yml", ".sh"))]
@@ -79,7 +83,7 @@ def _values(location: Location) -> dict[str, Any]:
 
 
 def _section(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """Return the section of a name; empty if it is absent or empty."""
+    """Return a section by name; an empty dict if it is absent or empty."""
     value = values.get(name)
     if value is not None and not isinstance(value, dict):
         raise InputError(f"{where}: {name} = {value!r}: must be a section of options by name")
@@ -107,9 +111,7 @@ def _count(values: Mapping[str, Any], name: str, default: int, where: str) -> in
 
 
 def _idle_timeout_s(values: dict[str, Any], where: str) -> float:
-    """Return the seconds after which the autoscaler stops an idle node, from a launcher file or KubeRay manifest, else
-    Ray's default.
-    """
+    """Return after how many seconds the autoscaler stops an idle node: the file's value, else Ray's default."""
     if "cluster_name" in values:
         return 60.0 * _number(values, "idle_timeout_minutes", 5, where)
     if "nodes" in values:
@@ -143,10 +145,10 @@ def _this_machine(prices: PriceTable) -> NodeGroup:
 
 
 def own_gpu(prices: PriceTable) -> str:
-    """Return what the price table calls the kind of this machine's GPUs; empty if it has none.
+    """Return the price table's name for this machine's kind of GPU; empty if it has no GPU.
 
     Raises:
-        InputError: the table does not know it.
+        InputError: the table does not have this kind.
     """
     import torch
 
@@ -171,21 +173,21 @@ class _PlainNode(Config):
     count: int = Field(default=1, ge=0)
     """Number of nodes."""
     machine: str = ""
-    """A machine type of the price table; or say cpus, memory_gb and usd_per_hour."""
+    """A machine type of the price table; if omitted, give cpus, memory_gb and usd_per_hour."""
     spot: bool = False
-    """Take spot instances."""
+    """Use spot instances."""
     cpus: int = Field(default=0, ge=0)
     """CPUs of one node."""
     memory_gb: float = Field(default=0.0, ge=0)
     """Memory of one node in 10^9 bytes."""
     gpu: str = ""
-    """Kind of GPU."""
+    """Kind of GPU, by its name in the price table."""
     gpus: int = Field(default=0, ge=0)
     """GPUs of one node."""
     network_gbit: float = Field(default=10.0, gt=0)
     """Gbit/s between nodes."""
     usd_per_hour: float | None = Field(default=None, ge=0)
-    """Price of one node in USD an hour."""
+    """Price of one node in USD per hour."""
 
 
 def _plain(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
@@ -204,10 +206,10 @@ def _plain(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[Node
 
 
 def _check_plain(node: _PlainNode, where: str) -> None:
-    """Refuse a node that says too little, or twice what it has.
+    """Check that a node has either a machine type or its own CPUs, memory and GPUs.
 
     Raises:
-        InputError: it does.
+        InputError: it has neither, or both, or only one of gpu and gpus.
     """
     if not node.machine and (node.cpus < 1 or node.memory_gb <= 0):
         raise InputError(f"{where}: node {node.name!r} says neither its machine nor its cpus and memory_gb")
@@ -237,7 +239,11 @@ def _machine(kind: str, prices: PriceTable, where: str) -> Machine:
 
 
 def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot: bool = False, where: str) -> NodeGroup:
-    """Return nodes of one machine type, with what the price table says of their GPU."""
+    """Return a group of nodes of one machine, with FLOPs and memory of its GPU from the price table.
+
+    Raises:
+        InputError: the price table does not have the GPU.
+    """
     device = prices.gpus.get(machine.gpu)
     if machine.gpus and device is None:
         raise InputError(
@@ -261,7 +267,7 @@ def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot:
 
 
 def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
-    """Return the groups of a Ray cluster launcher file, each with its maximum of workers, within the maximum of all."""
+    """Return the groups of a Ray cluster launcher file with their largest sizes, limited by max_workers of the file."""
     provider = str(_section(values, "provider", where).get("type", ""))
     if provider not in ("aws", "gcp"):
         raise InputError(
@@ -287,7 +293,7 @@ def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[N
 
 
 def _of_provider(provider: str, config: dict[str, Any], where: str) -> tuple[str, bool]:
-    """Return the machine type of a node's config, and whether it is on spot."""
+    """Return the machine type of a node's config, and whether it is a spot instance."""
     if provider == "aws":
         return str(config.get("InstanceType", "")), "spot" in str(config.get("InstanceMarketOptions", "")).lower()
     scheduling = _section(config, "scheduling", where)
@@ -296,8 +302,9 @@ def _of_provider(provider: str, config: dict[str, Any], where: str) -> tuple[str
 
 
 def _within(most: int, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
-    """Limit the groups to a number of nodes in all: what is always up comes first, then GPUs, since the long stages ask for
-    them.
+    """Limit the groups to `most` nodes together.
+
+    Nodes that are always up come first, then nodes with the most GPUs, because the long stages need GPUs.
     """
     counts: dict[str, int] = {}
     for group in groups:
@@ -309,7 +316,7 @@ def _within(most: int, groups: Sequence[NodeGroup]) -> list[NodeGroup]:
 
 
 def _kuberay(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
-    """Return the groups of a RayCluster, RayJob or RayService; each with its maximum of replicas, if they are scaled."""
+    """Return the groups of a RayCluster, RayJob or RayService; with autoscaling at their maxReplicas."""
     spec = _ray_cluster(values, where)
     head = {"groupName": "head", **_section(spec, "headGroupSpec", where), "replicas": 1}
     workers = spec.get("workerGroupSpecs") or []
@@ -321,7 +328,7 @@ def _kuberay(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[No
 
 
 def _ray_cluster(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the RayCluster, or the one inside a RayJob or RayService."""
+    """Return the spec of a RayCluster, also of one inside a RayJob or RayService."""
     spec = _section(values, "spec", where)
     return _section(spec, "rayClusterSpec", where) or _section(spec, "rayClusterConfig", where) or spec
 
@@ -352,10 +359,10 @@ def _pods(group: dict[str, Any], prices: PriceTable, where: str, *, is_scaled: b
 
 
 def _resources(pod: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return what the first container of a pod asks for.
+    """Return the resources of the first container of a pod: its limits, else its requests.
 
     Raises:
-        InputError: it sets no limits for cpu and memory.
+        InputError: the container sets no cpu or no memory.
     """
     containers = pod.get("containers")
     first = containers[0] if isinstance(containers, list) and containers else {}

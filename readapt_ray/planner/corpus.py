@@ -1,7 +1,7 @@
-"""Measure a corpus: count or estimate its passages, and estimate tokens and bytes from a sample.
+"""Measure a corpus for a plan: count or estimate its passages, and estimate tokens and bytes from a sample.
 
-What the root already holds is counted exactly (the manifests of ingest and pack); a source is read as ingest
-reads it, up to a bound. Some seconds; memory is the sample.
+The number of passages is exact if the root has the output of ingest. Otherwise the source is read as ingest reads it,
+up to 50,000 passages, and the rest is estimated. It takes a few seconds; memory holds the sample.
 """
 
 import math
@@ -31,31 +31,32 @@ _COUNTED_ROWS: Final = 50_000
 _SAMPLED_GROUPS: Final = 16
 _BYTES_A_TOKEN: Final = 4.0
 _BYTES_A_WORD: Final = 6.0
-"""English with its spaces; MS MARCO's collection.tsv has 337 bytes per passage, so 6.02."""
+"""Bytes per English word with its space. For MS MARCO's collection.tsv, 337 bytes per passage, it is 6.02."""
 _UNKNOWN_TOKENIZER_ERROR: Final = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The size of a corpus. Means are per passage."""
+    """The size of a corpus."""
 
     num_passages: int
     text_bytes: float
+    """Mean bytes of title and text per passage."""
     train_tokens: float
-    """Of the pretrained model's tokenizer, cut at block_tokens."""
+    """Mean tokens per passage in training: the pretrained model's tokenizer, truncated at block_tokens."""
     embed_tokens: float
-    """Of the retriever's, with its template, cut at its longest passage."""
+    """Mean tokens per passage in embedding: the retriever's tokenizer and template, truncated at its maximum length."""
     error: float
-    """Share by which the number of tokens may be off: two standard errors of the sample's mean."""
+    """Relative error of the number of tokens: two standard errors of the mean; at least 0.3 without the tokenizers."""
     num_queries: int
     note: str
-    """Where the figures are from."""
+    """Says where the figures are from."""
     num_parts: int | None = 1
-    """Into how many parts ingest can cut the source at most; None if as its bytes say, 1 if one process reads it."""
+    """Most parts that ingest can cut the source into; 1 if one process reads it, None if only the bytes limit them."""
 
     @property
     def num_pieces(self) -> int:
-        """How many tasks ingest reads the source with, however many CPUs there are."""
+        """Return the number of tasks that ingest reads the source with, if there are enough CPUs."""
         total_bytes = self.num_passages * self.text_bytes
         if total_bytes < MIN_PARALLEL_BYTES:
             return 1
@@ -63,7 +64,7 @@ class Corpus:
         return pieces if self.num_parts is None else min(pieces, self.num_parts)
 
     def of(self, num_passages: int) -> "Corpus":
-        """Return a corpus of `num_passages` passages of this kind."""
+        """Return the same corpus with another number of passages."""
         return replace(self, num_passages=num_passages)
 
 
@@ -87,19 +88,20 @@ def measure_corpus(
     num_queries: int | None,
     split: str,
 ) -> Corpus:
-    """Count and sample a corpus.
+    """Count the passages of a corpus, and estimate its tokens from a sample.
 
     Args:
-        ingest: options of ingest; its output is read instead of the source where it is complete.
-        pretrained, retriever: whose tokenizers count.
-        encoding: how the retriever wants its text.
-        block_tokens: longest passage in training.
-        num_passages: instead of what is counted, for a corpus of which only a part is at hand.
-        num_queries: instead of what is counted.
-        split: which judgements count.
+        ingest: options of ingest; if its output is complete, that is read instead of the source.
+        pretrained, retriever: models whose tokenizers count tokens.
+        encoding: templates and maximum length of the retriever.
+        block_tokens: maximum length of a passage in training, in tokens.
+        num_passages: use this number instead of counting; None to count.
+        num_queries: use this number instead of counting judged queries; None to count.
+        split: split of the judgements that are counted.
 
     Raises:
         InputError: the source cannot be read.
+        CorpusError: no passage could be read, or the source does not tell its size.
     """
     source = ingest.source
     manifest = artifacts.read_manifest(ingest.output)
@@ -134,7 +136,7 @@ def measure_corpus(
 
 
 def _known_corpus(row: corpora.Corpus, num_passages: int | None, num_queries: int | None) -> Corpus:
-    """Return the size of a corpus from the catalog, so that a plan need not fetch gigabytes."""
+    """Return the size of a known corpus from the catalog, so that a plan does not download gigabytes."""
     text_bytes = row.mean_words * _BYTES_A_WORD
     num_tokens = text_bytes / _BYTES_A_TOKEN + 2
     count = num_passages or row.num_passages
@@ -153,7 +155,7 @@ def _known_corpus(row: corpora.Corpus, num_passages: int | None, num_queries: in
 
 
 def _ingested_sample(artifact: Artifact, split: str) -> _Sample:
-    """Sample rows that are spread over all files."""
+    """Sample rows of an ingested corpus, spread over all its files."""
     import pyarrow.parquet as pq
 
     files = (artifact.location / "passages").files(".parquet")
@@ -180,7 +182,7 @@ def _ingested_sample(artifact: Artifact, split: str) -> _Sample:
 
 
 def _source_sample(name: str, format: Any, options: ReadOptions, split: str) -> _Sample:
-    """Sample the first rows evenly; estimate the rest from the share of bytes that was read."""
+    """Draw a uniform sample from the first 50,000 rows; estimate the total from the share of bytes that was read."""
     source = open_source(name, format, options)
     source.check()
     num_parts = _num_parts(source)
@@ -222,7 +224,7 @@ def _source_sample(name: str, format: Any, options: ReadOptions, split: str) -> 
 
 
 def _num_parts(source: Source) -> int | None:
-    """Return into how many parts ingest can cut a source; None if its bytes decide: of tables, by lines or row groups."""
+    """Return the most parts that ingest can cut a source into; None if files are cut by lines or row groups."""
     if not isinstance(source, TableSource):
         return 1
     first = source.files()[0]
@@ -231,17 +233,17 @@ def _num_parts(source: Source) -> int | None:
 
 
 def encoding_of(retriever: str) -> Encoding:
-    """Return the encoding of a retriever; the folder of one outside the catalog must be on this machine.
+    """Return the encoding of a retriever, from the catalog, else from its folder.
 
     Raises:
-        ModelError: it is not at hand, or nothing says.
+        ModelError: the model cannot be found, or does not say its encoding.
     """
     row = models.find_row(retriever)
     return row.encoding if row else models.open_model(retriever).encoding
 
 
 def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:
-    """Return the number of tokens of each text without specials, and whether the model's own tokenizer counted them."""
+    """Return the number of tokens of each text, without special tokens; False if they are estimated from bytes."""
     tokenizer = _tokenizer(model)
     if tokenizer is None:
         return [round(len(text.encode()) / _BYTES_A_TOKEN) for text in texts], False
@@ -249,7 +251,7 @@ def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:
 
 
 def _tokenizer(model: str) -> Any:
-    """Return the tokenizer from a folder or from the hub's cache; fetch nothing."""
+    """Return a model's tokenizer from its folder or the hub's cache; None if it is not on this machine."""
     from transformers import AutoTokenizer
 
     row = models.find_row(model)

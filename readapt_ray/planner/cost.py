@@ -1,8 +1,8 @@
-"""Compute what a run costs: which nodes are up for how long.
+"""Compute the cost of a run from how long each node is up.
 
-Nodes of a group's `min_workers` are up for the whole run. Those above it come when a stage needs GPUs, which takes some
-minutes, and end some idle minutes after the last one that did; all of it is paid for, and for as many as the stage has
-workers. Stages that run side by side take the time of the longer one.
+A group's `min_workers` nodes are up for the whole run. Further nodes start when a stage needs GPUs, as many as it has
+workers, which takes minutes. They end after some idle minutes. All of this time is paid for. Stages that run at the
+same time take the time of the longer one.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,23 +13,23 @@ from readapt_ray.planner.estimates import StageEstimate
 from readapt_ray.planner.machines import Cluster
 
 START_S: Final = 300.0
-"""From the request for a GPU node until it works: the machine boots, pulls an image of 10 GB, joins."""
+"""Seconds from the request for a GPU node until it works: the machine boots, pulls an image of 10 GB, joins."""
 Duration = Callable[[StageEstimate], float]
-"""Which of a stage's three durations is meant."""
+"""Function that returns one of a stage's three durations: low_s, seconds or high_s."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Time and cost of all stages for one of their durations."""
+    """Time and cost of several stages."""
 
     seconds: float
     usd: float
     waiting_usd: float
-    """Of `usd`, what GPU nodes cost while they start and while they are idle."""
+    """Part of `usd` that GPU nodes cost while they start or are idle."""
 
 
 def rounds(stages: Sequence[StageEstimate]) -> list[list[StageEstimate]]:
-    """Return the stages in the order in which they run, those side by side together."""
+    """Return the stages in the order in which they run; stages that run at the same time form one list."""
     found: list[list[StageEstimate]] = []
     for each in stages:
         if found and found[-1][-1].is_beside_next:
@@ -40,11 +40,17 @@ def rounds(stages: Sequence[StageEstimate]) -> list[list[StageEstimate]]:
 
 
 def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duration) -> Cost:
-    """Return what stages cost on a cluster, one round after the other."""
+    """Compute the time and cost of stages on a cluster.
+
+    Args:
+        stages: estimates in the order in which they run.
+        cluster: the cluster.
+        duration: which duration of each stage counts: low, expected or high.
+    """
     idle_s = cluster.idle_timeout_s
-    total_s = working_s = waiting_s = 0.0  # working_s counts the seconds of all GPU nodes, of fewer in proportion
+    total_s = working_s = waiting_s = 0.0  # working_s: seconds that all GPU nodes work; half of them count half
     let_go_s: float | None = None
-    """When the last stage with GPUs ended."""
+    """End of the last stage with GPUs, in seconds from the start of the run."""
     for each in rounds(stages):
         gpu_s = max(_gpu_seconds(stage, duration) for stage in each)
         if gpu_s:
@@ -66,14 +72,14 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
 
 
 def stage_usd(stage: StageEstimate, cluster: Cluster) -> float:
-    """Return the cost of the nodes that are up while a stage runs, without those that start or are idle."""
+    """Return the cost in USD of the nodes that work while a stage runs, without nodes that start or are idle."""
     growing = cluster.growing_usd_per_hour * _share_up(stage, cluster)
     gpu_s = _gpu_seconds(stage, lambda each: each.seconds)
     return (stage.seconds * cluster.lasting_usd_per_hour + gpu_s * growing) / 3600
 
 
 def _gpu_seconds(stage: StageEstimate, duration: Duration) -> float:
-    """Return for how many of its seconds a stage takes GPUs."""
+    """Return the seconds for which a stage uses GPUs."""
     return duration(stage) if stage.needs_gpus else min(stage.first_gpus_s, duration(stage))
 
 

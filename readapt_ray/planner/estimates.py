@@ -1,4 +1,4 @@
-"""Hold the estimate of a stage: its work, workers, seconds, memory and bytes, and what all stages of a plan share."""
+"""Define the estimate of a stage (work, workers, seconds, memory, bytes) and the inputs that all stages share."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -10,7 +10,7 @@ from readapt_ray.planner.rates import CPU, FIXED_S, WORK_UNITS, Rate, Rates
 from readapt_ray.planner.worker_memory import Memory
 
 LOAD_BYTES_PER_S: Final = 5e8
-"""Weights from an object store or a disk to a node."""
+"""Speed at which a node reads weights from an object store or a disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,37 +18,44 @@ class StageEstimate:
     """The estimate of one stage."""
 
     name: str
-    """Folder of its artifact."""
+    """Folder of its artifact under the root."""
     stage: str
     work: float
+    """Amount of work, in `unit`."""
     unit: str
+    """Unit of the work, see `rates.WORK_UNITS`."""
     workers: int
     device: str
+    """Kind of GPU that each worker uses, or `CPU`."""
     seconds: float
+    """Expected time."""
     low_s: float
     high_s: float
     out_bytes: float
+    """Size of its artifact."""
     rate: Rate
+    """Speed of one device."""
     memory: Memory | None = None
+    """Memory of one worker; None if it is not estimated."""
     note: str = ""
     first_gpus: int = 0
-    """GPUs that a search takes at first, to encode its queries."""
+    """GPUs that a search uses at first, to encode its queries."""
     first_gpus_s: float = 0.0
-    """Seconds for which it takes them."""
+    """Seconds for which a search uses them."""
     is_beside_next: bool = False
-    """It runs at the same time as the stage after it."""
+    """Whether it runs at the same time as the next stage."""
     problem: str = ""
-    """Why the stage would refuse to start, memory aside."""
+    """Why the stage would refuse to start, other than memory; empty if it would start."""
 
     @property
     def needs_gpus(self) -> bool:
-        """Whether its workers take GPUs."""
+        """Return whether its workers use GPUs."""
         return self.device != CPU
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all stages of a plan share."""
+    """The inputs that all stages of a plan share: corpus, cluster, rates and models."""
 
     corpus: Corpus
     cluster: Cluster
@@ -56,15 +63,15 @@ class Setting:
     pretrained: ModelShape
     retriever: ModelShape
     dimension: int
-    """Numbers of a vector that are kept."""
+    """Dimension of the stored vectors."""
     vector_dtype: str
-    """How embed stores them."""
+    """Data type of the stored vectors."""
     general: Corpus | None = None
-    """The general collection, if the run measures one."""
+    """The general collection; None if the run does not measure one."""
 
 
 def device_of(cluster: Cluster) -> tuple[str, float]:
-    """Return the slowest GPU, for which a synchronous step waits, or a CPU."""
+    """Return name and peak FLOP per second of the slowest GPU, for which each training step waits; or CPU and 0."""
     if not cluster.gpu_groups:
         return CPU, 0.0
     slowest = min(cluster.gpu_groups, key=lambda group: group.gpu_flops)
@@ -89,7 +96,25 @@ def timed(
     note: str = "",
     problem: str = "",
 ) -> StageEstimate:
-    """Return fixed seconds plus the work at so many units times the rate, never less than the floor, and the waiting."""
+    """Estimate the time of a stage: fixed seconds + work / (units * rate), at least `floor_s`, + waiting.
+
+    Args:
+        name: folder of its artifact.
+        stage: the stage.
+        work: amount of work, in the unit of `rates.WORK_UNITS`.
+        rate: speed of one device, with bounds.
+        out_bytes: size of its artifact.
+        units: number of devices that work at the same time.
+        workers: number of workers to show.
+        device: kind of GPU, or `CPU`.
+        error: relative error of the work.
+        fixed_s: seconds in addition to the stage's `FIXED_S`, such as loading a model.
+        floor_s: least seconds of the work.
+        waiting_s: seconds that workers wait for the network.
+        needs: memory of one worker.
+        note: remark for the table.
+        problem: why the stage would refuse to start.
+    """
     fixed = FIXED_S[stage] + fixed_s
     working = max(work / (units * rate.value), floor_s) + waiting_s
     return StageEstimate(

@@ -1,8 +1,8 @@
-"""Estimate how long training workers on several nodes wait for each other's gradients and weights.
+"""Estimate how long training workers on several nodes wait for gradients and weights from each other.
 
-Gradients are summed beside the last backward pass of a step (ZeRO 2: of every pass), in buckets; what does not fit beside it
-is waited for, and the last bucket always is. ZeRO 3 fetches every weight beside the products of each pass. Between the GPUs
-of a node this takes milliseconds, which are not counted.
+Gradients are summed in buckets during the last backward pass of a step (with ZeRO 2, during every one). Workers wait
+for the part that takes longer than the pass, and always for the last bucket. ZeRO 3 also fetches every weight during
+each pass. Transfers between the GPUs of one node take milliseconds and are not counted.
 """
 
 import math
@@ -13,33 +13,33 @@ from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.planner.machines import Cluster
 
 _USABLE_SHARE: Final = 0.7
-"""Of a network's nominal rate, what sums over TCP reach."""
+"""Share of a network's nominal rate that an all-reduce over TCP reaches."""
 _FORWARD_SHARE: Final = {False: 1 / 2, True: 1 / 3}
-"""Of the arithmetic of both passes, the forward one: with frozen weights, and where all weights are trained."""
+"""Share of the FLOPs of both passes that the forward pass takes, by whether all weights are trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Steps:
-    """The steps of a training run, by what decides how long its workers wait."""
+    """The figures of a training run that decide how long its workers wait."""
 
     num_steps: int
     num_workers: int
     worker_tokens: float
     """Tokens per worker and step."""
     work_s: float
-    """Seconds that each worker computes in all steps."""
+    """Seconds that each worker computes, over all steps."""
     num_trained: int
-    """Numbers that are trained."""
+    """Number of trained parameters."""
 
 
 def waiting_s(config: Any, shape: ModelShape, cluster: Cluster, steps: Steps) -> float:
-    """Return the seconds of all steps in which workers wait for the network.
+    """Estimate the seconds that workers wait for the network, over all steps.
 
     Args:
         config: options of train.
-        shape: of the model that is trained.
-        cluster: its nodes.
-        steps: of the run.
+        shape: shape of the model that is trained.
+        cluster: nodes and their network.
+        steps: figures of the training run.
     """
     num_nodes = _num_nodes(cluster, steps.num_workers)
     if num_nodes == 1:
@@ -49,7 +49,7 @@ def waiting_s(config: Any, shape: ModelShape, cluster: Cluster, steps: Steps) ->
     num_passes: int = math.ceil(steps.worker_tokens / max(config.micro_batch_tokens, config.block_tokens))
     pass_s = steps.work_s / steps.num_steps / num_passes
     forward_s = pass_s * _FORWARD_SHARE[config.method == "full"]
-    # Seconds per byte that is on one of the nodes and comes to all others.
+    # Seconds to send one byte from one node to all others.
     gbit = min(group.network_gbit for group in cluster.gpu_groups or cluster.groups)
     s_per_byte: float = (num_nodes - 1) / num_nodes / (_USABLE_SHARE * gbit * 1e9 / 8)
     scattered_s = 4 * steps.num_trained * s_per_byte
@@ -67,7 +67,7 @@ def waiting_s(config: Any, shape: ModelShape, cluster: Cluster, steps: Steps) ->
 
 
 def _num_nodes(cluster: Cluster, num_workers: int) -> int:
-    """Return the number of nodes that workers take: a worker a GPU, or a worker a node where there is none."""
+    """Return the number of nodes that workers use: one worker per GPU, or one per node without GPUs."""
     per_node = max(
         (group.gpus for group in cluster.gpu_groups), default=max(1, num_workers // cluster.num_nodes_with_cpus)
     )

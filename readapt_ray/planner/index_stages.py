@@ -1,4 +1,4 @@
-"""Estimate the stages that make an index and search it: bytes by kind, memory of shards, and GPUs that encode queries."""
+"""Estimate the stages index and search: bytes of each kind of index, memory per shard, and GPUs that encode queries."""
 
 import math
 from dataclasses import replace
@@ -24,11 +24,11 @@ from readapt_ray.retrieval.vector_files import SHARD_BYTES
 from readapt_ray.stages.index import index_options
 
 _QUERY_TOKENS: Final = 32.0
-"""Of a query with its prompt."""
+"""Tokens of a query with its prompt."""
 
 
 def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
-    """Return the bytes in memory of each kind of index with the run's own options, without ids."""
+    """Return the bytes in memory of each kind of index, with the run's options for it; doc_ids are not counted."""
     found = {}
     for kind in KINDS:
         storage = config.storage or default_storage(kind.name, setting.vector_dtype)
@@ -38,7 +38,7 @@ def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
 
 
 def index_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
-    """Estimate an index: tasks with as many CPUs as their shards are large, on nodes that stay up without GPU work."""
+    """Estimate the stage index. Its tasks run on nodes that are up without GPU work; larger shards get more CPUs."""
     corpus, group, dimension = setting.corpus, setting.cluster.largest_lasting, setting.dimension
     problem = ""
     try:
@@ -69,7 +69,7 @@ def index_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
 
 
 def search_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
-    """Estimate a search: queries are encoded on GPUs, if there are any, and then compared."""
+    """Estimate the stage search: encode the queries, on GPUs if there are any, then compare or search vectors."""
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.retriever
     work = 2.0 * corpus.num_queries * corpus.num_passages * setting.dimension
     load_s = 2 * shape.num_parameters / LOAD_BYTES_PER_S
@@ -98,8 +98,9 @@ def search_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
 
 
 def _query_encoders(setting: Setting) -> tuple[int, float]:
-    """Return how many GPUs encode the queries of a search, and for how long, once the model is loaded; 0 on CPUs, where the
-    rate of search counts it.
+    """Return how many GPUs encode the queries of a search, and their seconds without loading the model.
+
+    Both are 0 without GPUs: then the rate of search includes encoding.
     """
     cluster, num_queries = setting.cluster, setting.corpus.num_queries
     if not cluster.num_gpus:

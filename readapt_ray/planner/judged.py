@@ -1,4 +1,4 @@
-"""Count the queries that a run will search: those that are judged in the split that is evaluated."""
+"""Count the queries that a run will search: the queries with judgements in the evaluated split."""
 
 from collections.abc import Iterable
 
@@ -16,7 +16,7 @@ class _Columns(Config):
 
 
 def num_given(run: RunConfig | GeneralCollection) -> int | None:
-    """Return how many queries of the files that a run names are judged; None if it names none."""
+    """Return the number of judged queries in the files that a run names; None if these are not given or missing."""
     if not run.queries or not run.qrels or not Location(run.queries).exists() or not Location(run.qrels).exists():
         return None
     columns: ColumnsOption = ()
@@ -26,7 +26,7 @@ def num_given(run: RunConfig | GeneralCollection) -> int | None:
 
 
 def num_ingested(corpus: Location, split: str) -> int | None:
-    """Return how many of a corpus's own queries are judged in a split; None if it has no such judgements."""
+    """Return the number of judged queries in a split of an ingested corpus; None if it has no such judgements."""
     queries, qrels = corpus / "queries", corpus / "qrels" / f"{split}.parquet"
     if not queries.exists() or not qrels.exists():
         return None
@@ -34,7 +34,7 @@ def num_ingested(corpus: Location, split: str) -> int | None:
 
 
 def num_in_source(source: Source, split: str) -> int | None:
-    """Return how many of a source's own queries are judged in a split; None if it has no such judgements."""
+    """Return the number of judged queries in a split of a source; None if it has no such judgements."""
     splits = source.qrels() if source.has_qrels and not source.labels_from_passages else {}
     if split not in splits:
         return None

@@ -1,6 +1,6 @@
-"""Describe the cluster that a plan is for: node groups with their CPUs, memory, GPUs and price.
+"""Define the cluster that a plan is for: node groups with their CPUs, memory, GPUs and prices.
 
-`cluster_files.py` reads it.
+`cluster_files.py` reads it from a file.
 """
 
 from dataclasses import dataclass, replace
@@ -17,94 +17,100 @@ _GPU_STAGES: Final = ("train", "finetune", "embed", "tune")
 
 @dataclass(frozen=True, kw_only=True)
 class NodeGroup:
-    """Nodes of one kind."""
+    """A group of equal nodes."""
 
     name: str
     count: int
-    """At most."""
+    """Most nodes of the group."""
     cpus: int
+    """CPUs per node."""
     memory_bytes: float
+    """Memory per node."""
     gpu: str = ""
+    """Kind of GPU, by its name in the price table; empty without GPUs."""
     gpus: int = 0
+    """GPUs per node."""
     gpu_flops: float = 0.0
+    """Peak FLOP per second of one GPU."""
     gpu_memory_bytes: float = 0.0
+    """Memory of one GPU."""
     network_gbit: float = 10.0
-    """Between nodes, per second."""
+    """Network between nodes, in Gbit/s."""
     usd_per_hour: float = 0.0
-    """Of one node."""
+    """Price of one node."""
     machine_type: str = ""
-    """A name of the price table; empty if the cluster's file says what its nodes cost."""
+    """A machine type of the price table; empty if the cluster's file has the price of its nodes."""
     is_spot: bool = False
     min_count: int | None = None
-    """Nodes that are always up; None means all of them."""
+    """Number of nodes that are always up; None for all of them."""
     has_bfloat16_units: bool = False
     """Whether its CPUs are known to have matrix units for bfloat16."""
     packed_dtypes: frozenset[str] = frozenset({"float32", "bfloat16"})
-    """Types in which encoding may keep a packed copy of the weights; both where the CPUs are not known."""
+    """Data types in which encoding keeps a packed copy of the weights; both if the CPUs are unknown."""
 
     @property
     def num_lasting(self) -> int:
-        """Nodes that are up for the whole run; only groups with GPUs are scaled down during it."""
+        """Return the number of nodes that are up for the whole run; only groups with GPUs are scaled down."""
         return self.count if self.min_count is None or not self.gpus else min(self.count, self.min_count)
 
     def share_bytes(self, cpus: int) -> float:
-        """Return the memory in bytes of each of as many tasks with so many CPUs as a node holds, without Ray's object store."""
+        """Return the bytes of memory per task, if tasks of `cpus` CPUs fill a node; Ray's object store is left out."""
         return self.memory_bytes * (1 - _OBJECT_STORE_SHARE) / max(1, self.cpus // cpus)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """All nodes of a cluster."""
+    """The nodes of a cluster, with all groups at their largest size."""
 
     name: str
     groups: tuple[NodeGroup, ...]
     idle_timeout_s: float = 300.0
-    """How long an idle node stays up, and is paid for, where the autoscaler may take it."""
+    """Seconds that an idle node stays up, and is paid for, before the autoscaler removes it."""
     unfilled: str = ""
-    """A sentence that names the CAPITALS left in its file; empty if there are none."""
+    """A sentence that names placeholders (in capitals) left in the cluster's file; empty if there are none."""
 
     @property
     def num_gpus(self) -> int:
-        """GPUs of all nodes."""
+        """Return the number of GPUs of all nodes."""
         return sum(group.count * group.gpus for group in self.groups)
 
     @property
     def num_cpus(self) -> int:
-        """CPUs of all nodes."""
+        """Return the number of CPUs of all nodes."""
         return sum(group.count * group.cpus for group in self.groups)
 
     @property
     def num_lasting_cpus(self) -> int:
-        """CPUs of the nodes that are up while no stage needs GPUs; all CPUs if there are none such."""
+        """Return the number of CPUs of the nodes that are up while no stage needs GPUs; all CPUs if there are none."""
         return sum(group.num_lasting * group.cpus for group in self.groups) or self.num_cpus
 
     @property
     def num_nodes(self) -> int:
-        """Number of nodes."""
+        """Return the number of nodes."""
         return sum(group.count for group in self.groups)
 
     @property
     def num_nodes_with_cpus(self) -> int:
-        """Number of nodes that take tasks: not the head of `num-cpus: 0`."""
+        """Return the number of nodes that run tasks: all but a head with `num-cpus: 0`."""
         return sum(group.count for group in self.groups if group.cpus) or self.num_nodes
 
     @property
     def usd_per_hour(self) -> float:
-        """Price of the whole cluster in USD per hour."""
+        """Return the price of the whole cluster in USD per hour."""
         return sum(group.count * group.usd_per_hour for group in self.groups)
 
     @property
     def lasting_usd_per_hour(self) -> float:
-        """Price in USD per hour of the nodes that are up for the whole run."""
+        """Return the price in USD per hour of the nodes that are up for the whole run."""
         return sum(group.num_lasting * group.usd_per_hour for group in self.groups)
 
     @property
     def has_spot(self) -> bool:
-        """Whether some nodes are on spot."""
+        """Return whether some nodes are spot instances."""
         return any(group.is_spot for group in self.groups)
 
     def on_demand(self, prices: PriceTable) -> "Cluster":
-        """Return the same cluster with no node on spot."""
+        """Return the same cluster without spot instances, at prices on demand."""
         groups = (
             replace(group, usd_per_hour=prices.machines[group.machine_type].on_demand, is_spot=False)
             if group.is_spot
@@ -115,7 +121,7 @@ class Cluster:
 
     @property
     def growing_usd_per_hour(self) -> float:
-        """Price in USD per hour of the nodes that are up only while GPUs are needed."""
+        """Return the price in USD per hour of the nodes that are up only while GPUs are needed."""
         return self.usd_per_hour - self.lasting_usd_per_hour
 
     def usd_per_hour_of(self, stage: str) -> float:
@@ -124,31 +130,34 @@ class Cluster:
 
     @property
     def gpu_groups(self) -> tuple[NodeGroup, ...]:
-        """The groups that have GPUs."""
+        """Return the groups that have GPUs."""
         return tuple(group for group in self.groups if group.gpus and group.count)
 
     @property
     def largest(self) -> NodeGroup:
-        """The group whose nodes have the most memory, of those that take tasks."""
+        """Return the group whose nodes have the most memory, among groups that run tasks."""
         return max(self.groups, key=lambda group: (group.cpus > 0, group.memory_bytes))
 
     @property
     def largest_lasting(self) -> NodeGroup:
-        """The same of the nodes that are up while no stage needs GPUs."""
+        """Return the group whose nodes have the most memory, among groups that are up while no stage needs GPUs."""
         return max(
             self.groups, key=lambda group: (group.num_lasting * group.cpus > 0, group.cpus > 0, group.memory_bytes)
         )
 
     def computes_low(self, dtype: str) -> bool:
-        """Return whether a model computes in bfloat16 or float16; `auto` means float32 on CPUs that may lack units for
-        it.
-        """
+        """Return whether a model computes in bfloat16 or float16; `auto` does on GPUs, and on CPUs known to be fast."""
         if dtype == "auto":
             return bool(self.num_gpus) or all(group.has_bfloat16_units for group in self.groups)
         return dtype != "float32"
 
     def room(self, cpus: int, num_workers: int | None) -> tuple[float, str]:
-        """Return the bytes that a worker with so many CPUs may take, and the name of what limits them."""
+        """Return the bytes of memory that a worker may use, and the name of the GPU or node group that limits them.
+
+        Args:
+            cpus: CPUs per worker.
+            num_workers: number of workers; None for as many as fit.
+        """
         if self.gpu_groups:
             smallest = min(self.gpu_groups, key=lambda group: group.gpu_memory_bytes)
             return smallest.gpu_memory_bytes * hardware.GPU_USABLE_SHARE, f"one {smallest.gpu}"
@@ -159,7 +168,7 @@ class Cluster:
         return group.memory_bytes * (1 - _OBJECT_STORE_SHARE) / on_a_node, group.name
 
     def describe(self) -> str:
-        """Return the cluster as one line."""
+        """Return one line of text with the groups, their sizes and prices."""
         parts = []
         for group in self.groups:
             gpus = f", {group.gpus} x {group.gpu}" if group.gpus else ""

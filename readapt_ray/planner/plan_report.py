@@ -1,4 +1,4 @@
-"""Format a plan as text for people and as plain values for programs."""
+"""Format a plan as text for people and as JSON values for programs."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ def text(plan: Plan) -> str:
 
 
 def values(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON values; seconds, bytes, USD."""
+    """Return the plan as JSON values, in seconds, bytes and USD."""
     low, mid, high = plan.costs
     corpus, cluster = plan.setting.corpus, plan.setting.cluster
     return {
@@ -159,7 +159,7 @@ def _basis(plan: Plan) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as progress does; long durations in days and years."""
+    """Format seconds as text; as `progress.duration` below three days, then in days and years."""
     days = seconds / 86_400
     if days < 3:
         return progress.duration(seconds)
@@ -167,7 +167,7 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """Format a number for people: 950, 12.9 K, 8.84 M, 1.2 B, 3 T."""
+    """Format a number with a unit: 950, 12.9 K, 8.84 M, 1.2 B, 3 T."""
     return _scaled(value, _NUMBERS)
 
 

@@ -1,4 +1,4 @@
-"""Read what machines, GPUs and storage have and cost: a YAML file, ours or the user's."""
+"""Read the table of machine types, GPUs and prices from a YAML file: the package's or the user's."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ class Device(Config):
     tflops: float
     """Dense bfloat16 (float16 before Ampere) TFLOP/s."""
     memory_gb: float
-    """Of one GPU, in units of 10^9 bytes."""
+    """Memory of one GPU in 10^9 bytes."""
 
 
 class Machine(Config):
@@ -28,19 +28,19 @@ class Machine(Config):
     cpus: int
     """Virtual CPUs."""
     memory_gb: float
-    """In units of 10^9 bytes."""
+    """Memory in 10^9 bytes."""
     gpu: str = ""
-    """Its kind of GPU; a name of the table's `gpus`."""
+    """Kind of GPU: a name of the table's `gpus`."""
     gpus: int = 0
-    """How many."""
+    """Number of GPUs."""
     network_gbit: float = 10.0
     """Gbit/s between nodes over TCP."""
     on_demand: float
-    """USD an hour."""
+    """Price in USD per hour."""
     spot: float
-    """USD an hour, usually; spot prices move."""
+    """Usual spot price in USD per hour; spot prices change."""
     on_demand_from: str = ""
-    """Where the price is from, and of when: a name of the table's `sources`, or a text."""
+    """Source and date of the price: a name of the table's `sources`, or a text."""
     spot_from: str = ""
     """The same for the spot price."""
 
@@ -49,36 +49,39 @@ class Storage(Config):
     """Prices of an object store."""
 
     usd_per_gb_month: float
-    """A gigabyte kept for a month."""
+    """Price of storing a gigabyte for a month."""
     usd_per_1000_writes: float
-    """A thousand PUT, COPY or LIST requests."""
+    """Price of a thousand PUT, COPY or LIST requests."""
     usd_per_1000_reads: float
-    """A thousand GET requests."""
+    """Price of a thousand GET requests."""
 
 
 class PriceTable(Config):
     """Machines, GPUs and their prices. `--prices FILE.yaml` replaces it."""
 
     source: str
-    """Where prices are from, and of when, if their machine does not say."""
+    """Source and date of prices whose machine does not name one."""
     sources: dict[str, str] = Field(default_factory=dict)
-    """Sources with their dates, by the names that machines give."""
+    """Sources with dates, by the names that machines use for them."""
     gpus: dict[str, Device]
     """GPUs by name."""
     machines: dict[str, Machine]
-    """Machine types by the cloud's name for them."""
+    """Machine types by the cloud's names."""
     storage: Storage
-    """The object store."""
+    """Prices of the object store."""
 
     def source_of(self, machine_type: str, *, spot: bool) -> str:
-        """Return where the price of a machine type is from, and of when."""
+        """Return the source and date of a machine type's price."""
         machine = self.machines[machine_type]
         name = machine.spot_from if spot else machine.on_demand_from
         return self.sources.get(name, name) or self.source
 
 
 def read_prices(uri: str | None) -> PriceTable:
-    """Read the price table of a file, or the one that comes with the package.
+    """Read a price table.
+
+    Args:
+        uri: path or URI of a YAML file; None for the table of this package.
 
     Raises:
         InputError: there is no such file, or it is not a price table.
@@ -88,10 +91,16 @@ def read_prices(uri: str | None) -> PriceTable:
 
 
 def read_mapping(location: Location, what: str) -> dict[str, Any]:
-    """Return the options of a YAML file; of several documents the first that Ray would read, else the first.
+    """Read the options of a YAML file.
+
+    If it has several documents, read the first one whose `kind` begins with Ray, else the first.
+
+    Args:
+        location: the file.
+        what: what the file should be, for error messages.
 
     Raises:
-        InputError: there is no such file, or it holds no options; `what` says what it should be.
+        InputError: there is no such file, or it holds no options.
     """
     documents = [each for each in read_yaml(location, what) if isinstance(each, dict)]
     ray = [each for each in documents if str(each.get("kind", "")).startswith("Ray")]

@@ -1,4 +1,4 @@
-"""Read numbers as Kubernetes writes them."""
+"""Parse quantities in the notation of Kubernetes, such as 500m or 16Gi."""
 
 from typing import Any, Final
 
@@ -14,10 +14,10 @@ def quantity(value: Any, where: str = "") -> float:
 
     Args:
         value: the quantity.
-        where: what errors call its place.
+        where: its place, for the error message.
 
     Raises:
-        InputError: it is none.
+        InputError: the value is not a quantity.
     """
     text = str(value).strip()
     suffix = next((each for each in sorted(_SUFFIXES, key=len, reverse=True) if text.endswith(each)), "")

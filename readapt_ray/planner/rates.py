@@ -1,7 +1,7 @@
 """Estimate how fast a stage is per GPU or CPU: measured in finished roots, else from a table.
 
-The table's CPU rates were measured on a Xeon with AMX (2026-11-22, the quickstart); its GPU rates are the share of the
-data sheet's peak that such models are known to reach, and wide. A root that was measured narrows them.
+CPU rates of the table were measured on a Xeon with AMX (2026-11-22, the quickstart). GPU rates of the table are the
+share of the data sheet's peak that such models usually reach, with wide bounds. Rates of finished roots are more exact.
 """
 
 import json
@@ -32,31 +32,35 @@ WORK_UNITS: Final = {
     "search": "FLOP",
     "evaluate": "query evaluations",
 }
-"""What the work of each stage is counted in."""
+"""Unit of each stage's work."""
 _MEASURED_SPREAD: Final = 1.3
 _TELLING_TIMES: Final = 4.0
-"""A rate counts where the work took this many times what a stage takes without work; below, it says nothing."""
+"""A measured rate is used only if the work took at least this many times the stage's fixed seconds."""
 _WARM_UP_S: Final = 0.5
-"""What the first step or batch of a device takes more than others, where seconds are counted from there on."""
+"""Additional seconds of the first step or batch on a device, for stages that count the seconds of their work."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Work per second of one GPU or CPU, and the factor by which it may be slower or faster."""
+    """The speed of one GPU or CPU at a stage, with bounds."""
 
     value: float
+    """Work per second, in the unit of WORK_UNITS."""
     slower: float
+    """Factor by which it may be slower."""
     faster: float
+    """Factor by which it may be faster."""
     source: str
+    """Says where the rate is from; "table" if it was not measured."""
 
     @property
     def is_measured(self) -> bool:
-        """Whether a finished root gave this rate."""
+        """Return whether the rate was measured, in a finished root or by calibration."""
         return self.source != "table"
 
 
 _GPU_SHARE: Final = {"train": (0.35, 2.5, 1.3), "embed": (0.45, 2.0, 1.25), "search": (0.05, 3.0, 2.0)}
-"""Share of a GPU's peak: usual, and the factors by which it may be slower or faster."""
+"""Usual share of a GPU's peak FLOPs, and the factors by which it may be slower and faster."""
 _CPU_RATES: Final = {
     "ingest": (8e6, 2.0, 2.0),
     "pack": (3e5, 2.0, 2.0),
@@ -67,7 +71,7 @@ _CPU_RATES: Final = {
     "search": (1.5e10, 2.0, 2.5),
     "evaluate": (1.1e4, 2.0, 2.0),
 }
-"""Work per second of one CPU, in the units of WORK_UNITS."""
+"""Work per second of one CPU in the units of WORK_UNITS, and the factors by which it may be slower and faster."""
 FIXED_S: Final = {
     "ingest": 1.0,
     "pack": 8.0,
@@ -78,39 +82,41 @@ FIXED_S: Final = {
     "search": 6.0,
     "evaluate": 1.5,
 }
-"""Seconds before and after the work: processes start, models are loaded, results are committed."""
+"""Fixed seconds before and after the work: processes start, models are loaded, results are committed."""
 
 
 def describe_gpu_share(stage: str) -> str:
-    """Say which share of a GPU's peak a stage is planned with if nothing was measured."""
+    """Return a sentence with the share of a GPU's peak that a stage is planned with if nothing was measured."""
     share, slower, faster = _GPU_SHARE[stage]
     return f"{stage} at {share:.0%} of a GPU's peak, {faster:g} times as fast to {slower:g} times as slow"
 
 
 class Rates:
-    """The rates of a plan."""
+    """The rates of a plan: measured ones by (stage, device), else from the table."""
 
     def __init__(self, measured: dict[tuple[str, str], tuple[float, str]]) -> None:
         self._measured = measured
 
     def with_measured(self, measured: dict[tuple[str, str], tuple[float, str]]) -> "Rates":
-        """Return rates of which these take the place of others for the same stage and device."""
+        """Return rates in which these replace others of the same stage and device."""
         return Rates(self._measured | measured)
 
     @property
     def sources(self) -> list[str]:
-        """Return every measured rate as a line."""
+        """Return one line of text per measured rate."""
         return [
             f"{stage} on {device}: {value:.3g} {WORK_UNITS[stage]}/s ({source})"
             for (stage, device), (value, source) in sorted(self._measured.items())
         ]
 
     def of(self, stage: str, device: str, peak_flops: float, *, is_low: bool) -> Rate:
-        """Return the rate of one GPU (its name and peak) or CPU; a rate measured on an A100 also serves for an
-        A100-80GB.
+        """Return the rate of a stage on one GPU or CPU.
 
         Args:
-            is_low: whether products are in bfloat16 or float16, which a CPU with matrix units does faster.
+            stage: the stage.
+            device: `CPU`, or a kind of GPU; a rate that was measured on an A100 is also used for an A100-80GB.
+            peak_flops: peak FLOP per second of the GPU; unused for CPUs.
+            is_low: whether products are in bfloat16 or float16, which is faster on CPUs with matrix units.
         """
         parts = device.split("-")
         for kind in ("-".join(parts[:length]) for length in range(len(parts), 0, -1)):
@@ -127,11 +133,11 @@ class Rates:
 
 
 def measure(roots: list[str], planned: Cluster) -> Rates:
-    """Measure the rates of all complete artifacts under these roots.
+    """Compute the rates of stages from the manifests of all complete artifacts under these roots.
 
     Args:
-        roots: folders or URIs; one that is not there has no rates.
-        planned: taken as the cluster that made an artifact, where its manifest does not say.
+        roots: folders or URIs; one that does not exist gives no rates.
+        planned: cluster that is assumed to have made an artifact if its manifest does not say.
     """
     work: dict[tuple[str, str], float] = defaultdict(float)
     seconds: dict[tuple[str, str], float] = defaultdict(float)
@@ -161,7 +167,7 @@ def measure(roots: list[str], planned: Cluster) -> Rates:
 
 
 def work_of(manifest: Manifest) -> float:
-    """Count the work of a complete artifact, in the units of its stage.
+    """Return the work of a complete artifact, in the unit of its stage in WORK_UNITS.
 
     Raises:
         ModelError: its model cannot be found.
@@ -217,7 +223,7 @@ _WORK: Final[dict[str, Callable[[Manifest], float]]] = {
 
 
 def _counted_s(manifest: Manifest, place: Location, units: float) -> float | None:
-    """Return the seconds of all devices together that the work itself took, if the stage counted them."""
+    """Return the seconds of the work itself, summed over devices, if the stage counted them; else None."""
     steps = place / "metrics.jsonl"
     if manifest.stage == "train" and steps.is_file():
         lines = steps.read_text().splitlines()
@@ -233,17 +239,17 @@ def _counted_s(manifest: Manifest, place: Location, units: float) -> float | Non
 
 
 def _is_copied(manifest: Manifest) -> bool:
-    """Return whether vectors were copied from an earlier corpus: they took no time, so they tell no rate."""
+    """Return whether vectors were copied from an earlier corpus: copies take no time, so they give no rate."""
     return bool(manifest.details.get("work", {}).get("num_copied"))
 
 
 def _working_s(manifest: Manifest) -> float:
-    """Return the seconds without those that an empty corpus would take, too; at least a third of all."""
+    """Return the seconds of an artifact less the fixed seconds of its stage; at least a third of all seconds."""
     return max(manifest.seconds - FIXED_S[manifest.stage], manifest.seconds / 3)
 
 
 def _units(manifest: Manifest, planned: Cluster) -> tuple[str, float]:
-    """Return the kind of device that did the work, and how many of them."""
+    """Return the kind of device that did the work, and how many there were."""
     cluster: dict[str, Any] = manifest.hardware.get("cluster") or {
         "num_cpus": planned.num_cpus,
         "gpus": {group.gpu: group.count * group.gpus for group in planned.gpu_groups},

@@ -1,8 +1,8 @@
-"""Plan the same run at other sizes: hours and cost, and what breaks first as a corpus or a cluster grows.
+"""Plan the same run at other sizes: time and cost, and what breaks first as the corpus or the cluster grows.
 
-Both come from the estimates of the stages, so the table of other sizes and the limits agree.
-Each limit is a count of passages or of workers beyond which something that does not grow with the cluster decides:
-the process that ingests, the driver's memory, the number of files, the batch, a flat scan.
+Both use the estimates of the stages, so the table of other sizes and the limits agree. A limit is a number of passages
+or workers from which something that does not grow with the cluster is the bottleneck: the process that ingests, the
+driver's memory, the number of files, the batch, a flat scan.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ WORKERS: Final = (1, 8, 64, 256, 1000)
 
 _DAY_S: Final = 86_400
 _ID_BYTES: Final = {"none": 48, "exact": 126, "auto": 126, "near": 4096}
-"""Bytes per passage that ingest in one process holds, by `deduplicate` (stages/ingest.py)."""
+"""Bytes per passage that ingest holds in one process, by option `deduplicate` (stages/ingest.py)."""
 _MAX_FILES: Final = 100_000
 _SCANNED_PER_S: Final = 2.5e9
-"""Numbers of vectors that a flat scan compares on eight CPUs, however they are stored."""
+"""Vector components per second that a flat scan compares on eight CPUs, for any storage type."""
 _SHARE_OF_MEMORY: Final = 0.7
 _LONG_SCAN_S: Final = 1.0
 _MOST_PASSAGES: Final = 1e13
@@ -36,21 +36,23 @@ _PRECISION: Final = 1.001
 
 @dataclass(frozen=True)
 class Limit:
-    """A size beyond which something that does not grow with the cluster is the bottleneck."""
+    """A size from which something that does not grow with the cluster is the bottleneck."""
 
     at: float
-    """Passages or workers."""
+    """Number of passages or workers."""
     what: str
-    """What happens from there on."""
+    """What happens above this size."""
     advice: str
     """What to change."""
     stage: str = ""
-    """The artifact that cannot be made from there on; empty where it only takes longer."""
+    """Artifact that cannot be made above this size; empty if it only takes longer."""
 
 
 def scaled(cluster: Cluster, workers: int) -> Cluster:
-    """Return the cluster with this many GPUs, in nodes as they are or parts of them (nodes if it has no GPU); other groups
-    stay, a head that takes no task too.
+    """Return the cluster with this many GPUs, or nodes if it has no GPU.
+
+    GPUs come in whole nodes of the first GPU group, or in equal parts of such nodes. Groups without GPUs stay. Without
+    GPUs, nodes are those of the largest group, and heads that take no tasks stay.
     """
     if not cluster.gpu_groups:
         heads = (group for group in cluster.groups if not group.cpus)
@@ -71,7 +73,7 @@ def scaled(cluster: Cluster, workers: int) -> Cluster:
 
 
 def estimates(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[StageEstimate]:
-    """Estimate every stage that has something to do."""
+    """Estimate every stage of a run, without stages that have nothing to do."""
     found = []
     for position, (name, step) in enumerate(steps):
         estimate = stages.estimate_stage(step, name, setting)
@@ -83,14 +85,14 @@ def estimates(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Stage
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of one size on so many workers."""
+    """Time and cost of a run with some number of passages on some number of workers."""
 
     seconds: float
     usd: float
 
 
 def grid(steps: Sequence[tuple[str, Step]], setting: Setting) -> dict[int, dict[int, Cell]]:
-    """Estimate the run at each of PASSAGES with each of WORKERS GPUs (nodes if there is no GPU)."""
+    """Estimate the run for each number of PASSAGES on each number of WORKERS (GPUs, or nodes without GPUs)."""
     return {size: {workers: _cell(steps, setting, size, workers) for workers in WORKERS} for size in PASSAGES}
 
 
@@ -102,7 +104,7 @@ def _cell(steps: Sequence[tuple[str, Step]], setting: Setting, num_passages: int
 
 
 def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
-    """Return what breaks as the corpus grows, in the order in which it breaks."""
+    """Return what breaks as the corpus grows, in ascending order of passages."""
     configs = by_stage(step for _, step in steps)
     train, corpus, cluster = configs["train"], setting.corpus, setting.cluster
     rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
@@ -137,10 +139,10 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
 
 
 def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None:
-    """Return the number of passages that training takes a week for; None if there is none.
+    """Return the number of passages that take a week to train on; None if no number does.
 
-    It is searched for among the estimates themselves: what a small corpus takes is mostly the start, and workers that a
-    small corpus cannot feed stay out.
+    It is found by search over estimates, because time is not proportional to passages: a small corpus spends most of it
+    on the start, and does not use all workers.
     """
 
     def is_long(num_passages: float) -> bool:
@@ -159,7 +161,7 @@ def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None
 
 
 def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
-    """Return what breaks if vectors are neither compressed nor searched approximately."""
+    """Return the limits of a flat index, whose vectors are neither compressed nor searched approximately."""
     cluster = setting.cluster
     flat = index_stages.index_bytes(index, setting)["flat"] / setting.corpus.num_passages
     scanned = _SCANNED_PER_S * max(1, cluster.num_cpus / 8)
@@ -178,7 +180,7 @@ def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
 
 
 def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
-    """Return what keeps a larger cluster from being faster, in the order in which it does."""
+    """Return why a larger cluster is no faster, in ascending order of workers."""
     configs = by_stage(step for _, step in steps)
     many = scaled(setting.cluster, max(WORKERS))
     limits = [_batch_limit(configs["train"], setting, many)]
@@ -193,7 +195,7 @@ def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[L
 
 
 def _batch_limit(train: Any, setting: Setting, many: Cluster) -> Limit:
-    """Return the number of workers beyond which a training step has no work for more."""
+    """Return the limit on workers that a training step has work for."""
     step = stages.train_step_size(train.model_copy(update={"num_workers": None}), setting.corpus, many)
     if train.batch_size == "auto":
         what = f"a run takes {MIN_STEPS} steps of {TOKENS_PER_WORKER:,} tokens per worker: more workers stay out of training"
@@ -204,7 +206,7 @@ def _batch_limit(train: Any, setting: Setting, many: Cluster) -> Limit:
 
 
 def _stuck(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
-    """Return the number of workers beyond which most time goes to stages that more workers do not speed up."""
+    """Return the number of workers from which most of the time goes to stages that more workers do not speed up."""
     kind = "GPUs" if setting.cluster.num_gpus else "nodes"
     alone = estimates(steps, replace(setting, cluster=scaled(setting.cluster, 1)))
     for workers in WORKERS[1:]:

@@ -1,4 +1,4 @@
-"""Read nodes from a Slurm batch script: its #SBATCH options, and one line of what Slurm does not say.
+"""Read the nodes of a plan from a Slurm batch script: its #SBATCH options, and one line for what these do not say.
 
 #READAPT gpu=H100 memory_gb=1000 usd_per_hour=0
 """
@@ -12,7 +12,7 @@ from typing import Any
 from readapt_ray.errors import InputError
 
 _LONG_NAMES = {"N": "nodes", "n": "ntasks", "c": "cpus-per-task", "G": "gpus"}
-"""Options that are usually given by a letter."""
+"""Long names of one-letter options."""
 _OURS = re.compile(r"^#READAPT\s+(.*)$", re.MULTILINE)
 _MEMORY = re.compile(r"(\d+)([KMGT]?)B?")
 _GB_PER_UNIT = {"K": 1e-6, "": 1e-3, "M": 1e-3, "G": 1.0, "T": 1e3}
@@ -20,19 +20,19 @@ _GB_PER_UNIT = {"K": 1e-6, "": 1e-3, "M": 1e-3, "G": 1.0, "T": 1e3}
 
 
 def is_slurm_script(text: str) -> bool:
-    """Return whether a file is a Slurm batch script."""
+    """Return whether a text is a Slurm batch script: it has #SBATCH lines before the first command."""
     return any(_options(text))
 
 
 def nodes_of(text: str, where: str) -> dict[str, Any]:
-    """Return the nodes of a script as a plain list of nodes.
+    """Return the nodes of a script in the format of a plain list of nodes (see `cluster_files.py`).
 
     Args:
         text: the script.
-        where: what errors call it.
+        where: name of the script in error messages.
 
     Raises:
-        InputError: it does not say which GPU its nodes have, or how much memory, or a number is none.
+        InputError: the kind of GPU or the memory of the nodes is missing, or a value is not a number.
     """
     options = dict(_options(text))
     ours = dict(each.split("=", 1) for found in _OURS.findall(text) for each in found.split() if "=" in each)
@@ -67,7 +67,7 @@ def nodes_of(text: str, where: str) -> dict[str, Any]:
 
 
 def _options(text: str) -> Iterator[tuple[str, str]]:
-    """Yield the options of #SBATCH lines by their long names; Slurm reads none after the first command."""
+    """Yield names (the long ones) and values of #SBATCH options; like Slurm, stop at the first command."""
     for line in text.splitlines():
         if line.strip() and not line.startswith("#"):
             return
@@ -76,7 +76,7 @@ def _options(text: str) -> Iterator[tuple[str, str]]:
         words = line.removeprefix("#SBATCH").partition(" #")[0]
         try:
             given = shlex.split(words)
-        except ValueError:  # an open quote
+        except ValueError:  # a quote is not closed
             given = words.split()
         yield from _named(given)
 
@@ -93,7 +93,7 @@ def _named(words: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _gpus(options: dict[str, str], tasks: int, count: int, where: str) -> tuple[str, int]:
-    """Return the kind of GPU, if it is said, and how many a node has: 4, h100:4, gpu:h100:4 or h100, which is one."""
+    """Return the kind of GPU (empty if not given) and GPUs per node, from 4, h100:4, gpu:h100:4 or h100 (one GPU)."""
     resources = [each for each in options.get("gres", "").split(",") if each.split(":")[0] == "gpu"]
     of_gres = (resources[0].removeprefix("gpu").removeprefix(":") or "1") if resources else ""
     for name, given, times in (
@@ -117,7 +117,7 @@ def _whole(text: str, name: str, where: str) -> int:
 
 
 def _own(ours: dict[str, str], name: str, where: str) -> float:
-    """Return a number of the #READAPT line; 0 if it is not there."""
+    """Return a number of the #READAPT line; 0 if it is missing."""
     text = ours.get(name, "0")
     try:
         number = float(text)
@@ -129,6 +129,6 @@ def _own(ours: dict[str, str], name: str, where: str) -> float:
 
 
 def _memory_gb(text: str) -> float:
-    """Return the memory of a node in gigabytes; 0 is Slurm's word for all of it."""
+    """Return a memory option in gigabytes; 0, which means all memory in Slurm, stays 0."""
     found = _MEMORY.fullmatch(text.upper())
     return float(found[1]) * _GB_PER_UNIT[found[2]] if found else 0.0

@@ -1,4 +1,4 @@
-"""Estimate each stage of a run on a cluster: its work, workers, hours, memory and bytes."""
+"""Estimate each stage of a run on a cluster: work, workers, seconds, memory and bytes of output."""
 
 import math
 from collections.abc import Callable
@@ -18,17 +18,23 @@ from readapt_ray.retrieval.encoder_sizes import TextSize, shard_rows
 from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
 
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
-"""Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
+"""Shortest time of an optimizer step: kernel launches, the optimizer, gradients between workers."""
 _TOLD_WAITING: Final = 0.05
-"""From this share of the computing on, waiting for the network is told."""
+"""The plan mentions waiting for the network if it is more than this share of the computing time."""
 _TOLD_TOKENIZING: Final = 2.0
-"""Below so many times the tokens that the GPUs encode, what the CPUs tokenise is told."""
+"""The plan mentions tokenising if CPUs tokenise less than this many times the tokens that GPUs encode."""
 _VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
-"""Bytes a number and a vector, by how vectors are stored (int8 has a scale)."""
+"""Bytes per number and additional bytes per vector, by data type of stored vectors (int8 has a scale)."""
 
 
 def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | None:
-    """Estimate one stage; None if it has nothing to do."""
+    """Estimate one stage of a run; return None if it has nothing to do (no judged queries).
+
+    Args:
+        step: the stage and its options.
+        name: folder of its artifact under the root.
+        setting: corpus, cluster, rates and models of the plan.
+    """
     if step.needs_judgements and not setting.corpus.num_queries:
         return None
     if step.is_general and setting.general is not None:
@@ -37,12 +43,12 @@ def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | N
 
 
 def ingest_workers(corpus: Corpus, cluster: Cluster) -> int:
-    """Return the number of CPUs that read the source at once."""
+    """Return the number of CPUs that read the source at the same time."""
     return min(cluster.num_lasting_cpus, corpus.num_pieces)
 
 
 def embed_rows(config: Any, setting: Setting) -> int:
-    """Return the passages of a data shard."""
+    """Return the number of passages per data shard."""
     corpus = setting.corpus
     text = TextSize(corpus.embed_tokens, corpus.text_bytes)
     on_gpus = bool(setting.cluster.num_gpus)
@@ -53,7 +59,7 @@ def embed_rows(config: Any, setting: Setting) -> int:
 
 
 def embed_workers(config: Any, setting: Setting) -> int:
-    """Return the number of embedding actors that have work; those that share a GPU count as one."""
+    """Return the number of embedding actors that have work; actors that share a GPU count as one."""
     corpus, cluster, rows = setting.corpus, setting.cluster, embed_rows(config, setting)
     shards = math.ceil(corpus.num_passages / rows)
     asked, most = config.num_workers, max(1, cluster.num_cpus // (config.num_cpus_per_worker or 1))
@@ -64,14 +70,14 @@ def embed_workers(config: Any, setting: Setting) -> int:
 
 
 def train_workers(config: Any, cluster: Cluster) -> int:
-    """Return the number of Ray Train workers."""
+    """Return the number of Ray Train workers: the option's, else one per GPU, or one per node without GPUs."""
     if cluster.num_gpus:
         return int(min(config.num_workers or cluster.num_gpus, cluster.num_gpus))
     return int(config.num_workers or cluster.num_nodes_with_cpus)
 
 
 def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
-    """Return the size of a training step and its number of workers, as training will choose them."""
+    """Return the batch size and number of workers that training will choose."""
     num_blocks = float(corpus.num_passages)
     if config.mode == "packed":
         num_blocks = corpus.num_passages * corpus.train_tokens / (config.block_tokens - corpus.train_tokens / 2)
@@ -87,7 +93,7 @@ def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
 
 
 def train_steps(config: Any, corpus: Corpus, step: StepSize) -> int:
-    """Return the number of optimizer steps."""
+    """Return the number of optimizer steps over all epochs."""
     num_tokens = corpus.num_passages * corpus.train_tokens
     return max(1, math.ceil(num_tokens / step.num_tokens)) * int(config.num_epochs)
 
@@ -201,10 +207,10 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
 
 
 def _tokenizing(setting: Setting, encoded: float) -> tuple[float, str]:
-    """Return the seconds that the CPUs of a cluster with GPUs take to tokenise the passages, and a note where GPUs may wait.
+    """Return the seconds that the CPUs of a cluster with GPUs tokenise, and a note if the GPUs may wait for them.
 
     Args:
-        setting: of the plan.
+        setting: corpus, cluster and rates of the plan.
         encoded: tokens per second that all GPUs encode.
     """
     corpus, cluster = setting.corpus, setting.cluster
@@ -219,8 +225,9 @@ def _tokenizing(setting: Setting, encoded: float) -> tuple[float, str]:
 
 
 def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_low: bool) -> float:
-    """Return the sum of all workers' rates as a multiple of the rate; shards go to whoever is free, so unlike GPUs add
-    up.
+    """Return the sum of all workers' speeds as a multiple of `rate`.
+
+    Speeds of different GPUs add up, because an idle worker takes the next shard.
     """
     cluster = setting.cluster
     if not cluster.num_gpus:
@@ -233,7 +240,7 @@ def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_
 
 
 def _float32_note(config: Any, cluster: Cluster) -> str:
-    """Say where `auto` was taken for the slower of the types that it may mean."""
+    """Return a note if dtype `auto` was planned as float32, the slower type; else an empty text."""
     if config.dtype != "auto" or cluster.computes_low("auto"):
         return ""
     return "in float32, as dtype auto is on CPUs without bfloat16 units"

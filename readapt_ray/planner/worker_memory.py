@@ -1,4 +1,4 @@
-"""Estimate the memory that one worker of a stage needs and has; training uses the same estimate."""
+"""Estimate the memory that one worker of a stage needs and has; for training it is the estimate of its own check."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,29 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Memory that one worker needs, by part, and has; in bytes."""
+    """Memory that one worker needs and has, in bytes."""
 
     parts: dict[str, float]
+    """Bytes needed, by part."""
     available: float
+    """Bytes that the worker may use."""
     where: str
-    """What `available` is a part of."""
+    """Name of the GPU or node that the memory belongs to."""
     advice: str
-    """What to change where it does not fit."""
+    """What to change if it does not fit."""
     is_checked: bool = True
-    """Whether the stage refuses to start where it does not fit."""
+    """Whether the stage refuses to start if it does not fit."""
 
     @property
     def needed(self) -> float:
-        """Sum of all parts in bytes."""
+        """Return the sum of all parts in bytes."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether a worker has enough memory."""
+        """Return whether a worker has enough memory."""
         return self.needed <= self.available
 
     def arithmetic(self) -> str:
-        """Return the sum, part by part, as text."""
+        """Return the sum of the parts as text, in GB, with the memory that the worker has."""
         terms = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items())
         return f"{terms} = {self.needed / 1e9:.2f} GB of {self.available / 1e9:.2f} GB ({self.where})"
 
@@ -63,7 +65,14 @@ def train_adapter(config: Any, shape: ModelShape) -> "AdapterShape | None":
 
 
 def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: int) -> Memory:
-    """Return what a training worker needs: the estimate that training makes before it starts."""
+    """Estimate the memory of a training worker, as training does before it starts.
+
+    Args:
+        config: options of train.
+        shape: shape of the pretrained model.
+        cluster: the cluster of the plan.
+        num_workers: number of training workers.
+    """
     import torch
 
     from readapt_ray.training import memory
@@ -92,13 +101,19 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
 
 
 def gpu_share(config: Any, shape: ModelShape, cluster: Cluster) -> float:
-    """Return the part of a GPU that an embedding actor takes; 0 without GPUs."""
+    """Return the fraction of a GPU that an embedding actor reserves; 0 without GPUs."""
     placement = Placement(None, None, config.num_gpus_per_worker, encoders_per_gpu(shape))
     return placement.gpu_share(cluster.num_cpus, cluster.num_gpus)
 
 
 def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
-    """Return what an embedding actor needs: weights, the activations of a batch, a data shard."""
+    """Estimate the memory of an embedding actor: weights, the activations of a batch, the process.
+
+    Args:
+        config: options of embed.
+        shape: shape of the retriever.
+        cluster: the cluster of the plan.
+    """
     from readapt_ray.training.memory import process_bytes
 
     is_low = cluster.computes_low(config.dtype)
@@ -136,12 +151,12 @@ def _embed_advice(config: Any, gpu_share: float) -> str:
 
 
 def index_memory(shard_bytes: float, cpus: int, group: NodeGroup) -> Memory:
-    """Return what an indexing task needs: its shard, and once more while it is written.
+    """Estimate the memory of an indexing task: its shard, and a second copy while it is written.
 
     Args:
-        shard_bytes: of a shard as it is stored.
-        cpus: of a task.
-        group: the nodes that it runs on.
+        shard_bytes: size of a stored shard.
+        cpus: CPUs per task.
+        group: nodes that the task runs on.
     """
     return Memory(
         parts={"shard": shard_bytes, "copy that is written": shard_bytes, "process": 3e8},

@@ -1,6 +1,6 @@
-"""Give artifacts what a notebook needs: a short repr, and their rows as a table.
+"""Define artifacts for notebooks, with a short repr and their rows as a table.
 
-A table holds what the stage made: passages, blocks, vectors, a training log, ranked results, measures per query.
+The rows depend on the stage: passages, blocks, vectors, a training log, ranked results, or measures per query.
 """
 
 import dataclasses
@@ -27,33 +27,33 @@ _ROW_FILES = {
     "embed": "vectors",
     "embed-sample": "vectors",
 }
-"""Folder of the Parquet files that hold a stage's rows."""
+"""Folder of the Parquet files with the rows of each stage."""
 _LOGS = ("train", "finetune")
 
 
 class Artifact(artifacts.Artifact):
     """The output of a stage: its location, its manifest and its rows.
 
-    It can be given wherever a path is taken: `ra.train(corpus=corpus, ...)`.
+    It can be passed wherever a path is expected: `ra.train(corpus=corpus, ...)`.
     """
 
     @property
     def path(self) -> Path:
-        """The folder, or the file of a run of `search`.
+        """Return the artifact's folder; for `search`, the file with the run.
 
         Raises:
-            InputError: it is in an object store; `uri` says where.
+            InputError: the artifact is in an object store; use `uri`.
         """
         if not self.location.is_local:
             raise InputError(f"{self.uri!r} is no path on this machine; use .uri, or .location to read its files")
         return self.location.local_path
 
     def __fspath__(self) -> str:
-        """Return the location, so that the artifact can be given where a path is taken."""
+        """Return the path or URI, so that the artifact can be passed where a path is expected."""
         return self.uri
 
     def __repr__(self) -> str:
-        """Three lines: stage and counts, place, when it was made."""
+        """Return three lines: stage and counts, path or URI, time and fingerprint."""
         return "\n".join(self._lines())
 
     def _repr_html_(self) -> str:
@@ -70,10 +70,10 @@ class Artifact(artifacts.Artifact):
         ]
 
     def to_arrow(self) -> pa.Table:
-        """Return all rows in memory.
+        """Return all rows as a pyarrow Table, in memory.
 
         Raises:
-            InputError: the artifact is a model.
+            InputError: the artifact is a model, which has no rows.
         """
         stage = self.manifest.stage
         if stage in _LOGS:
@@ -92,15 +92,15 @@ class Artifact(artifacts.Artifact):
         """Return all rows as a pandas DataFrame, in memory.
 
         Raises:
-            InputError: the artifact is a model.
+            InputError: the artifact is a model, which has no rows.
         """
         return self.to_arrow().to_pandas()
 
     def to_ray(self) -> "ray.data.Dataset":
-        """Return the rows as a Ray Dataset, which reads files when they are needed.
+        """Return the rows as a Ray Dataset, which reads files lazily; connect to Ray if needed.
 
         Raises:
-            InputError: the artifact is a model.
+            InputError: the artifact is a model, which has no rows.
         """
         from readapt_ray.cluster import connection
 
@@ -130,24 +130,24 @@ class Artifact(artifacts.Artifact):
 
 
 def _live_rows(uris: pa.Table) -> pa.Table:
-    """Read a file in a Ray task, without its dead rows."""
+    """Read the file of a URI without its dead rows, in a Ray task."""
     return dead_rows.read_table(Location(uris["item"][0].as_py()))
 
 
 def of(artifact: artifacts.Artifact) -> Artifact:
-    """Return the same artifact as one for notebooks."""
+    """Convert an artifact to the class for notebooks."""
     return Artifact(**{each.name: getattr(artifact, each.name) for each in dataclasses.fields(artifact)})
 
 
 def open_artifact(uri: str | Path, stage: str = "") -> Artifact:
-    """Open the complete artifact in a folder.
+    """Open a complete artifact.
 
     Args:
         uri: its folder or URI.
-        stage: what made it; refuse the artifact of another stage. If omitted, any will do.
+        stage: stage that must have made it, such as "embed". If omitted, any stage.
 
     Raises:
-        ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
+        ArtifactMissingError: there is no artifact, it is unfinished, or another stage made it.
     """
     return of(artifacts.open_artifact(str(uri), stage))
 
@@ -156,8 +156,8 @@ class Results:
     """Rows that print as a table.
 
     Args:
-        rows: the rows, by name of the column.
-        text: the table as people read it.
+        rows: one dict per row, by name of the column.
+        text: the table as text, for printing.
     """
 
     def __init__(self, rows: list[dict[str, Any]], text: str) -> None:
@@ -165,7 +165,7 @@ class Results:
         self._text = text
 
     def __repr__(self) -> str:
-        """The table as text."""
+        """Return the table as text."""
         return self._text
 
     def _repr_html_(self) -> str:

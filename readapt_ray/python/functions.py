@@ -1,6 +1,6 @@
 """Make the functions of `import readapt_ray as ra` from the configs of stages, runs and comparisons.
 
-They take what the commands take, show progress without any set-up of logging, and refuse as the commands do.
+They take the same options as the commands, raise the same errors, and show progress without any set-up of logging.
 """
 
 import contextlib
@@ -21,13 +21,14 @@ from readapt_ray.storage import Location
 
 
 class Work(NamedTuple):
-    """A row of the table of functions that take the options of a config."""
+    """One row of FUNCTIONS: a function whose arguments are the options of a config."""
 
     summary: str
+    """First line of its docstring."""
     config: str
-    """Where the config class is: module and name."""
+    """Module and name of the config class."""
     function: str
-    """Where the function of a config is."""
+    """Module and name of the function that takes a config."""
     returns: type[Artifact] | type[Results] | None = Artifact
 
 
@@ -71,7 +72,7 @@ FUNCTIONS: dict[str, Work] = {
         None,
     ),
 }
-"""The functions that are made from this table; the others are defined below."""
+"""The functions that are made from configs; `run`, `status` and `quiet` are defined below."""
 _RETURNS = {
     Artifact: "Returns:\n    The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.",
     Results: "Returns:\n    The rows: they print as a table; `.rows`, `.to_pandas()`.",
@@ -81,7 +82,7 @@ _RETURNS = {
 
 @functools.cache
 def function_of(name: str) -> Callable[..., Any]:
-    """Return the function of a row of the table, with the signature and docstring of its config."""
+    """Make a function of FUNCTIONS by name, with a signature and docstring from its config."""
     work = FUNCTIONS[name]
     config_class: type[Config] = _found(work.config)
 
@@ -103,7 +104,7 @@ def _found(place: str) -> Any:
 
 
 def _config(name: str, config_class: type[Config], given: tuple[Any, ...], options: dict[str, Any]) -> Config:
-    """Make a config from the options of a call.
+    """Make a config from the arguments of a call: options by name, or one config.
 
     Raises:
         InputError: an option is unknown, missing or wrong, or was given without its name.
@@ -158,15 +159,15 @@ _TABLES: dict[str, Callable[[Any, Any], tuple[list[dict[str, Any]], str]]] = {
     "find": _of_find,
     "clean": _of_clean,
 }
-"""The rows and the text of what a function returns that makes no artifact."""
+"""For each function without an artifact: makes rows and text from its result and config."""
 
 
 @contextlib.contextmanager
 def _as_told() -> Iterator[None]:
-    """Show progress, and raise only our own errors for what the user can fix.
+    """Show progress, and replace errors about unreadable paths by an InputError, while the block runs.
 
     Raises:
-        InputError: a path may not be read.
+        InputError: a path cannot be read.
     """
     log_output.show_progress()
     try:
@@ -183,19 +184,20 @@ def run(
     overwrite: bool = False,
     from_stage: str | None = None,
 ) -> dict[str, Artifact]:
-    """Run the main job of a YAML file: adapt a retriever to a corpus, re-embed it, evaluate.
+    """Run all stages of a run file: adapt a retriever to a corpus, embed the corpus again, and evaluate.
 
-    What is complete already is not done again. What was made with other options is refused, and made again on request.
+    Complete artifacts are not made again. An artifact that was made with other options or from other inputs is stale:
+    it is an error, unless `overwrite` or `from_stage` allows to make it again.
 
     Args:
-        config: the file, or a RunConfig.
-        root: folder or URI to write all artifacts to. If omitted, the root of the file.
-        overrides: options in place of the file's: {"train.lora_rank": 16}, or {"train": {"lora_rank": 16}}.
-        overwrite: make again all that is stale: made with other options or from other inputs.
-        from_stage: as overwrite, but only for this stage and those after it.
+        config: path of a YAML file, or a RunConfig.
+        root: folder or URI for all artifacts. If omitted, the root in the file.
+        overrides: options that replace the file's: {"train.lora_rank": 16}, or {"train": {"lora_rank": 16}}.
+        overwrite: make all stale artifacts again.
+        from_stage: make stale artifacts again, but only of this stage and the stages after it.
 
     Returns:
-        The artifacts by their folder under the root: corpus, adapter, adapted, report ...
+        The artifacts by folder under the root: corpus, adapter, adapted, report ...
 
     Raises:
         InputError: an option is unknown or wrong, or an input cannot be used; found before any stage starts.
@@ -215,10 +217,10 @@ def run(
 
 
 def status(root: str | Path) -> Results:
-    """Show what is done, running and missing in the folder of a run.
+    """Return which artifacts under a root are done, running or missing.
 
     Args:
-        root: the folder or URI that holds the artifacts.
+        root: folder or URI of the artifacts of a run.
 
     Raises:
         InputError: there is no such folder.
@@ -231,5 +233,5 @@ def status(root: str | Path) -> Results:
 
 
 def quiet() -> None:
-    """Show warnings only, no progress; READAPT_LOG_LEVEL=WARNING does the same."""
+    """Show only warnings, without progress, from now on; READAPT_LOG_LEVEL=WARNING does the same."""
     log_output.quiet()

@@ -1,6 +1,6 @@
 """Encode texts and search an index in this process, without Ray.
 
-The whole index is in memory, and so is the model. A corpus gives hits their titles and texts.
+The model and the whole index are held in memory. With a corpus, hits have titles and texts.
 """
 
 import functools
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 Kind = Literal["query", "passage"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Place = str | Path | Artifact
-"""A name, a path, a URI, or what a stage returned."""
+"""A model, index or corpus: its name, path or URI, or the artifact that a stage returned."""
 _SHOWN = 80
-"""Characters of a text that a hit shows."""
+"""Most characters of a text in the repr of a hit."""
 
 
 class Hit(NamedTuple):
-    """A passage that was found. Title and text are empty where no corpus was given."""
+    """A passage that was found. Title and text are empty if no corpus was given."""
 
     doc_id: str
     score: float
     title: str
     text: str
     columns: Mapping[str, Any] | None = None
-    """The columns that ingest kept."""
+    """Values of the columns that ingest kept; None without a corpus."""
     passage_id: str | None = None
-    """Id of the best passage of the document, if ingest split documents."""
+    """Id of the document's best passage; None unless ingest split documents."""
 
     def __repr__(self) -> str:
-        """Shorten the text, so that a notebook shows a list of hits in a few lines."""
+        """Return the fields with a shortened text, so that a notebook shows a list of hits in a few lines."""
         text = self.text if len(self.text) <= _SHOWN else f"{self.text[:_SHOWN]}..."
         shown = self._asdict() | {"score": float(f"{self.score:.4g}"), "text": text}
         return f"Hit({', '.join(f'{name}={value!r}' for name, value in shown.items() if value is not None)})"
@@ -58,13 +58,14 @@ class Encoder:
 
     Args:
         retriever: a catalog name, a folder, a URI, a hub id, or the artifact of `ra.merge` or `ra.finetune`.
-        encoding: how it takes text: an `Encoding`, its options as a dict, or a JSON file. If omitted, what its folder or the catalog says.
-        dtype: of weights and computation.
-        device: a torch device. If omitted, cuda where there is one, else cpu.
-        batch_tokens: tokens per batch at most. If omitted, what suits the device and the model.
+        encoding: prompts, special tokens, pooling and maximum length: an `Encoding`, its options as a dict, or a JSON
+            file. If omitted, the encoding of the model's folder or of the catalog.
+        dtype: data type of weights and computation.
+        device: a torch device. If omitted, cuda if there is a GPU, else cpu.
+        batch_tokens: most tokens per batch. If omitted, chosen by device and model.
 
     Raises:
-        InputError: the model cannot be found or loaded, or nothing says how it takes text.
+        InputError: the model cannot be found or loaded, or its encoding is not known.
     """
 
     @refusing_in_our_words
@@ -91,35 +92,35 @@ class Encoder:
 
     @property
     def encoding(self) -> Encoding:
-        """How it takes text: templates, special tokens, pooling."""
+        """Return how the retriever takes text: templates, special tokens, pooling, maximum length."""
         return self._encoder.encoding
 
     @property
     def dimension(self) -> int:
-        """Numbers in a vector."""
+        """Return the dimension of its vectors."""
         return self._encoder.dimension
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that decides a vector."""
+        """Return the hash of everything that decides a vector: model, encoding and dtype."""
         return self._encoder.fingerprint
 
     @refusing_in_our_words
     def encode(
         self, texts: str | Sequence[str], kind: Kind, *, titles: Sequence[str] | None = None
     ) -> NDArray[np.float32]:
-        """Encode texts.
+        """Encode texts to vectors.
 
         Args:
-            texts: N texts, or one.
-            kind: "query" or "passage": retrievers treat them differently.
-            titles: N titles of passages.
+            texts: N texts, or a single text.
+            kind: "query" or "passage"; retrievers encode them differently.
+            titles: N titles of passages; None for no titles.
 
         Returns:
-            float32 [N, D] in the order of the texts; [D] of one text.
+            float32 [N, D] in the order of the texts; [D] for a single text.
 
         Raises:
-            InputError: the kind is neither, or a text is not a text or is empty.
+            InputError: the kind is wrong, or a text is not a string or is empty.
         """
         if isinstance(texts, str):
             vector: NDArray[np.float32] = self._encoder.encode([texts], kind, titles)[0]
@@ -127,22 +128,22 @@ class Encoder:
         return self._encoder.encode(list(texts), kind, titles)
 
     def __repr__(self) -> str:
-        """Its name and size."""
+        """Return the name of the retriever, its dimension and its device."""
         return f"Encoder({self._name!r}): {self.dimension} dimensions, {self._encoder.device}"
 
 
 class Retriever:
-    """A retriever with its index in memory.
+    """A retriever that searches an index held in memory.
 
     Args:
-        retriever: the model that made the vectors, or that the bridge is for.
+        retriever: the model that made the vectors; with a bridge, the new model that the bridge maps from.
         index: the output of `ra.index`, or its folder.
-        corpus: the output of `ra.ingest`, or its folder, for titles and texts of hits, and for filters.
-        bridge: the output of `ra.bridge`, or its folder, if an older model made the vectors.
-        device: a torch device. If omitted, cuda where there is one, else cpu.
+        corpus: the output of `ra.ingest`, or its folder; needed for titles and texts of hits, and for filters.
+        bridge: the output of `ra.bridge`, or its folder; needed if an older model made the vectors.
+        device: a torch device. If omitted, cuda if there is a GPU, else cpu.
 
     Raises:
-        InputError: one of them cannot be found, or the index was made by another model.
+        InputError: an input cannot be found, or the index was made with another model.
     """
 
     @refusing_in_our_words
@@ -177,13 +178,13 @@ class Retriever:
         """Return the best passages for a query, best first.
 
         Args:
-            query: a text; `search_all` takes several.
-            top_k: how many passages, at most all that there are.
-            filter: what columns that ingest kept must hold: one of some values, or a value within bounds, such as
-                {"lang": ["en", "de"], "year": {"gte": 2020}}.
+            query: one query; `search_all` takes several.
+            top_k: most passages to return.
+            filter: conditions on columns that ingest kept: a value, a list of allowed values, or bounds, such as
+                {"lang": ["en", "de"], "year": {"gte": 2020}}. It needs a corpus.
 
         Raises:
-            InputError: top_k is under 1, the query is not a text or is empty, or there is no such column.
+            InputError: top_k is under 1, the query is not a string or is empty, or the corpus has no such column.
         """
         return self.search_all([query], top_k, filter=filter)[0]
 
@@ -239,14 +240,14 @@ class Retriever:
 
     @functools.cached_property
     def _filtered(self) -> "IndexSlice":
-        """The same shards with the columns of their passages, which are read at the first filter."""
+        """The index with the columns of its passages, which are read when the first filter is used."""
         from readapt_ray.serving.index_slice import IndexSlice
 
         folder = open_artifact(str(self._corpus), "ingest").location / "passages"
         return IndexSlice.of(self._shards, folder.files(".parquet"), is_split=self._is_split)
 
     def __repr__(self) -> str:
-        """What it searches, and with what."""
+        """Return the number of passages, the index and the encoder."""
         return f"Retriever of {amount(self._num_vectors, 'passages')} in {self._index!r} by {self._encoder!r}"
 
 
@@ -258,5 +259,5 @@ def _hit(scored: ScoredDoc, passage: Passage | None, is_split: bool) -> Hit:
 
 
 def _named(place: Place) -> str:
-    """Return the name, path or URI of a model, an index or a corpus."""
+    """Return the name, path or URI of a model, an index or a corpus as text."""
     return place.uri if isinstance(place, Artifact) else str(place)

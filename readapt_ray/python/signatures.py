@@ -1,7 +1,7 @@
-"""Make signatures and docstrings for `import readapt_ray` from the configs that also make flags and `--help`.
+"""Make signatures and docstrings of the functions of `import readapt_ray` from the configs of flags and `--help`.
 
-`inspect.signature`, `help` and completion in notebooks show them. `readapt_ray/__init__.pyi` holds the same for editors
-and type checkers, which do not run code.
+`inspect.signature`, `help` and completion in notebooks show them. `readapt_ray/__init__.pyi` has the same signatures
+for editors and type checkers, which do not run code.
 """
 
 import functools
@@ -23,11 +23,16 @@ R = TypeVar("R")
 
 _MORE_PATHS = frozenset({"output", "root", "exclude", "only", "previous", "api_keys", "negatives", "require_report"})
 _NO_PATHS = frozenset({"host", "name"})
-"""Options that are listed among the inputs in --help and are not paths."""
+"""Options that a config lists as inputs although they are not paths."""
 
 
 def signature_of(config_class: type[Config], returns: Any) -> inspect.Signature:
-    """Return a signature with the options as keyword-only parameters, the required ones first."""
+    """Make a signature with the options of a config as keyword-only parameters, required ones first.
+
+    Args:
+        config_class: the config.
+        returns: annotation of the return value.
+    """
     fields = sorted(config_class.model_fields.items(), key=lambda item: not item[1].is_required())
     paths = (config_class.inputs | _MORE_PATHS) - _NO_PATHS
     parameters = [
@@ -43,15 +48,22 @@ def signature_of(config_class: type[Config], returns: Any) -> inspect.Signature:
 
 
 def docstring_of(summary: str, config_class: type[Config], returns: str) -> str:
-    """Return the text that `help` shows below the signature."""
+    """Make a docstring: the summary, the options of a config with their docs, Returns and Raises.
+
+    Args:
+        summary: what the function does, without a capital or period.
+        config_class: the config.
+        returns: the section Returns.
+    """
     how = f"Give the options by name, or all of them as one {config_class.__name__}."
     raises = "Raises:\n    InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named."
     return "\n\n".join([f"{summary[0].upper()}{summary[1:]}.", how, options_text(config_class), returns, raises])
 
 
 def refusing_in_our_words(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a function so that it refuses with our own error what it does not take: a parameter that is unknown, missing or
-    of another type. The error has the nearest spelling.
+    """Wrap a function to check its arguments: an unknown, missing or wrongly typed one raises an InputError.
+
+    The message suggests the nearest spelling of an unknown name.
     """
     signature = inspect.signature(function)
     known = [name for name in signature.parameters if name != "self"]
@@ -83,7 +95,7 @@ def refusing_in_our_words(function: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function as `import readapt_ray` offers it: see `refusing_in_our_words`."""
+    """Return a function as a member of `readapt_ray`, with checked arguments (see `refusing_in_our_words`)."""
     call = refusing_in_our_words(function)
     call.__module__ = "readapt_ray"
     return call
@@ -94,8 +106,8 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _accepted(annotation: Any, *, is_path: bool) -> Any:
-    """Return the types that a caller may give for an option: text also as a path, lists of any kind, an encoding as a
-    file.
+    """Return the types that a caller may pass for an option: also Path for a path, any sequence for a list, a file for
+    an encoding.
     """
     if annotation is str:
         return str | Path if is_path else str
@@ -113,7 +125,7 @@ def _accepted(annotation: Any, *, is_path: bool) -> Any:
 
 
 def written(signature: inspect.Signature) -> tuple[list[str], str]:
-    """Return the parameters and the return type of a signature as source code."""
+    """Return the parameters and the return type of a signature as Python source code."""
     parameters = [
         f"{each.name}: {_written(each.annotation)}"
         + ("" if each.default is inspect.Parameter.empty else f" = {each.default!r}")

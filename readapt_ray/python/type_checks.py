@@ -1,8 +1,7 @@
-"""Check what a caller gave for a parameter against the parameter's type.
+"""Check an argument against the type of its parameter.
 
-In: a name, a value and an annotation. Out: what is wrong, as the text of an error, or nothing. Lists and mappings are
-checked to their ends. Anything with a length that can be iterated is a list, so that columns of pandas and numpy are
-taken, too.
+In: a name, a value and an annotation. Out: an error text, empty if the value fits. All items of lists and mappings are
+checked. Anything with a length that can be iterated counts as a list, such as a column of pandas or a numpy array.
 """
 
 import numbers
@@ -28,11 +27,17 @@ _WORDS: dict[Any, str] = {
     type(None): "None",
 }
 _CLASSES: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, Path: os.PathLike}
-"""What an annotation takes that is not only its own class, such as the numbers of numpy."""
+"""Wider classes that an annotation accepts, so that numbers of numpy are accepted too."""
 
 
 def mismatch(name: str, value: Any, annotation: Any) -> str:
-    """Return what is wrong with a value, or an empty text."""
+    """Return an error text if a value does not fit an annotation; else an empty text.
+
+    Args:
+        name: name of the parameter, for the text.
+        value: the argument.
+        annotation: type of the parameter.
+    """
     alternatives = _alternatives(annotation)
     kind = next((each for each in alternatives if _takes(each, value)), None)
     if kind is None:
@@ -62,7 +67,7 @@ def _origin(annotation: Any) -> Any:
 
 
 def _takes(annotation: Any, value: Any) -> bool:
-    """Return whether a value is of a type, whatever it contains."""
+    """Return whether a value is of a type, without a check of its items."""
     kind = _origin(annotation)
     if kind is typing.Literal:
         return any(value is each or (isinstance(value, str) and value == each) for each in typing.get_args(annotation))

@@ -1,4 +1,4 @@
-"""`readapt doctor`: find what will fail on this machine or cluster, within a minute, before a run."""
+"""Find what will fail on this machine or cluster before a run, within a minute (`readapt doctor`)."""
 
 from typing import ClassVar
 
@@ -12,23 +12,24 @@ class DoctorConfig(Config):
     """Options of `readapt doctor`."""
 
     cluster: bool = False
-    """Check every node of the cluster of RAY_ADDRESS (as a submitted job: its own), and the network between them."""
+    """Check every node of the cluster at RAY_ADDRESS (in a submitted job: the job's cluster), and the network between
+    them."""
     gpus: bool = False
     """Start the GPU nodes that the cluster may grow to (READAPT_NUM_GPUS) and check them too. They cost money until
     the autoscaler ends them as idle."""
     root: str | None = None
     """Folder or URI that a run will write to."""
     models: tuple[str, ...] = ()
-    """Models that a run will use: catalog names, folders, URIs or hub ids. Their weights are not fetched."""
+    """Models that a run will use: catalog names, folders, URIs or hub ids. Their weights are not downloaded."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"cluster", "models"})
 
 
 def examine(config: DoctorConfig) -> Report:
-    """Check this machine, or all nodes of a cluster.
+    """Check this machine, or with `cluster` all nodes of a cluster; return the report.
 
     Raises:
-        InputError: GPU nodes are to be started where none can be.
+        InputError: `gpus` is set without `cluster`, or READAPT_NUM_GPUS is not set.
     """
     from readapt_ray.cluster.doctor import cluster, here
 

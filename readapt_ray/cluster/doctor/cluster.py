@@ -1,8 +1,8 @@
-"""Check all nodes of a cluster, all at the same time.
+"""Check all nodes of a cluster at the same time.
 
-A node, a check or a worker that does not answer in time is a line in the report. Three nodes on one machine take 13 s;
-with one that does not answer and one whose disk hangs it is less than a minute, counted from when GPU nodes that it was
-asked to start are up.
+A node, a check or a worker that does not answer in time becomes a line of the report. Three nodes on one machine take
+13 s. With one node that does not answer, and one whose disk hangs, it takes less than a minute. Starting GPU nodes is
+not included.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from readapt_ray.storage import Location
 
 CHECKS_S = 10.0
 STARTS_S = 10.0
-"""For a process that checks to start."""
+"""Seconds for a process that runs checks to start."""
 _GPU = {"CPU": 1.0, "GPU": 1.0}
 _TO_COME = "GPUs to come"
 DRIVER = "the driver"
@@ -35,9 +35,9 @@ def check_cluster(root: str | None, models: tuple[str, ...], *, starts_gpus: boo
     """Check every node of the cluster of RAY_ADDRESS, and the network between them.
 
     Args:
-        root: folder or URI of all artifacts; None: not looked at.
+        root: folder or URI of all artifacts; None to skip this check.
         models: models that every node must have or be able to fetch.
-        starts_gpus: start the GPU nodes that the cluster may grow to.
+        starts_gpus: start the GPU nodes that the autoscaler may add, and check them too.
     """
     connection.connect(check_versions=False)
     report = Report()
@@ -48,7 +48,7 @@ def check_cluster(root: str | None, models: tuple[str, ...], *, starts_gpus: boo
 
 @contextlib.contextmanager
 def _gpu_nodes(report: Report, *, starts: bool) -> Iterator[None]:
-    """Start the GPU nodes that the cluster may grow to, if that is asked for; report those that are not up."""
+    """Start the GPU nodes that the autoscaler may add, if asked to; report GPUs that are not up."""
     wanted = environment.num_gpus() or 0
     with contextlib.ExitStack() as stack:
         if starts:
@@ -65,7 +65,7 @@ def _gpu_nodes(report: Report, *, starts: bool) -> Iterator[None]:
 
 
 def _num_up(wanted: int) -> dict[str, Finding]:
-    """Return how many GPUs of those that may come are up, and what the launcher could not start."""
+    """Return findings: how many of the wanted GPUs are up, and which nodes the launcher could not start."""
     found = {}
     if wanted:
         num_up = sum(map(_gpus, nodes.alive()))
@@ -77,7 +77,7 @@ def _num_up(wanted: int) -> dict[str, Finding]:
 
 
 def _check_nodes(root: str | None, models: tuple[str, ...], report: Report) -> None:
-    """Check the nodes that are up."""
+    """Check the nodes that are up, and the network between them."""
     import ray
 
     up = {nodes.name_of(node): node for node in nodes.alive()}
@@ -108,7 +108,10 @@ def _check_nodes(root: str | None, models: tuple[str, ...], report: Report) -> N
 
 
 def _orders(probe: Probe | None, models: tuple[str, ...], report: Report) -> Orders:
-    """Write the driver's probe file into the root. If that fails on a local disk, the nodes skip the check."""
+    """Write the driver's probe file into the root; return what each node is to check.
+
+    If the driver cannot write into a local root, the nodes skip the check of the root.
+    """
     orders = Orders(root=None, models=models, limit_s=CHECKS_S)
     if probe is None:
         return orders
@@ -122,7 +125,7 @@ def _orders(probe: Probe | None, models: tuple[str, ...], report: Report) -> Ord
 
 
 def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: Report) -> Nodes:
-    """Return the nodes that answer and have the package, and report differing versions."""
+    """Report nodes with other versions; return the nodes that answer and have readapt_ray installed."""
     usable = {}
     for name, there in said.items():
         if isinstance(there, Exception):
@@ -156,7 +159,7 @@ def _start(node: Mapping[str, Any], num_gpus: int = 0) -> Any:
 
 
 def _examine(inspectors: Mapping[str, Any], up: Nodes, orders: Orders, report: Report) -> dict[str, Any]:
-    """Check every node, and return the inspectors of those that answered."""
+    """Check every node; return the inspectors of the nodes that answered."""
     started = {}
     for name, inspector in inspectors.items():
         store_bytes = int(up[name]["Resources"].get("object_store_memory", 0))

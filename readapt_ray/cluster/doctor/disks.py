@@ -1,4 +1,4 @@
-"""Check that the disks and the shared memory of this machine have room, can be written and are fast enough."""
+"""Check that the disks and shared memory of this machine have free space, can be written and are fast enough."""
 
 import contextlib
 import os
@@ -18,23 +18,23 @@ _GB = 10**9
 _LEAST_FREE_BYTES = 1 * _GB
 _LITTLE_FREE_BYTES = 20 * _GB
 _MOST_USED = 0.95
-"""Ray does not spill to a disk that is fuller (its setting local_fs_capacity_threshold)."""
+"""Ray does not spill to a disk that is fuller than this (its setting local_fs_capacity_threshold)."""
 _ADVICE = "free some, mount a larger disk, or move it (--root, READAPT_CACHE, HF_HOME, `ray start --temp-dir`)"
 _WRITTEN_BYTES = 64 << 20
 _SLOW_BYTES_PER_S = 50e6
 _LEAST_SHARED_BYTES = 1 * _GB
-"""Docker gives 64 MB unless told; NCCL then fails between GPUs."""
+"""Docker's default is 64 MB, with which NCCL fails between GPUs."""
 
 
 def working_folders(ray_folder: str) -> list[Path]:
-    """Return the folders that work writes to on this machine: Ray's spill folder and the caches of models."""
+    """Return the folders that stages write to on this machine: Ray's spill folder and the caches of models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [Path(ray_folder or tempfile.gettempdir()), environment.cache_folder(), Path(HF_HUB_CACHE)]
 
 
 def check_disks(folders: Sequence[Path]) -> Finding:
-    """Measure free space and speed of writing, once for each disk that holds one of the folders."""
+    """Measure free space and write speed, once for each disk that holds one of the folders."""
     by_disk: dict[int, Path] = {}
     for folder in folders:
         there = existing(folder)
@@ -45,12 +45,12 @@ def check_disks(folders: Sequence[Path]) -> Finding:
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that exists."""
+    """Return the folder, or its nearest parent that exists."""
     return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
 def check_disk(folder: Path) -> Finding:
-    """Measure free space and speed of writing on the disk of a folder."""
+    """Measure free space and write speed of the disk that holds a folder."""
     problems = space_problems(folder)
     free = shutil.disk_usage(folder).free
     shown = f"{free / _GB:,.0f} GB"
@@ -68,7 +68,7 @@ def check_disk(folder: Path) -> Finding:
 
 
 def space_problems(folder: Path) -> tuple[Problem, ...]:
-    """Return what is wrong with the free space on the disk of a folder."""
+    """Return problems with the free space of the disk that holds a folder; empty if there is enough."""
     usage = shutil.disk_usage(folder)
     if usage.free < _LEAST_FREE_BYTES or usage.used / usage.total > _MOST_USED:
         text = f"{folder} has {usage.free / _GB:.1f} of {usage.total / _GB:.1f} GB free, too little to work; {_ADVICE}"
@@ -80,12 +80,12 @@ def space_problems(folder: Path) -> tuple[Problem, ...]:
 
 
 def _bytes_per_s(folder: Path, num_bytes: int) -> float:
-    """Write a file and measure the speed until it is on the disk."""
+    """Write a file and measure the speed, including the sync to disk."""
     started_s = time.monotonic()
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".readapt-doctor-") as file:
         file.write(os.urandom(1 << 20) * max(1, num_bytes >> 20))
         file.flush()
-        with contextlib.suppress(OSError):  # some network disks do not know it
+        with contextlib.suppress(OSError):  # some network disks do not support it
             os.fsync(file.fileno())
     return num_bytes / (time.monotonic() - started_s)
 
@@ -94,8 +94,8 @@ def check_shared_memory(store_bytes: int, num_gpus: int) -> Finding:
     """Check that shared memory is large enough for Ray's objects and NCCL's buffers.
 
     Args:
-        store_bytes: of Ray's object store on this machine; 0 without Ray.
-        num_gpus: of this machine.
+        store_bytes: size of Ray's object store on this machine, in bytes; 0 without Ray.
+        num_gpus: number of GPUs that workers use on this machine.
     """
     if not SHARED_MEMORY.is_dir():
         return Finding("none")

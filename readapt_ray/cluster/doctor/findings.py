@@ -1,4 +1,4 @@
-"""Define what a check reports, and run checks side by side, each with a time limit."""
+"""Define checks and their findings, and run checks in parallel with a time limit."""
 
 import threading
 import time
@@ -10,18 +10,20 @@ from readapt_ray.errors import ReadaptError, first_line
 
 @dataclass(frozen=True)
 class Problem:
-    """A text that says what is wrong and, after a semicolon, what to do."""
+    """A problem that a check found."""
 
     text: str
+    """What is wrong and, after a semicolon, what to do."""
     fails: bool = True
-    """Whether work will fail by it; otherwise it is slower than it need be."""
+    """Whether a run will fail because of it; if False, a run is only slower."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of a check: its cell in the table, and its problems."""
+    """The result of a check."""
 
     shown: str
+    """Text of its cell in the table."""
     problems: tuple[Problem, ...] = ()
 
 
@@ -32,24 +34,24 @@ class Check:
     name: str
     """Column of the table."""
     look: Callable[[], Finding]
-    """Returns what it finds; an error that it raises is a problem, too."""
+    """Runs the check; an error that it raises becomes a problem."""
     if_silent: str
-    """What to do if it does not come to an end."""
+    """What the user should do if the check does not end in time."""
 
 
 def failed(text: str) -> Finding:
-    """Return a finding with one problem."""
+    """Return a finding with one problem that makes a run fail."""
     return Finding("fails", (Problem(text),))
 
 
 def run_checks(checks: Sequence[Check], *, limit_s: float) -> dict[str, Finding]:
-    """Run all checks at once, and return what each found, by name.
+    """Run all checks in parallel threads; return the finding of each by its name.
 
-    A thread that hangs in a system call (a dead mount, a lost network) cannot be ended, so it is left behind.
+    A thread that hangs in a system call (a dead mount, a lost network) cannot be stopped, so it is left running.
 
     Args:
-        checks: with different names.
-        limit_s: how long to wait for all of them. One that is not done by then is a problem of its own.
+        checks: checks with different names.
+        limit_s: seconds to wait for all of them. A check that is not done by then becomes a problem.
     """
     found: dict[str, Finding] = {}
 

@@ -1,17 +1,17 @@
-"""Check that the GPUs of this machine can be used: the driver, torch's build, and the number that Ray was told."""
+"""Check that the GPUs of this machine can be used: the driver, the build of torch, and the number that Ray counts."""
 
 from readapt_ray.cluster.doctor.findings import Finding, Problem
 from readapt_ray.cluster.gpus import Gpu, installed_gpus, why_unusable
 
 _BUSY_MIB = 1024
-"""A GPU that nobody uses holds less: driver and context of a process that is ending."""
+"""An unused GPU holds less memory than this (the driver, and the context of a process that is ending)."""
 
 
 def check_gpus(num_wanted: int | None) -> Finding:
     """Compare the GPUs that the driver, torch and Ray see.
 
     Args:
-        num_wanted: how many Ray gives to workers on this machine; None without Ray: all that the driver sees.
+        num_wanted: number of GPUs that Ray gives to workers on this machine; None without Ray: all installed GPUs.
     """
     gpus = installed_gpus()
     wanted = len(gpus) if num_wanted is None else num_wanted

@@ -1,4 +1,4 @@
-"""Check this machine alone, without Ray."""
+"""Check only this machine, without Ray."""
 
 import platform
 
@@ -7,7 +7,7 @@ from readapt_ray.cluster.doctor.report import Report
 
 
 def check_here(root: str | None, models: tuple[str, ...]) -> Report:
-    """Check this machine."""
+    """Check this machine, without Ray; see `check_cluster` for the arguments."""
     report = Report()
     report.add(platform.node() or "this machine", check_machine(Orders(root=root, models=models)))
     return report

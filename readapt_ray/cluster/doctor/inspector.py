@@ -1,4 +1,4 @@
-"""An actor on each node that runs its checks and exchanges data with the other nodes."""
+"""Define the actor that runs the checks of its node and exchanges data with other nodes."""
 
 import dataclasses
 import importlib
@@ -23,38 +23,38 @@ _NUM_EXCHANGES = 3
 
 @dataclass(frozen=True)
 class Exchange:
-    """Bandwidth and time of an all-reduce."""
+    """Backend and bandwidth of a measured all-reduce."""
 
     backend: str
     bytes_per_s: float
-    """Each way through the slowest link of a ring: 2 (n - 1) / n times the data, by the time (NCCL's bus bandwidth)."""
+    """Bandwidth per direction of a ring of n workers: 2 (n - 1) / n * bytes / seconds (NCCL's bus bandwidth)."""
 
 
 class Inspector:
-    """An actor that checks its node. It takes a GPU only where it joins a process group of GPUs."""
+    """An actor that checks its node. It reserves a GPU only if it joins a process group of GPUs."""
 
     def __init__(self) -> None:
         self._listening: Any = None
         self._store: Any = None
 
     def examine(self, orders: Orders) -> dict[str, Finding]:
-        """Check this node."""
+        """Run the checks of this node; return their findings by column of the report."""
         import ray
 
         session = ray._private.worker._global_node.get_session_dir_path()
         return check_machine(dataclasses.replace(orders, ray_folder=session))
 
     def load_torch(self) -> None:
-        """Import what `all_reduce` needs while other checks run; importing may take longer than the exchange."""
+        """Import what `all_reduce` needs while other checks run: imports may take longer than the all-reduce."""
         importlib.import_module("torch.distributed")
         importlib.import_module("readapt_ray.cluster.process_group")
 
     def now(self) -> float:
-        """Return the time by this node's clock, in unix seconds."""
+        """Return this node's clock, in Unix seconds."""
         return time.time()
 
     def listen(self) -> Address:
-        """Start to accept connections; return the address."""
+        """Start accepting TCP connections; return the host and port."""
         import ray
 
         host = ray.util.get_node_ip_address()
@@ -63,7 +63,7 @@ class Inspector:
         return host, int(self._listening.getsockname()[1])
 
     def unreachable(self, addresses: Sequence[Address], limit_s: float) -> list[int]:
-        """Return the indices of the addresses that cannot be connected to."""
+        """Connect to each address; return the indices of those that cannot be reached within `limit_s` seconds."""
         reached: set[int] = set()
 
         def connect(place: int) -> None:
@@ -81,7 +81,7 @@ class Inspector:
         return sorted(set(range(len(addresses))) - reached)
 
     def open_store(self, num_workers: int, limit_s: float) -> Address:
-        """Open the store through which workers find each other; return its address."""
+        """Open the TCP store through which workers find each other; return its host and port."""
         import ray
         import torch
 
@@ -92,11 +92,17 @@ class Inspector:
         return host, int(self._store.port)
 
     def all_reduce(self, worker_rank: int, num_workers: int, meeting: Address, limit_s: float) -> Exchange:
-        """Sum a tensor over all workers, as training sums gradients, and measure how fast.
+        """Sum a tensor over all workers, as training sums gradients, and measure the bandwidth.
+
+        Args:
+            worker_rank: rank of this worker.
+            num_workers: number of workers in the group.
+            meeting: address of the store, from `open_store`.
+            limit_s: timeout of the group, in seconds.
 
         Raises:
             RuntimeError: the group did not form in time.
-        WorkerError: the sum is wrong.
+            WorkerError: the sum is wrong.
         """
         import torch
 

@@ -27,26 +27,26 @@ _PROVIDER_MODULES = {"aws": "boto3", "gcp": "googleapiclient"}
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """Which checks to run on a machine, and on what."""
+    """The checks to run on a machine, with their inputs."""
 
     root: str | None
-    """Folder or URI of all artifacts; None: not looked at."""
+    """Folder or URI of all artifacts; None to skip this check."""
     probe_name: str | None = None
-    """File in the root that the driver wrote."""
+    """Name of the file that the driver wrote into the root; None if it wrote none."""
     models: tuple[str, ...] = ()
     """Models that this node must have or be able to fetch."""
     num_gpus: int | None = None
-    """What Ray gives to workers there; None without Ray."""
+    """Number of GPUs that Ray gives to workers on the machine; None without Ray."""
     store_bytes: int = 0
-    """Of Ray's object store there."""
+    """Size of Ray's object store on the machine, in bytes; 0 without Ray."""
     ray_folder: str = ""
-    """Where Ray spills to."""
+    """Folder that Ray spills objects to."""
     limit_s: float = 15.0
-    """How long all checks may take."""
+    """Seconds that all checks together may take."""
 
 
 def check_machine(orders: Orders) -> dict[str, Finding]:
-    """Return what each check found, by its column in the table."""
+    """Run the checks of a machine; return their findings by column of the report."""
     return run_checks(_checks(orders), limit_s=orders.limit_s)
 
 
@@ -72,7 +72,7 @@ def _checks(orders: Orders) -> list[Check]:
 
 
 def check_packages() -> Finding:
-    """Check that what the stages import is installed, and on a head what the autoscaler imports."""
+    """Check that the modules that the stages import are installed; on a head node, also the autoscaler's."""
     missing = [module for module in software.PACKAGES if importlib.util.find_spec(module) is None]
     if missing:
         return failed(f"{', '.join(missing)} cannot be imported; install readapt-ray there with its dependencies")
@@ -84,7 +84,7 @@ def check_packages() -> Finding:
 
 
 def _provider_module() -> str | None:
-    """Return what the autoscaler of this head imports for its cloud; None on other machines."""
+    """Return the module that the autoscaler on this head node imports for its cloud; None on other machines."""
     file = _BOOTSTRAP.expanduser()
     if not file.is_file():
         return None
@@ -93,7 +93,12 @@ def _provider_module() -> str | None:
 
 
 def check_models(models: tuple[str, ...], limit_s: float) -> Finding:
-    """Check that each model is here, or can be fetched and has room on the disk."""
+    """Check that each model is on this machine, or can be fetched and fits on the disk.
+
+    Args:
+        models: MODELs by name.
+        limit_s: seconds that all of this may take.
+    """
     to_fetch: dict[Path, int] = defaultdict(int)
 
     def look(name: str) -> Finding:

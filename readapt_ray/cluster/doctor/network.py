@@ -1,4 +1,4 @@
-"""Check that the nodes' clocks agree and their processes reach each other; measure an all-reduce over all workers."""
+"""Check that the nodes' clocks agree and that nodes reach each other; measure an all-reduce over all workers."""
 
 import time
 from collections.abc import Mapping
@@ -23,7 +23,10 @@ _CLOCK_ADVICE = "start chrony or ntpd there: heartbeats of leases and signatures
 
 
 def check_clock(inspector: Any) -> Finding:
-    """Compare a node's clock with the driver's: take the least difference of a few tries, less the round trip."""
+    """Compare a node's clock with the driver's: warn from 2 s of difference, fail from 30 s (`leases.STALE_S`).
+
+    The difference is the smallest of three tries, without the time of the round trip.
+    """
     import ray
 
     offsets = []
@@ -44,11 +47,12 @@ def check_clock(inspector: Any) -> Finding:
 
 
 def check_network(inspectors: Mapping[str, Any], gpu_workers: Mapping[str, Any]) -> dict[str, Finding]:
-    """Connect every node with every other node, then sum a tensor over all workers.
+    """Connect every node with every other node, then measure an all-reduce over all workers.
 
     Args:
-        inspectors: one per node, by the node's name.
-        gpu_workers: one per GPU, by node and number; none on a cluster without GPUs, whose workers have a node each.
+        inspectors: one inspector per node, by the node's name.
+        gpu_workers: one inspector per GPU, by GPU number and node. Empty on a cluster without GPUs: then `inspectors`
+            are the workers.
     """
     found = {}
     if len(inspectors) > 1:

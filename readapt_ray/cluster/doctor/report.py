@@ -1,4 +1,4 @@
-"""Print what `readapt doctor` found: a row per machine, then a line per problem."""
+"""Format the report of `readapt doctor`: a table with a row per machine, then a line per problem."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from readapt_ray.cluster.doctor.findings import Finding, Problem
 _COLUMNS = ("versions", "packages", "GPUs", "shared memory", "disk", "root", "models", "clock", "checks")
 _ALL = "all machines"
 _NAMED = 3
-"""Machines that a line names; it counts the others."""
+"""Most machines that a line names; further ones are only counted."""
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Report:
 
     rows: dict[str, dict[str, Finding]] = field(default_factory=dict)
     together: dict[str, Finding] = field(default_factory=dict)
-    """Findings on all machines as one, such as an all-reduce."""
+    """Findings about all machines together, such as an all-reduce, by name of the check."""
 
     def add(self, machine: str, found: Mapping[str, Finding]) -> None:
         """Add the findings of a machine."""
@@ -25,7 +25,7 @@ class Report:
 
     @property
     def num_failing(self) -> int:
-        """Count the problems; one that several machines have counts once."""
+        """Count the problems that will make work fail; the same problem on several machines counts once."""
         return sum(problem.fails for _, problem in self._machines())
 
     def text(self) -> str:

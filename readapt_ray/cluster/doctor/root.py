@@ -1,4 +1,4 @@
-"""Check that every node can read and write the folder for all artifacts, and that it is the same folder."""
+"""Check that every node can read and write the folder of all artifacts, and that all nodes see the same folder."""
 
 import time
 import uuid
@@ -13,19 +13,17 @@ _CONTENT = b"readapt doctor\n"
 
 
 class Probe:
-    """A file that the driver writes into the root and every node should see. It is removed with the folders made for
-    it.
-    """
+    """A file that the driver writes into the root, and that every node should see."""
 
     def __init__(self, root: Location) -> None:
         self.root = root
         self._file = root / f"{PROBE}{uuid.uuid4().hex}"
         self._made: list[Location] = []
         self.name: str | None = None
-        """Of the file; None until it is written."""
+        """Name of the file; None until it is written."""
 
     def place(self) -> Finding:
-        """Write the file.
+        """Check the root and write the file into it.
 
         Raises:
             StorageError: the folder cannot be written.
@@ -38,7 +36,7 @@ class Probe:
         return finding
 
     def remove(self) -> None:
-        """Remove the file, and what was made for it."""
+        """Remove the file, and the folders that were created for it."""
         if self.name is not None:
             self._file.delete()
         for folder in self._made:
@@ -46,11 +44,11 @@ class Probe:
 
 
 def check_root(root: Location, probe_name: str | None) -> Finding:
-    """Look whether a folder can be used, and whether its disk has room.
+    """Check that a folder can be read and written, and that its disk has free space.
 
     Args:
-        root: the folder.
-        probe_name: of a file that another node has written there; None for none.
+        root: folder or URI of all artifacts.
+        probe_name: name of a file that the driver wrote there, to check that it is the same folder; None to skip that.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -71,7 +69,9 @@ def check_root(root: Location, probe_name: str | None) -> Finding:
 
 
 def why_unusable(root: Location) -> str:
-    """Write a file, read, list and delete it, and return what is wrong. Folders that had to be made are removed again.
+    """Write, read, list and delete a file in a folder; return what fails, or an empty text if nothing does.
+
+    Folders that had to be created are removed again.
 
     Raises:
         StorageError: the folder cannot be written.
@@ -94,7 +94,7 @@ def why_unusable(root: Location) -> str:
 
 
 def _missing_folders(root: Location) -> list[Location]:
-    """Return the folders that writing to a local root would make, the innermost first."""
+    """Return the folders that a write to a local root would create, innermost first."""
     if not root.is_local:
         return []
     path = root.local_path
