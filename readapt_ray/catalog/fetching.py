@@ -170,7 +170,7 @@ def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cause(error: Exception) -> BaseException:
-    """Return the hub's own error: if the cache lacks the model too, the client raises another error with this as cause."""
+    """Return the hub's own error, which is the cause of the client's error if the cache lacks the model too."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     return error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error

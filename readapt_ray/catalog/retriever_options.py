@@ -15,8 +15,8 @@ class RetrieverOptions(Config):
     retriever: str = ""
     """Model that makes the vectors: a catalog name, a folder, a GGUF file, a URI or a hub id. Give this or domain."""
     domain: str | None = None
-    """Factors of a domain, the output of `readapt merge --factors`. Vectors equal the merged model's. Give this or
-    retriever."""
+    """Factors of a domain, the output of `readapt merge --factors`: vectors and queries equal the merged model's. Give
+    this or retriever."""
     base: str | None = None
     """Model before retrieval training that the domain was merged with. If omitted, the one that the factors name."""
 
