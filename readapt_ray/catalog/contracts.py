@@ -1,4 +1,4 @@
-"""`readapt encoding`: show how a model encodes text, and write it into its folder as readapt.json."""
+"""Do the work of `readapt encoding`: show how a model encodes text, or write it into its folder as readapt.json."""
 
 import json
 import logging

@@ -38,7 +38,7 @@ _ATTEMPTS = 5
 _ATTEMPTS_UNANSWERED = 3
 """Attempts if the hub does not answer. There may be no network, or the name may be a mistyped folder."""
 _UNANSWERED = ("ConnectError", "ConnectTimeout")
-"""Names of errors of the HTTP library, in any library that the hub's client uses."""
+"""Class names of errors that mean that the hub does not answer, in whichever HTTP library its client uses."""
 _FIRST_WAIT_S = 2.0
 """Seconds before the second attempt; doubled after each attempt."""
 _REFUSED = (401, 403, 404)

@@ -51,5 +51,5 @@ def to_markdown(found: Mapping[str, Any]) -> str:
 
 
 def to_html(found: Mapping[str, Any]) -> str:
-    """Return the report as one self-contained page."""
+    """Return the report as one self-contained HTML page."""
     return page_template("drift.html").render(rows=rows(found), caution=CAUTION)

@@ -57,7 +57,7 @@ def measure(
     measures: str | Sequence[str],
     columns: Sequence[str] = (),
 ) -> Measurement:
-    """Measure a run against judgements.
+    """Compute measures of a run, such as nDCG@10, from a run and judgements.
 
         found = measure("run/results.trec", "run/corpus/qrels/test.parquet", "nDCG@10,R@100")
         found.means                               # {"nDCG@10": 0.31, "R@100": 0.27}

@@ -157,7 +157,7 @@ def page_template(name: str) -> jinja2.Template:
 
 
 def to_html(report: Mapping[str, Any]) -> str:
-    """Return the report as one self-contained page."""
+    """Return the report as one self-contained HTML page."""
     template = page_template("report.html")
     drawings = {
         each["run"]: plots.difference_plot(

@@ -75,7 +75,7 @@ class Run:
 
 
 def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
-    """Write a run, each query's results in trec_eval's order.
+    """Write a run file, with the results of each query in trec_eval's order.
 
     Args:
         uri: the file.
@@ -89,7 +89,7 @@ def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
 
 
 def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
-    """Write a run from a stream of tables, with one table in memory at a time.
+    """Write a run file from a stream of tables, with one table in memory at a time.
 
     Args:
         uri: the file.

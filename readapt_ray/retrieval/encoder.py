@@ -149,7 +149,7 @@ class Encoder:
 
     @property
     def dimension(self) -> int:
-        """Numbers in a vector."""
+        """Return the number of dimensions of a vector."""
         return self.encoding.dimensions or self._width
 
     @functools.cached_property

@@ -42,7 +42,7 @@ class HalfQueries:
 
 
 def has_half_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether a device multiplies vectors of this dtype so: float16 on a GPU, if a test product is right."""
+    """Return whether `HalfQueries` can be used: float16 vectors on a GPU, if a test product is precise enough."""
     return device.type == "cuda" and dtype == torch.float16 and _is_right(device)
 
 

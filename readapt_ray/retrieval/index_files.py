@@ -51,7 +51,8 @@ class ShardRecord:
     measured: dict[str, float] | None = None
     """Recall and milliseconds per query; None for an exact shard."""
     trained: str | None = None
-    """Id of the training of its lists and codes. Equal ids can be merged. None for graphs and older indexes."""
+    """Id of the training of its lists and codes. Shards with equal ids can be merged. None for graphs and older
+    indexes."""
     depth: int | None = None
     """nprobe or efSearch to search it with; None for the value in its file."""
     num_dead: int = 0

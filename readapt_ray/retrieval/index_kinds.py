@@ -141,7 +141,7 @@ def is_flat(factory: str) -> bool:
 
 
 def same_codes(factory: str, other: str) -> bool:
-    """Return whether two factory strings differ in nothing but the number of inverted lists."""
+    """Return whether two factory strings differ only in the number of inverted lists."""
     one, two = (re.sub(r"IVF\d+", "IVF", each) for each in (factory, other))
     return one == two
 

@@ -43,7 +43,7 @@ class IndexShard:
     index: Any
     """A FAISS index or a DeviceIndex."""
     doc_ids: NDArray[np.object_]
-    """[N]; DELETED if the passage was deleted."""
+    """[N], the doc_id of each vector; DELETED if its passage was deleted."""
     hashes: bytes = b""
     """16 bytes per vector: the hash of its passage's content. Empty if no hash is known."""
     trained: str | None = None

@@ -144,8 +144,8 @@ def plan_rest(
 ) -> list[DataShard]:
     """Cut the passages without a vector in a kept file into shards of at most `rows_per_shard` passages.
 
-    A shard has an eighth of these passages, so that several workers have work, but at least 4,096 unless they are the
-    last.
+    A shard has an eighth of these passages, so that several workers have work, but at least 4,096 and at most
+    `rows_per_shard`. The last shard may be smaller.
 
     Args:
         counts: name and number of rows of each passages file.

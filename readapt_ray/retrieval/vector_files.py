@@ -55,7 +55,7 @@ class Footer:
 
     @property
     def dimension(self) -> int:
-        """Return the numbers in a vector."""
+        """Return the number of dimensions of a vector."""
         return int(self.schema.field("vector").type.list_size)
 
     @property
