@@ -287,7 +287,7 @@ def _check_own_code(model: OpenModel) -> None:
 
 
 def find_encoding(model: OpenModel) -> tuple[Encoding, str] | None:
-    """Return the encoding of a model and a description of where it is from; None if it is not known."""
+    """Return the encoding of a model, and which file or row it was read from; None if nothing defines it."""
     if model.is_factors:
         return Encoding.parse(
             model.read_json(BUNDLE_NAME)["encoding"], where=str(model.folder / BUNDLE_NAME)

@@ -2,8 +2,8 @@
 
 In: vectors of a sample of passages by both models, queries by the new model, and by the old model if it is still
 available. Out: means over queries with 95% bootstrap intervals. The ground truth is the ten passages that the new model
-finds among its own vectors. Give passages that did not fit the map, since a map does better on those that it was fitted
-on. The cost is three products of queries and passages per set of queries.
+finds among its own vectors. Give passages that were not used to fit the map, since a map does better on passages that
+it was fitted on. The cost is three products of queries and passages per set of queries.
 """
 
 from dataclasses import dataclass
