@@ -1,11 +1,12 @@
-"""Fill, keep and remove entries of the cache of models, texts and index shards.
+"""Fill, keep and evict entries of this machine's cache of models, texts and index shards.
 
-One process at a time fills an entry. It stays while it is in use, and goes when room is needed.
+One process at a time fills an entry. An entry is kept while a process uses it, and can be evicted afterwards.
 
-In: the folder of an entry and the files that it gets. Out: room for them, where other entries can go. Beside the
-folder NAME are NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use
-(locked by each process that uses it; its time says when it was last found). When the cache is larger than
-READAPT_CACHE_GB, the entries that were not used for longest are removed. Only files that NAME.json lists are removed.
+In: the folder of an entry and the files that it will hold. Out: room for them, if other entries can be evicted. Beside
+the folder NAME are NAME.json (its files, with `size_bytes`), NAME.lock (locked while the entry is filled or removed)
+and NAME.use (locked by each process that uses the entry; its modification time is the time of last use). If the cache
+is larger than READAPT_CACHE_GB, the least recently used entries are evicted. Only files that NAME.json lists are
+removed.
 """
 
 import contextlib
@@ -30,12 +31,12 @@ _GB = 1e9
 _KINDS = ("models", "converted", "passages", "shards")
 _NAME = re.compile(r"[0-9a-f]{32}")
 _in_use: dict[Path, IO[str]] = {}
-"""The open `.use` files of this process. Their locks end with the process, however it ends."""
+"""The open `.use` files of this process. Their locks end when the process ends, even if it is killed."""
 _room = threading.RLock()
 
 
 def folder_of(kind: str) -> Path:
-    """Return the folder of one kind of entries: `models` (fetched), `converted` (pickled weights), `passages` (texts), `shards`.
+    """Return the folder of a kind of entries: `models`, `converted` (pickled weights, GGUF), `passages` or `shards`.
 
     Raises:
         InputError: READAPT_CACHE is not a folder.
@@ -49,24 +50,24 @@ def files_record(entry: Path) -> Path:
 
 
 def note_files(entry: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """List the files of an entry, each with its `size_bytes`. List them before they are written."""
+    """Write NAME.json: the files of an entry, each with its `size_bytes`. Call it before the files are written."""
     Location(str(files_record(entry))).write_text(json.dumps(files, indent=2) + "\n")
 
 
 def reserve(entry: Path, sizes_bytes: Mapping[str, int], what: str, *, is_bounded: bool = False) -> None:
-    """List the files that an entry will get, and make room for them. Call it inside `locked`.
+    """Reserve room in the cache for the files of an entry, and evict others for it. Call it inside `locked`.
 
     Args:
-        entry: its folder.
-        sizes_bytes: by file name, as far as they are known.
-        what: these files, as errors call them.
-        is_bounded: refuse what makes the cache larger than READAPT_CACHE_GB, too.
+        entry: the folder of the entry.
+        sizes_bytes: sizes by file name, as far as they are known.
+        what: name of the files in the error.
+        is_bounded: also refuse if the cache would stay larger than READAPT_CACHE_GB, not only if the disk is too small.
 
     Raises:
         StorageError: there is no room.
     """
     num_bytes = sum(sizes_bytes.values())
-    with _room:  # what one thread takes back must not refuse another
+    with _room:  # so that a failed reservation of one thread does not make another fail
         note_files(entry, {name: {"size_bytes": size} for name, size in sizes_bytes.items()})
         is_within, free_bytes = make_room(), shutil.disk_usage(entry.parent).free
         if num_bytes <= free_bytes and (is_within or not is_bounded):
@@ -82,7 +83,7 @@ def reserve(entry: Path, sizes_bytes: Mapping[str, int], what: str, *, is_bounde
 
 
 def noted_files(entry: Path) -> dict[str, dict[str, Any]]:
-    """Return what `note_files` wrote; empty where nothing was, or it cannot be read."""
+    """Return what `note_files` wrote; empty if nothing was written, or it cannot be read."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return dict(json.loads(files_record(entry).read_text(encoding="utf-8")))
     return {}
@@ -90,21 +91,21 @@ def noted_files(entry: Path) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def locked(entry: Path) -> Iterator[None]:
-    """Be the only process that fills or removes an entry; wait while another one does."""
+    """Lock an entry, so that no other process fills or removes it; wait while another process holds the lock."""
     with _opened(_beside(entry, ".lock")) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def keep(entry: Path) -> None:
-    """Keep an entry until this process ends, and note that it was used now. Call it inside `locked`."""
+    """Keep an entry until this process ends, and set its time of last use. Call it inside `locked`."""
     if entry not in _in_use:
         _in_use[entry] = in_use(entry)
     _beside(entry, ".use").touch()
 
 
 def in_use(entry: Path) -> IO[str]:
-    """Return an open file that keeps an entry until it is closed. Call it inside `locked`."""
+    """Open and lock the `.use` file of an entry, which is kept until this file is closed. Call it inside `locked`."""
     file = _opened(_beside(entry, ".use"))
     fcntl.flock(file, fcntl.LOCK_SH)
     _beside(entry, ".use").touch()
@@ -112,16 +113,16 @@ def in_use(entry: Path) -> IO[str]:
 
 
 def remove_unused(kind: str) -> None:
-    """Remove the entries of a kind that no process fills or uses."""
+    """Remove all entries of a kind that no process fills or uses."""
     for record in folder_of(kind).glob("*.json"):
         if _NAME.fullmatch(record.stem):
             remove_unless_used(record.with_suffix(""))
 
 
 def make_room() -> bool:
-    """Remove the entries that were not used for longest until the cache is within READAPT_CACHE_GB; return whether it is.
+    """Evict least recently used entries until the cache is within READAPT_CACHE_GB; return whether it is.
 
-    Entries in use stay, so the cache may remain larger. List the files of an entry first (`note_files`), so that they
+    Entries in use are kept, so the cache may remain larger. Call `note_files` for a new entry first, so that its files
     count before they are written.
 
     Raises:
@@ -155,7 +156,7 @@ def make_room() -> bool:
 def remove_unless_used(entry: Path) -> bool:
     """Remove an entry unless a process fills or uses it; return whether it was removed."""
     with contextlib.ExitStack() as stack, contextlib.suppress(BlockingIOError):
-        for suffix in (".lock", ".use"):  # in this order: `.use` is only opened and removed under the lock
+        for suffix in (".lock", ".use"):  # in this order, since `.use` is opened and removed only under `.lock`
             file = stack.enter_context(_opened(_beside(entry, suffix)))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove_files(entry)
@@ -165,9 +166,9 @@ def remove_unless_used(entry: Path) -> bool:
 
 
 def remove_files(entry: Path) -> None:
-    """Remove the listed files of an entry, unfinished writes, and its list. Call it inside `locked`.
+    """Remove the listed files of an entry, unfinished writes, and NAME.json. Call it inside `locked`.
 
-    The list goes last, so that a removal that was killed can be done again. A file that we did not write stays.
+    NAME.json is removed last, so that a removal that was killed can be repeated. A file that we did not write is kept.
     """
     for name in noted_files(entry):
         if (entry / name).resolve().is_relative_to(entry.resolve()):
@@ -177,7 +178,7 @@ def remove_files(entry: Path) -> None:
             path.unlink()
     folders = [path for path in entry.rglob("*") if path.is_dir() and not path.is_symlink()]
     for folder in [*sorted(folders, reverse=True), entry]:
-        with contextlib.suppress(OSError):  # a file of somebody else is in it
+        with contextlib.suppress(OSError):  # it holds a file that we did not write
             folder.rmdir()
     files_record(entry).unlink(missing_ok=True)
 
@@ -190,13 +191,13 @@ class _Entry:
 
 
 def _entries() -> Iterator[_Entry]:
-    """Yield the entries that have a list of their files."""
+    """Yield the entries that have a NAME.json."""
     for kind in _KINDS:
         for record in folder_of(kind).glob("*.json"):
             entry = record.with_suffix("")
             if not _NAME.fullmatch(entry.name):
                 continue
-            with contextlib.suppress(FileNotFoundError):  # another process removes it
+            with contextlib.suppress(FileNotFoundError):  # another process is removing it
                 use = _beside(entry, ".use")
                 last_used_s = (use if use.exists() else record).stat().st_mtime
                 num_bytes = sum(int(each["size_bytes"]) for each in noted_files(entry).values())

@@ -1,4 +1,4 @@
-"""`readapt encoding`: show how a model encodes text, and write it into its folder as readapt.json."""
+"""Do the work of `readapt encoding`: show how a model encodes text, or write it into its folder as readapt.json."""
 
 import json
 import logging
@@ -12,15 +12,15 @@ logger = logging.getLogger("readapt_ray")
 
 
 def show_contract(name: str, *, write: bool) -> str:
-    """Return the readapt.json of a model: what its files or the catalog say, else the most likely.
+    """Return the encoding of a model as the text of a readapt.json: from its files or the catalog, else a guess.
 
     Args:
         name: a catalog name, a folder, a GGUF file, a URI or a hub id. No weights are fetched.
-        write: put it into the model's folder, unless it is there.
+        write: also write readapt.json into the model's folder, unless it has one.
 
     Raises:
-        ModelError: there is no such model, or its files say what no encoding can.
-        InputError: it is to be written, and the model is neither a folder here nor a URI.
+        ModelError: there is no such model, or no encoding can express what its files say.
+        InputError: `write` is True, but the model is neither a local folder nor a URI.
     """
     model = models.open_model(name, with_weights=False)
     found = models.find_encoding(model)

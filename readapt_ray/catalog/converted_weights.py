@@ -1,9 +1,9 @@
-"""Convert pickled weights (`.bin`) and GGUF files to safetensors, once, without running what a pickle may hold.
+"""Convert pickled weights (`.bin`) and GGUF files to safetensors once, without executing code in a pickle.
 
 In: a model or adapter folder that has `pytorch_model*.bin` or `adapter_model.bin` and no safetensors, or a GGUF file.
-Out: a folder in the cache with the same tensors as safetensors and the small files beside them,
-under a name made from the content of the `.bin` files. torch's weights-only loader takes
-tensors and nothing else; it maps the file, so its memory is the page cache. GGUF: `gguf_files.py`.
+Out: a folder in the cache with the same tensors as safetensors, and copies of configuration and tokenizer files. Its
+name is a hash of their content. torch's weights-only loader accepts nothing but tensors. It maps the file, so its
+memory is the page cache. For GGUF see `gguf_files.py`.
 """
 
 import collections
@@ -26,37 +26,36 @@ if TYPE_CHECKING:
 logger = logging.getLogger("readapt_ray")
 
 RECORD_NAME = "converted_from"
-"""JSON on where the weights come from; without a suffix, since it is no part of the content."""
+"""JSON file that says where the weights are from, written last. It has no suffix, so that fingerprints ignore it."""
 PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
-"""Names of pickled weights; other `.bin` files (optimizers, training arguments) are none."""
+"""Patterns of pickled weights. Other `.bin` files (optimizers, training arguments) are not weights."""
 
 _INDEX = "pytorch_model.bin.index.json"
 _SMALL = (".json", ".txt", ".model", ".jinja")
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Return whether a folder holds weights that need no conversion."""
+    """Return whether a folder holds safetensors, which need no conversion."""
     return any(folder.glob("*.safetensors"))
 
 
 def is_gguf(folder: Path) -> bool:
-    """Return whether a model is a GGUF file: of that name, or the only weights of a folder."""
+    """Return whether a path is a GGUF file, or a folder whose only weights are GGUF."""
     if folder.is_file():
         return True
     return not has_safetensors(folder) and not _pickled_files(folder) and any(folder.glob(f"*{gguf_files.SUFFIX}"))
 
 
 def safe_folder(folder: Path, name: str) -> Path:
-    """Return the folder itself where it has safetensors; else one in the cache that was converted from its `.bin` files or
-    its GGUF file.
+    """Return a folder with safetensors: the folder itself, or one in the cache with its converted weights.
 
     Args:
         folder: a local model or adapter folder, or a GGUF file.
-        name: what the user calls it; used in errors.
+        name: name that the user gave; used in errors.
 
     Raises:
         ModelError: a `.bin` file holds more than tensors, or a file cannot be read.
-        InputError: what reads GGUF files is not installed.
+        InputError: the packages that read GGUF files are not installed.
     """
     files = _files_to_convert(folder, name)
     if not files:
@@ -83,20 +82,20 @@ def safe_folder(folder: Path, name: str) -> Path:
 
 
 def _is_whole(target: Path) -> bool:
-    """Return whether a converted folder has the file that is written last."""
+    """Return whether a converted folder is complete: it has the file that is written last."""
     return (target / RECORD_NAME).is_file()
 
 
 def _states(folder: Path, files: list[str]) -> dict[str, list[int]]:
-    """Return what tells a file that was written again, so that gigabytes are not hashed at each start of a process."""
+    """Return inode, size and times of files, which change if a file is written again. So files are hashed only once."""
     states = {file: (folder / file).stat() for file in files}
     return {file: [each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns] for file, each in states.items()}
 
 
 def _converted(folder: Path, files: list[str], small: Mapping[str, str], name: str, cache: Path) -> Path:
-    """Return the converted folder, named after its content; convert unless it is there."""
+    """Return the converted folder, whose name is a hash of the content; convert if it does not exist."""
     digests = {file: Location(str(folder / file)).sha256() for file in files}
-    revision = folder.name if folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
+    revision = folder.name if folder.parent.name == "snapshots" else ""  # the layout of the hub's cache
     target = cache / fingerprint([digests, small, revision])
     with cache_entries.locked(target):
         cache_entries.keep(target)
@@ -107,7 +106,7 @@ def _converted(folder: Path, files: list[str], small: Mapping[str, str], name: s
 
 
 def _fill(target: Path, folder: Path, files: list[str], small: Mapping[str, str], name: str) -> None:
-    """Convert the weights and copy the small files; nothing is left of a conversion that fails."""
+    """Convert the weights and copy the small files; if that fails, remove the folder again."""
     of_gguf = files[0].endswith(gguf_files.SUFFIX)
     copied = [file for file in small if file != _INDEX and not (of_gguf and file in gguf_files.WRITTEN)]
     if of_gguf:
@@ -116,7 +115,7 @@ def _fill(target: Path, folder: Path, files: list[str], small: Mapping[str, str]
     else:
         sizes_bytes = {_converted_name(file): (folder / file).stat().st_size for file in files}
     sizes_bytes |= {file: (folder / file).stat().st_size for file in copied}
-    # RECORD_NAME first: a removal that was killed does not leave what looks whole.
+    # RECORD_NAME comes first, so that it is removed first: a killed removal leaves no folder that looks complete.
     due = {RECORD_NAME: 0, INDEX_NAME: 0, **sizes_bytes}
     cache_entries.note_files(target, {file: {"size_bytes": size_bytes} for file, size_bytes in due.items()})
     cache_entries.make_room()
@@ -136,7 +135,7 @@ def _fill(target: Path, folder: Path, files: list[str], small: Mapping[str, str]
 
 
 def _files_to_convert(folder: Path, name: str) -> list[str]:
-    """Return the names of weight files that are to be converted; none where there are safetensors."""
+    """Return the names of weight files to convert; empty if there are safetensors."""
     if folder.is_file():
         return [folder.name]
     return [] if has_safetensors(folder) else _pickled_files(folder) or gguf_files.in_folder(folder, name)
@@ -185,7 +184,7 @@ def _load(path: Path, name: str) -> Mapping[str, "torch.Tensor"]:
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
         raise ModelError(f"{path.name} of {name!r} is not a table of tensors by name; give the weights of a model")
-    # safetensors does not write what shares memory, as tied weights do.
+    # safetensors cannot write tensors that share memory, such as tied weights.
     users = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
     return {
         each: tensor.contiguous() if users[tensor.untyped_storage().data_ptr()] == 1 else tensor.clone()

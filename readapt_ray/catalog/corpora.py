@@ -1,8 +1,8 @@
-"""Corpora that are known: the fourteen of RE-AdaptIR's tables (MS MARCO dev and thirteen of BEIR).
+"""List the known corpora: the fourteen of RE-AdaptIR's tables (MS MARCO dev and thirteen of BEIR).
 
 Sizes come from the ir_datasets 0.6.3 metadata and from BEIR's table 1 (arXiv 2104.08663); the
-task sentences are E5-Mistral's (microsoft/unilm `e5/utils.py`), without a final period. The ids on
-the hub are from memory.
+task sentences are E5-Mistral's (microsoft/unilm `e5/utils.py`), without a final period. The hub ids are
+from memory.
 """
 
 from typing import Literal
@@ -31,35 +31,35 @@ _MEAN_WORDS = {
 
 
 class Corpus(Config):
-    """One row of the catalog."""
+    """A row of the catalog of corpora."""
 
     name: str
-    """The name on the command line."""
+    """Name on the command line."""
     title: str
-    """The name in the paper's tables."""
+    """Name in the paper's tables."""
     num_passages: int
-    """Passages in all."""
+    """Number of passages."""
     mean_words: float
     """Mean length of a passage in words (BEIR, table 1)."""
     num_judged_queries: int
-    """Queries of `split` with at least one judgement."""
+    """Number of queries of `split` with at least one judgement."""
     split: Literal["dev", "test"] = "test"
-    """The judgements that the paper's scores are on."""
+    """Judgements on which the paper reports scores."""
     measure: str = "nDCG@10"
     """The measure of the paper's tables, by its ir-measures name."""
     task: str
-    """E5's task sentence."""
+    """E5-Mistral's task sentence."""
     drops_self_hits: bool = False
-    """Whether a passage with the id of the query is left out of the run: every harness does so for
-    ArguAna and Quora, whose queries are passages; mteb does for FEVER, FiQA and MS MARCO as well."""
+    """Whether a passage with the id of the query is removed from its results. Every harness does so for ArguAna and
+    Quora, whose queries are passages; mteb also does for FEVER, FiQA and MS MARCO."""
     ir_datasets_id: str
     """Its name in ir_datasets, with the judgements of `split`."""
     aliases: tuple[str, ...] = ()
-    """Other names by which it is asked for."""
+    """Other names that users may give."""
     hub_id: str
-    """Its data set on the Hugging Face hub."""
+    """Id of its data set on the Hugging Face hub."""
     source: str = _BEIR
-    """Where these facts are from."""
+    """Where these facts were read."""
 
 
 def _row(name: str, title: str, num_passages: int, num_judged_queries: int, task: str, **changes: object) -> Corpus:
@@ -151,9 +151,7 @@ CORPORA: tuple[Corpus, ...] = (
 
 
 def find_corpus(name: str) -> Corpus | None:
-    """Return the row of a catalog name or another name for it, of a title of the paper or of a hub id; None for any
-    other.
-    """
+    """Return the catalog's row of a corpus by its name, alias, title in the paper or hub id; None if it has none."""
     lowered = name.lower()
     return next(
         (row for row in CORPORA if lowered in (row.name, row.title.lower(), row.hub_id.lower(), *row.aliases)), None
@@ -161,10 +159,10 @@ def find_corpus(name: str) -> Corpus | None:
 
 
 def corpus(name: str) -> Corpus:
-    """Return the row of a name.
+    """Return the catalog's row of a corpus, by the names that `find_corpus` knows.
 
     Raises:
-        CorpusError: there is none.
+        CorpusError: the corpus is not in the catalog.
     """
     row = find_corpus(name)
     if row is None:

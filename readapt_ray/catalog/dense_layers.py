@@ -1,7 +1,7 @@
-"""Read the linear layers behind the pooling that sentence-transformers keeps in a model's folder (Dense modules).
+"""Read which linear layers follow the pooling of a sentence-transformers model (its Dense modules).
 
-In: a folder with `modules.json`. Out: the size, activation and subfolder of each layer; no weight is read. LaBSE has one,
-EmbeddingGemma two.
+In: a folder with `modules.json`. Out: size, activation and subfolder of each layer; no weight is read. LaBSE has one
+such layer, EmbeddingGemma two.
 """
 
 import itertools
@@ -22,7 +22,7 @@ _VECTOR = "sentence_embedding"
 
 @dataclass(frozen=True, kw_only=True)
 class DenseLayer:
-    """One layer: a matrix, an optional bias, and an activation."""
+    """One linear layer after the pooling: a matrix, an optional bias, and an activation."""
 
     path: str
     """Its subfolder, such as `2_Dense`."""
@@ -30,11 +30,11 @@ class DenseLayer:
     out_features: int
     has_bias: bool
     activation: str
-    """The name of a class of torch.nn."""
+    """Name of a class of torch.nn, such as Tanh."""
 
 
 def read_modules(model: ModelFolder) -> list[tuple[str, str]]:
-    """Return kind and subfolder of each module of sentence-transformers; empty where the folder has none."""
+    """Return kind and subfolder of each module in modules.json; empty if the folder has no such file."""
     path = model.folder / MODULES_NAME
     if not path.is_file():
         return []
@@ -46,10 +46,10 @@ def read_modules(model: ModelFolder) -> list[tuple[str, str]]:
 
 
 def dense_layers(model: ModelFolder) -> tuple[DenseLayer, ...]:
-    """Return the layers that a pooled vector goes through, in their order.
+    """Return the linear layers that are applied to a pooled vector, in order.
 
     Raises:
-        ModelError: a file of a layer is missing, or it does what is not understood.
+        ModelError: a file of a layer is missing, or a layer has a feature that is not supported.
     """
     layers = tuple(_layer(model, path) for kind, path in read_modules(model) if kind == "Dense")
     for one, other in itertools.pairwise(layers):
@@ -90,15 +90,15 @@ def _layer(model: ModelFolder, path: str) -> DenseLayer:
 
 
 def check_reads_vector(model: ModelFolder, path: str, config: Mapping[str, Any]) -> None:
-    """Refuse a module that reads or writes something else than the vector of the text.
+    """Refuse a module that reads or writes something other than the vector of the text.
 
     Args:
-        model: holds the module.
-        path: its subfolder.
-        config: its config.json; empty where there is none.
+        model: the model of the module.
+        path: subfolder of the module.
+        config: config.json of the module; empty if it has none.
 
     Raises:
-        ModelError: it does.
+        ModelError: the module reads or writes another value.
     """
     read = config.get("module_input_name") or _VECTOR
     written = config.get("module_output_name") or read

@@ -1,7 +1,7 @@
-"""How a retriever turns text into a vector: templates, special tokens, limits, pooling.
+"""Define how a retriever turns text into a vector: templates, special tokens, limits, pooling.
 
-In: options, or a JSON file that holds them. Out: an `Encoding`, which whoever feeds the retriever must follow. Vectors of
-two encodings cannot be compared, so artifacts record it and it is part of every fingerprint.
+In: options, or a JSON file with them. Out: an `Encoding`. Vectors of different encodings cannot be compared, so
+artifacts store it, and it is part of every fingerprint.
 """
 
 import json
@@ -17,16 +17,16 @@ Pooling = Literal["last", "mean", "cls"]
 
 
 class Encoding(Config):
-    """How text becomes a vector: the contract between a retriever and whoever feeds it."""
+    """The settings by which a retriever turns text into a vector."""
 
     query_template: str = "{text}"
-    """Text of a query; `{text}` and, where the model has instructions, `{task}` are filled in."""
+    """Template of a query; `{text}` and, if the model has instructions, `{task}` are filled in."""
     passage_template: str = "{title} {text}"
-    """Text of a passage; `{title}` and `{text}` are filled in. Without a title no space is left over."""
+    """Template of a passage; `{title}` and `{text}` are filled in. An empty title leaves no second space."""
     task: str = ""
     """The instruction that replaces `{task}`."""
     pooling: Pooling
-    """Which hidden states become the vector: of the last token, the first (cls), or the mean."""
+    """Which hidden states become the vector: the last token's, the first token's (cls), or their mean."""
     normalize: bool = True
     """Whether vectors have length 1, so that the inner product is the cosine."""
     add_bos: bool
@@ -34,13 +34,13 @@ class Encoding(Config):
     add_eos: bool
     """Whether the ids end with the tokenizer's EOS (SEP for encoders)."""
     max_query_tokens: int = 512
-    """Longest query in tokens, specials included; what is longer is cut before the EOS."""
+    """Longest query in tokens, special tokens included; a longer one is cut before the EOS."""
     max_passage_tokens: int = 512
-    """Longest passage in tokens, specials included; what is longer is cut before the EOS."""
+    """Longest passage in tokens, special tokens included; a longer one is cut before the EOS."""
     lower_case: bool = False
     """Whether text is lower-cased before it is tokenised (a sentence-transformers setting)."""
     dimensions: int | None = Field(default=None, ge=1)
-    """Numbers of a vector that are kept, the first ones, before it is normalised; all by default."""
+    """How many of the first numbers of a vector are kept, before it is normalised; by default all."""
 
 
 def read_encoding(uri: str) -> Encoding:
@@ -69,7 +69,7 @@ def _from_file(value: object) -> object:
     try:
         return read_encoding(value)
     except InputError as error:
-        raise ValueError(str(error)) from error  # pydantic lists it with what is wrong with other options
+        raise ValueError(str(error)) from error  # so that pydantic lists it with the errors of other options
 
 
 EncodingOption = Annotated[Encoding | None, BeforeValidator(_from_file)]

@@ -1,9 +1,9 @@
-"""The files of a model, brought from the hub or an object store onto this machine's disk.
+"""Fetch the files of a model from the hub or an object store to this machine's disk.
 
-In: a hub id or a URI. Out: a local folder with weights, configuration and tokenizer: safetensors, and pickled weights only
-where there are no others. `seen_on_hub` and `seen_at_uri` fetch no weights: they see that a model can be had. What else a
-folder of ours holds (checkpoints, pairs, logs) stays where it is. A hub that is busy is asked again for half a minute, one
-that cannot be reached for six seconds.
+In: a hub id or a URI. Out: a local folder with weights, configuration and tokenizer. Weights are safetensors, or
+pickled if there are no others. `seen_on_hub` and `seen_at_uri` check that a model exists and is accessible, without
+fetching weights. Other files of our own artifacts (checkpoints, pairs, logs) are not fetched. Requests to a busy hub
+are retried for half a minute, and to an unreachable one for six seconds.
 """
 
 import errno
@@ -32,43 +32,43 @@ _CONFIGURATION = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
 _SMALL_SUFFIXES = tuple(suffix for suffix in MODEL_SUFFIXES if suffix != ".safetensors")
 _SMALL_PATTERNS = tuple(f"*{suffix}" for suffix in _SMALL_SUFFIXES)
 _PATTERNS = (*_SMALL_PATTERNS, "*.safetensors")
-# The folder's own files, the modules of sentence-transformers (1_Pooling), and the parts of a bundle.
+# Files of the folder itself, of modules of sentence-transformers (1_Pooling), and of the parts of a bundle.
 _OF_THE_MODEL = re.compile(r"((\d+_\w+|retriever|knowledge-\d+)/)?[^/]+")
 _ATTEMPTS = 5
 _ATTEMPTS_UNANSWERED = 3
-"""If the hub does not answer, the machine may have no network, or the name is a mistyped folder."""
+"""Attempts if the hub does not answer. There may be no network, or the name may be a mistyped folder."""
 _UNANSWERED = ("ConnectError", "ConnectTimeout")
-"""Of the HTTP library, whichever the hub's client uses."""
+"""Class names of errors that mean that the hub does not answer, in whichever HTTP library its client uses."""
 _FIRST_WAIT_S = 2.0
-"""Doubled after each attempt."""
+"""Seconds before the second attempt; doubled after each attempt."""
 _REFUSED = (401, 403, 404)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
-    """Return a snapshot in the hub's cache.
+    """Fetch a model from the hub, and return the folder of its snapshot in the hub's cache.
 
     Args:
-        name: what the user calls the model; used in errors.
+        name: name that the user gave; used in errors.
         hub_id: owner and name.
         revision: a commit; the newest unless given.
-        with_weights: False fetches configuration and tokenizer alone.
+        with_weights: False fetches only configuration and tokenizer.
 
     Raises:
-        ModelError: the hub has no such model or does not give it, or offline it is not in the cache.
-        ReadaptError: the hub could not be reached, or went on failing.
+        ModelError: the hub has no such model or denies access, or the machine is offline and the cache lacks it.
+        ReadaptError: the hub could not be reached, or kept failing.
     """
     return asked_again(_model(name, hub_id), lambda: _snapshot(hub_id, revision, with_weights=with_weights))
 
 
 def seen_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Path, int]:
-    """See that the hub gives a model to this machine, and fetch its configuration alone.
+    """Check that this machine can get a model from the hub, and fetch only its configuration.
 
     Returns:
-        The snapshot's folder, and how many bytes of weights are not on this machine yet.
+        The folder of the snapshot, and how many bytes would still have to be fetched.
 
     Raises:
-        ModelError, ReadaptError: as `from_hub`.
+        ModelError, ReadaptError: as in `from_hub`.
     """
     return asked_again(_model(name, hub_id), lambda: _configuration(hub_id, revision))
 
@@ -78,7 +78,7 @@ def _model(name: str, hub_id: str) -> str:
 
 
 class Advice(NamedTuple):
-    """What the user can do about an error of the hub."""
+    """Advice for the user that ends an error of the hub: if it refuses, or if it fails."""
 
     refused: str = "check the name and the network, set HF_TOKEN for a gated model or data set, or give a local folder"
     failed: str = "run again later, or give a local folder"
@@ -95,22 +95,22 @@ def asked_again(
     verb: str = "fetch",
     advice: Advice = _ADVICE,
 ) -> T:
-    """Return what `ask` returns; a hub that is busy or cannot be reached is asked again.
+    """Call `ask`, which sends requests to the hub, and retry while the hub is busy or cannot be reached.
 
     Args:
-        what: what is fetched or sent, as errors call it.
-        ask: asks the hub.
-        refusal: error for what the hub refuses or does not have.
-        verb: what is done with it.
-        advice: for errors.
+        what: name of what is fetched or sent, for errors.
+        ask: a function that sends the requests; its result is returned.
+        refusal: class of the error if the hub refuses or has no such thing.
+        verb: what is done, for errors: fetch or send.
+        advice: what the user can do; ends the errors.
 
     Raises:
-        InputError: `refusal`.
-        ReadaptError: the hub could not be reached, or went on failing.
+        InputError: the hub refuses or has no such thing; of the class `refusal`.
+        ReadaptError: the hub could not be reached, or kept failing.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # The error of the HTTP library (httpx, httpx2 in later releases) and OSError; hf_xet raises RuntimeError.
+    # The base error of the HTTP library (httpx, httpx2 in later releases), and OSError. hf_xet raises RuntimeError.
     client_errors = (*HfHubHTTPError.__bases__, RuntimeError)
     attempt = 0
     while True:
@@ -158,7 +158,7 @@ def _configuration(hub_id: str, revision: str | None) -> tuple[Path, int]:
 
 
 def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:
-    """Return the files of a model in its folder, by relative name; pickled weights if there are no others."""
+    """Choose the files of a folder to fetch, with their sizes: pickled weights only if there are no safetensors."""
     names = [name for name in sizes_bytes if _OF_THE_MODEL.fullmatch(name)]
     has_safetensors = any(name.endswith(".safetensors") for name in names)
     return {
@@ -170,14 +170,14 @@ def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cause(error: Exception) -> BaseException:
-    """Return what the hub said: where the cache lacks the model too, the client says that, and keeps this as the cause."""
+    """Return the hub's own error, which is the cause of the client's error if the cache lacks the model too."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     return error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
 
 
 def _is_final(cause: BaseException) -> bool:
-    """Return whether a retry would fail too: access denied, no such model, no network, a full or read-only disk."""
+    """Return whether a retry would fail too: access denied, no such model, no network, or a full or read-only disk."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -193,27 +193,29 @@ def _is_final(cause: BaseException) -> bool:
 
 
 def _has_no_address(error: BaseException | None) -> bool:
-    """Return whether the hub's name has no address: there is no network, and the name of a model may be a mistyped path."""
+    """Return whether DNS has no address for the hub: there is no network, or the model's name is a mistyped path."""
     while error is not None and not isinstance(error, socket.gaierror):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def from_uri(uri: str, *, with_weights: bool = True) -> Path:
-    """Return the local copy of a model in an object store; without its weights it is a copy apart.
+    """Fetch a model from an object store, and return the folder of its local copy.
+
+    With and without weights are two separate copies.
 
     Raises:
-        ModelError: the folder is empty or does not exist, or a file did not arrive whole.
+        ModelError: the folder is empty or does not exist, or a file arrived incomplete.
     """
     sizes_bytes, key = _at_uri(uri, with_weights=with_weights)
     return model_cache.fetched(Location(uri), sizes_bytes, key)
 
 
 def seen_at_uri(uri: str) -> tuple[list[str], int]:
-    """See that there is a model in an object store, without fetching it.
+    """Check that an object store has a model, without fetching it.
 
     Returns:
-        The relative names of its files, and how many bytes of them are not on this machine yet.
+        The relative names of its files, and how many bytes would still have to be fetched.
 
     Raises:
         ModelError: the folder is empty or does not exist.
@@ -224,7 +226,7 @@ def seen_at_uri(uri: str) -> tuple[list[str], int]:
 
 
 def _at_uri(uri: str, *, with_weights: bool) -> tuple[dict[str, int], str]:
-    """Return the sizes of a model's files by name, and a fingerprint of the listing."""
+    """Return the sizes of the files to fetch, by name, and a fingerprint of the listing."""
     listing = [(name, info) for name, info in Location(uri).listing(recursive=True) if _OF_THE_MODEL.fullmatch(name)]
     if not listing:
         raise ModelError(f"no model at {uri!r}: the folder is empty or does not exist")

@@ -1,7 +1,8 @@
-"""GGUF files, the models of llama.cpp, turned once into a folder that transformers opens.
+"""Convert a GGUF file, the format of llama.cpp, to a model folder that transformers opens.
 
-In: a GGUF file of an architecture and of quantised types that transformers decodes. Out: config.json, tokenizer and
-safetensors in float16; in bfloat16 or float32 if the file holds nothing narrower. Memory is the weights in that type, twice.
+In: a GGUF file whose architecture and quantised types transformers can decode. Out: config.json, tokenizer and
+safetensors. Weights are float16, but bfloat16 or float32 if all matrices in the file have that type. Memory is twice
+the weights in the new type.
 """
 
 import importlib
@@ -40,14 +41,14 @@ _UNREADABLE = (
 
 
 def in_folder(folder: Path, name: str) -> list[str]:
-    """Return the name of the GGUF file of a folder, if it has one.
+    """Return the name of the GGUF file of a folder in a list; an empty list if it has none.
 
     Args:
-        folder: without weights of another kind.
-        name: what the user calls the model; used in errors.
+        folder: a folder without other weights.
+        name: name that the user gave; used in errors.
 
     Raises:
-        ModelError: there are several.
+        ModelError: the folder has several GGUF files that are not parts of one model.
     """
     found = sorted(path.name for path in folder.glob(f"*{SUFFIX}"))
     if len(found) > 1 and not all(map(_PART.fullmatch, found)):
@@ -56,16 +57,16 @@ def in_folder(folder: Path, name: str) -> list[str]:
 
 
 def convert(file: Path, target: Path, name: str) -> None:
-    """Write the model that a GGUF file holds as a folder.
+    """Convert the model in a GGUF file to a folder for transformers.
 
     Args:
         file: the GGUF file.
-        target: the folder.
-        name: what the user calls the model; used in errors.
+        target: the folder to write.
+        name: name that the user gave; used in errors.
 
     Raises:
-        InputError: gguf or accelerate, with which transformers reads the file, is not installed.
-        ModelError: the file is cut short, a part of a model, or cannot be decoded, or holds NaN.
+        InputError: gguf or accelerate, which transformers needs for the file, is not installed.
+        ModelError: the file is cut short, is one part of a model, cannot be decoded, or holds NaN.
     """
     if _PART.fullmatch(file.name):
         raise ModelError(
@@ -112,7 +113,7 @@ def _in_mb(num_bytes: int) -> str:
 
 
 def _dtype(reader: Any) -> "torch.dtype":
-    """Return the type that the weights are written in."""
+    """Choose the dtype of the written weights from the types of the matrices in the file."""
     import torch
 
     types = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
@@ -120,7 +121,7 @@ def _dtype(reader: Any) -> "torch.dtype":
 
 
 def _load(file: Path, dtype: "torch.dtype") -> tuple[Any, Any, list[str]]:
-    """Return model, tokenizer, and the names of weights that the file lacks."""
+    """Load model and tokenizer from a GGUF file; also return the names of weights that the file lacks."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     model, report = AutoModelForCausalLM.from_pretrained(

@@ -1,6 +1,7 @@
-"""Guess the encoding of a model whose folder says nothing, from its architecture and its tokenizer.
+"""Guess the encoding of a model from its architecture and tokenizer, if its folder does not define it.
 
-In: config.json and the tokenizer. Out: a guess for the user to look at; it is shown or written, and never used unasked.
+In: config.json and the tokenizer. Out: a guess, which is shown to the user or written on request, but never used by
+itself.
 """
 
 import json
@@ -16,18 +17,19 @@ _POOLING_BY_FAMILY: Final[dict[str, Pooling]] = {
     "bert": "mean",
     "xlm-roberta": "mean",
 }
-"""gte-modernbert, gte-multilingual and granite-embedding-r2 take CLS; E5, GTE on BERT and MiniLM the mean."""
+"""Usual pooling by `model_type`. gte-modernbert, gte-multilingual and granite-embedding-r2 use CLS; E5, GTE on BERT and
+MiniLM use the mean."""
 _COUNTS_FROM_PADDING: Final = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"})
-"""Families whose positions start after the position of the padding."""
+"""Values of `model_type` whose position ids start after the padding's."""
 _MAX_TOKENS: Final = 512
 
 
 def guess_encoding(config: Mapping[str, Any], tokenizer: Any | None) -> Encoding:
-    """Guess how a model encodes text.
+    """Guess the encoding of a model.
 
     Args:
-        config: its config.json; for an adapter, the config.json of its base.
-        tokenizer: as transformers loads it; None where there is none, which counts as one that adds both tokens.
+        config: content of its config.json; for an adapter, of its base's.
+        tokenizer: as transformers loads it; None if there is none, which counts as one that adds BOS and EOS.
     """
     pooling = _POOLING_BY_FAMILY.get(str(config.get("model_type"))) or ("last" if _is_causal(config) else "mean")
     before, after = added_by_itself(tokenizer) if tokenizer is not None else (["BOS"], ["EOS"])
@@ -43,7 +45,7 @@ def guess_encoding(config: Mapping[str, Any], tokenizer: Any | None) -> Encoding
 
 
 def usable_positions(config: Mapping[str, Any]) -> int:
-    """Return the longest text in tokens that a model has positions for; 512 where its config does not say."""
+    """Return the longest text, in tokens, that a model has positions for; 512 if its config does not say."""
     positions = int(config.get("max_position_embeddings") or _MAX_TOKENS)
     if config.get("model_type") in _COUNTS_FROM_PADDING:
         positions -= int(config.get("pad_token_id") or 0) + 1
@@ -51,7 +53,7 @@ def usable_positions(config: Mapping[str, Any]) -> int:
 
 
 def as_contract(encoding: Encoding) -> str:
-    """Return a readapt.json of three lines that says what has no default, and the templates."""
+    """Return an encoding as a short readapt.json: settings without a default, templates, and changed lengths."""
     named = {name: getattr(encoding, name) for name in ("pooling", "add_bos", "add_eos")}
     templates = {name: getattr(encoding, name) for name in ("query_template", "passage_template")}
     limits = {

@@ -1,10 +1,10 @@
-"""Model files on this machine's disk, fetched once a node and seen to be whole each time they are found.
+"""Fetch model files once per node into a cache on its disk, and verify them at each use.
 
-In: files of a folder on an object store, or a snapshot of the hub's own cache. Out: a local folder with the same bytes.
-A record beside it says of each file its size, its SHA-256 and the times that the disk gave it; a file of another size, or
-of other times and another hash, was cut short or altered, and is fetched again. One process at a time fetches, the others
-of the node wait for it; a fetch that was killed resumes after the last whole file. Reading a file whose times
-changed costs a second a gigabyte. What was not used for longest makes room for what is fetched (`cache_entries.py`).
+In: files of a folder on an object store, or a snapshot in the hub's cache. Out: a local folder with the same bytes. A
+record beside it has size, SHA-256 and modification times of each file. A file is fetched again if its size differs, or
+if its times and its hash differ. One process at a time fetches; others on the node wait. A fetch that was killed
+resumes after the last complete file. Hashing a file whose times changed takes a second per gigabyte. Least recently
+used entries are evicted to make room (`cache_entries.py`).
 """
 
 import hashlib
@@ -23,19 +23,19 @@ logger = logging.getLogger("readapt_ray")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 _PLANNED: dict[str, Any] = {"sha256": "", "times": []}
-"""The record of a file that is not fetched yet."""
+"""Record of a file that is not fetched yet."""
 
 
 def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
-    """Return the local copy of a folder's files, whole.
+    """Fetch files of a folder that are missing or damaged in the cache, and return the folder of the local copy.
 
     Args:
         source: the folder.
-        sizes_bytes: the files to have, by relative name.
-        key: identifies the folder's content.
+        sizes_bytes: sizes of the files to fetch, by relative name.
+        key: identifies the content of the folder.
 
     Raises:
-        ModelError: a file did not arrive whole.
+        ModelError: a file arrived incomplete.
     """
     target = cache_entries.folder_of("models") / key
     with cache_entries.locked(target):
@@ -60,16 +60,16 @@ def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
 
 
 def checked_snapshot(folder: Path, fetch_again: Callable[[str], object]) -> None:
-    """See that the files of a snapshot of the hub hold what their names in the hub's cache say.
+    """Verify the files of a snapshot in the hub's cache by their hashes, and fetch damaged ones again.
 
     The hub's cache names a file by its content: SHA-256 of a large file, git's hash of a small one.
 
     Args:
-        folder: a snapshot of links to such files.
-        fetch_again: fetches the file of this name; what was there is gone.
+        folder: a snapshot: links to such files.
+        fetch_again: function that fetches the file of a name, after the damaged one was removed.
 
     Raises:
-        ModelError: what was fetched again is no better.
+        ModelError: a file is damaged even after it was fetched again.
     """
     entry = cache_entries.folder_of("models") / f"hub-{hashlib.sha256(str(folder).encode()).hexdigest()[:32]}"
     with cache_entries.locked(entry):
@@ -87,9 +87,7 @@ def checked_snapshot(folder: Path, fetch_again: Callable[[str], object]) -> None
 
 
 def _is_its_name(link: Path, name: str, record: "_Record") -> bool:
-    """Return whether a file of the hub's cache has the hash that it is named by; one that is not named so is taken as
-    it is.
-    """
+    """Return whether a file of the hub's cache has the hash that is its name. A file with another name is accepted."""
     path = link.resolve()
     if not path.is_file():
         return False
@@ -105,7 +103,7 @@ def _is_its_name(link: Path, name: str, record: "_Record") -> bool:
 
 
 class _Record:
-    """What is known of a folder's files: `size_bytes`, `sha256`, `times` (modified and changed, ns) by name; on disk at once."""
+    """A record of files by name: `size_bytes`, `sha256`, `times` (mtime, ctime in ns). Changes are written at once."""
 
     def __init__(self, entry: Path) -> None:
         self._entry = entry
@@ -115,13 +113,13 @@ class _Record:
         return bool(self._files.get(name, _PLANNED)["sha256"])
 
     def plan(self, sizes_bytes: Mapping[str, int]) -> None:
-        """List files before they are fetched, so that their bytes count, and a killed fetch can be removed."""
+        """Record files before they are fetched, so that their bytes count and a killed fetch can be removed."""
         for name, size_bytes in sizes_bytes.items():
             self._files.setdefault(name, _PLANNED | {"size_bytes": size_bytes})
         cache_entries.note_files(self._entry, self._files)
 
     def says_whole(self, path: Path, name: str) -> bool:
-        """Return whether a file is what was noted of it; False also where nothing was."""
+        """Return whether a file agrees with its record; False if it has no record."""
         entry = self._files.get(name)
         if entry is None or name not in self or not path.is_file() or path.stat().st_size != entry["size_bytes"]:
             return False
@@ -133,7 +131,7 @@ class _Record:
         return True
 
     def note(self, path: Path, name: str, sha256: str) -> None:
-        """Keep what a whole file is known by."""
+        """Record size, hash and times of a complete file."""
         self._files[name] = {"size_bytes": path.stat().st_size, "sha256": sha256, "times": _times(path)}
         cache_entries.note_files(self._entry, self._files)
 

@@ -1,4 +1,4 @@
-"""A model's folder and its JSON files."""
+"""Read the JSON files of a model's folder."""
 
 import json
 from dataclasses import dataclass
@@ -11,26 +11,26 @@ from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, BUNDLE_NAME, CONFI
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The folder of a model or adapter on this machine's disk. `name` is what the user called it."""
+    """The folder of a model or adapter on this machine's disk. `name` is the name that the user gave."""
 
     name: str
     folder: Path
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is a PEFT adapter, to be laid on the model that it was trained on."""
+        """Return whether it is a PEFT adapter, which is applied to the model that it was trained on."""
         return (self.folder / ADAPTER_CONFIG_NAME).is_file()
 
     @property
     def is_factors(self) -> bool:
-        """Whether it holds the factors of a model (`readapt merge --factors`), which are added to their base model."""
+        """Return whether it holds factors (from `readapt merge --factors`), which are added to their base model."""
         return (self.folder / BUNDLE_NAME).is_file()
 
     def read_json(self, file_name: str) -> dict[str, Any]:
-        """Return a JSON file of the folder; empty where there is none.
+        """Read a JSON file of the folder; return an empty dict if the file does not exist.
 
         Raises:
-            ModelError: it is not JSON.
+            ModelError: the file is not a JSON object.
         """
         path = self.folder / file_name
         if not path.is_file():
@@ -42,10 +42,10 @@ class ModelFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The config of a model, as transformers reads it; empty for an adapter."""
+        """Return the content of config.json; empty for an adapter."""
         return self.read_json(CONFIG_NAME)
 
     @property
     def adapter_config(self) -> dict[str, Any]:
-        """PEFT's config of an adapter."""
+        """Return PEFT's config of an adapter; empty for a model."""
         return self.read_json(ADAPTER_CONFIG_NAME)

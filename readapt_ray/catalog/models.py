@@ -1,8 +1,8 @@
-"""From the name of a model to a folder on this machine's disk.
+"""Open a model by name: find or fetch its folder, and read its encoding, tokenizer and fingerprint.
 
-A `MODEL` is a catalog name, a local folder or GGUF file, a URI, or a hub id (`owner/name`, `owner/name@commit`), in this
-order. Only safetensors, configuration and tokenizer files are fetched (`fetching.py`), and pickled weights where there are
-no others, which are converted (`converted_weights.py`), as GGUF files are; nothing in a model folder is ever executed.
+A name can be a local folder or GGUF file, a catalog name, a URI, or a hub id (`owner/name`, `owner/name@commit`). Only
+safetensors, configuration and tokenizer files are fetched (`fetching.py`), or pickled weights if there are no others.
+Pickled weights and GGUF files are converted (`converted_weights.py`). Code in a model folder is never executed.
 """
 
 import functools
@@ -42,42 +42,42 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_hub_id(target: str) -> bool:
-    """Return whether a name has the form of a hub id, `owner/name`, and there is no such file or folder here."""
+    """Return whether a name has the form of a hub id, `owner/name`, and is no local file or folder."""
     return bool(_HUB_ID.fullmatch(target)) and not Path(target).exists()
 
 
 @dataclass(frozen=True)
 class OpenModel(ModelFolder):
-    """A model on this machine's disk, as it is when it is first asked: what is read or hashed is kept.
+    """A model or adapter in a folder on this machine's disk. What it reads or hashes is cached.
 
-    Open a model once and pass it on. Sent to another process, it is read there again.
+    Open a model once and pass it on. If it is pickled for another process, that process reads it again.
     """
 
     base_given: str = ""
-    """Name of the base model of factors, if it is not the one that they name."""
+    """Base model given by the user, for factors; empty to use the one that the factors name."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "folder": self.folder, "base_given": self.base_given}
 
     @functools.cached_property
     def encoding(self) -> Encoding:
-        """Return how the model encodes text.
+        """Return how the model encodes text: templates, special tokens, pooling, maximum lengths.
 
-        A folder's own files always win: readapt.json, then the files of sentence-transformers. The catalog speaks for models
-        that were named by their catalog name or hub id, and for folders of the hub's own cache. Where a folder's files say
-        nothing, a copy that still has its name on the hub is encoded as the catalog says.
+        The first of these that exists decides: the factors' own record, readapt.json in the folder, the catalog's row
+        (for a model given by catalog name or hub id, or in the hub's cache), the files of sentence-transformers in the
+        folder, and the catalog's row of a model whose name on the hub is the name of the folder.
 
         Raises:
-            ModelError: nothing says; the message lists what would.
+            ModelError: none exists; the message says what to add.
         """
         return _encoding_of(self)
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer; for an adapter, the tokenizer of its base. Do not change it: others share it.
+        """Return the tokenizer; for an adapter without one, the tokenizer of its base. It is shared: do not change it.
 
         Raises:
-            ModelError: there is none, or it cannot be read.
+            ModelError: there is no tokenizer, or it cannot be read.
         """
         with quick_imports():
             from transformers import AutoTokenizer
@@ -91,10 +91,13 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of every byte of weights, configuration and tokenizer. Factors have the fingerprint of the model that they make.
+        """Return a hash of all weights, configuration and tokenizer files.
+
+        An artifact has the fingerprint of its manifest. Factors have the fingerprint of the merged model that they
+        make.
 
         Raises:
-            WeightMismatchError: the base of these factors is another model by now.
+            WeightMismatchError: the base model of these factors was replaced by another model.
         """
         if self.is_factors:
             content = self.read_json(BUNDLE_NAME)
@@ -110,16 +113,16 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Hash of every byte of the tokenizer."""
+        """Return a hash of all tokenizer files."""
         folder = Location(str(self._tokenizer_holder.folder))
         return fingerprint({name: (folder / name).sha256() for name in TOKENIZER_FILES if (folder / name).is_file()})
 
     @functools.cached_property
     def base(self) -> "OpenModel":
-        """The model that this adapter was trained on, or that these factors were made of.
+        """Open the model that this adapter was trained on, or that these factors belong to.
 
         Raises:
-            ModelError: the adapter does not say, or it cannot be found.
+            ModelError: the adapter does not name its base model, or it cannot be found.
         """
         if self.is_factors:
             return open_model(self.base_given or str(self.read_json(BUNDLE_NAME)["sources"]["pretrained"]["name"]))
@@ -130,26 +133,26 @@ class OpenModel(ModelFolder):
 
     @property
     def _tokenizer_holder(self) -> "OpenModel":
-        """The model itself, or the one that an adapter without a tokenizer was trained on."""
+        """Return the model itself; for an adapter without a tokenizer, its base model."""
         return self.base if self.is_adapter and not (self.folder / TOKENIZER_CONFIG_NAME).is_file() else self
 
     @property
     def revision(self) -> str:
-        """The commit on the hub; empty for a model that is not from there."""
+        """Return the commit on the hub; empty for a model that is not from the hub."""
         converted = self.read_json(converted_weights.RECORD_NAME)
         if converted:
             return str(converted["revision"])
-        return self.folder.name if self.folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
+        return self.folder.name if self.folder.parent.name == "snapshots" else ""  # the layout of the hub's cache
 
     @property
     def pinned_name(self) -> str:
-        """A name by which another machine finds this very model, though the hub has a newer commit by then."""
+        """Return the name with its commit on the hub, so that other machines open the same version."""
         target = retrievers.hub_id(self.name)
         is_of_hub = bool(_HUB_ID.fullmatch(target)) and own_folder(self.name) is None and not Path(target).exists()
         return f"{self.name}@{self.revision}" if is_of_hub and self.revision else self.name
 
     def content_files(self) -> list[str]:
-        """Return the files that decide what the model is, by their names in the folder."""
+        """Return the names in the folder of all weights, configuration and tokenizer files."""
         listing = Location(str(self.folder)).listing(recursive=True)
         return [
             name
@@ -159,16 +162,17 @@ class OpenModel(ModelFolder):
 
 
 def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base: str | None = None) -> OpenModel:
-    """Bring a model onto this machine's disk, unless it is there.
+    """Find a model by name, and fetch it to this machine's disk if it is not there yet.
 
     Args:
-        name: a catalog name, a local folder or GGUF file, a URI, or a hub id; those of the hub may end with `@` and a commit.
-        with_weights: False brings configuration and tokenizer alone, which is a thousandth of a large model.
-        base: for factors, where the model is that they were made of; None if it is where they say.
+        name: a catalog name, a local folder or GGUF file, a URI, or a hub id; a hub model may end with `@` and a
+            commit.
+        with_weights: False fetches only configuration and tokenizer, a thousandth of the bytes of a large model.
+        base: for factors, name of their base model; None takes the one that they name.
 
     Raises:
-        ModelError: nothing of that name, or what is there is not a model, unfinished, or computed by code of its own.
-        ReadaptError: the hub could not be reached, or went on failing.
+        ModelError: there is no model of that name, it is unfinished, or it needs code from its folder.
+        ReadaptError: the hub could not be reached, or kept failing.
     """
     name, revision = os.fspath(name), None
     if not Path(name).exists():
@@ -188,7 +192,7 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base:
         known = [*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)]
         hint = meant(name, known) or f"the catalog has {', '.join(known)}"
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog; {hint}")
-    is_read = with_weights or converted_weights.is_gguf(folder)  # such a file holds configuration and tokenizer, too
+    is_read = with_weights or converted_weights.is_gguf(folder)  # a GGUF file also holds configuration and tokenizer
     folder_read = converted_weights.safe_folder(folder, name) if is_read else folder
     model = OpenModel(name=name, folder=folder_read, base_given=base or "")
     if not model.is_adapter and not (folder_read / CONFIG_NAME).is_file():
@@ -198,16 +202,16 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base:
 
 
 def refuse_other_base(what: str, made_of: Mapping[str, Any], base: OpenModel, advice: str) -> None:
-    """Refuse a base that is not the one that factors were made of.
+    """Refuse a base model that is not the one that factors were made of.
 
     Args:
-        what: names the factors in the error.
-        made_of: what they say of their base.
+        what: name of the factors in the error.
+        made_of: record of their base in the factors: name, fingerprint, files.
         base: the model that was found.
-        advice: what to do.
+        advice: what the user can do; ends the message.
 
     Raises:
-        WeightMismatchError: it is another model.
+        WeightMismatchError: the fingerprints differ.
     """
     if base.fingerprint == made_of["fingerprint"]:
         return
@@ -221,19 +225,19 @@ def refuse_other_base(what: str, made_of: Mapping[str, Any], base: OpenModel, ad
 
 
 def find_row(name: str) -> retrievers.Retriever | None:
-    """Return the catalog's row of a model; None where the name means a folder here, unless that is of the hub's own cache."""
+    """Return the catalog's row of a model; None if it has none, or is a local folder outside the hub's cache."""
     folder = own_folder(name)
     return retrievers.find_retriever(name) if folder is None else retrievers.find_cached(str(folder))
 
 
 def base_name(name: str) -> str:
-    """Return what an adapter says of the model that it was trained on: a hub id, a folder, or a name of the catalog."""
+    """Return the name to store in an adapter as its base model: a hub id, a folder, or a built-in model."""
     target = retrievers.hub_id(retrievers.split_commit(name)[0])
     return name if target.startswith(_BUILTIN) or own_folder(name) is not None else target
 
 
 def own_folder(name: str) -> Path | None:
-    """Return the local folder, or GGUF file, that a name means; a catalog name means one only if a model is there."""
+    """Return the local folder or GGUF file of a name, or None. A catalog name is a folder only if it holds a model."""
     folder = Path(name).expanduser()
     if folder.suffix == gguf_files.SUFFIX and folder.is_file():
         return folder.resolve()
@@ -248,7 +252,7 @@ def own_folder(name: str) -> Path | None:
 
 
 def _check_finished(location: Location, name: str) -> None:
-    """Refuse what a stage has not finished: some of its weights may be there, and not all."""
+    """Refuse the unfinished output of a stage, since some of its weights may be missing."""
     if not (location / LEASE_NAME).is_file() or (location / MANIFEST_NAME).is_file():
         return
     stage = (read_lease(location) or {}).get("stage")
@@ -259,7 +263,7 @@ def _check_finished(location: Location, name: str) -> None:
 
 
 def _check_own_code(model: OpenModel) -> None:
-    """Refuse a model that transformers' own class of its type would load without a word, and compute otherwise."""
+    """Refuse a model that needs code from its folder, since transformers' own class may compute other vectors."""
     config = model.config
     code = dict(config.get("auto_map") or {}).get("AutoModel")
     if code is None:
@@ -283,7 +287,7 @@ def _check_own_code(model: OpenModel) -> None:
 
 
 def find_encoding(model: OpenModel) -> tuple[Encoding, str] | None:
-    """Return how a model encodes text, and what says so; None where nothing does."""
+    """Return the encoding of a model, and which file or row it was read from; None if nothing defines it."""
     if model.is_factors:
         return Encoding.parse(
             model.read_json(BUNDLE_NAME)["encoding"], where=str(model.folder / BUNDLE_NAME)
@@ -319,7 +323,7 @@ def likely_encoding(model: OpenModel) -> Encoding:
     """Guess how a model encodes text, from its architecture and tokenizer."""
     try:
         holder, tokenizer = model.base if model.is_adapter else model, model.tokenizer
-    except ReadaptError:  # the guess is part of an error message and must not raise another
+    except ReadaptError:  # the guess is part of an error message, so it must not raise an error
         holder, tokenizer = model, None
     return guess_encoding(holder.config, tokenizer)
 
@@ -338,7 +342,7 @@ def _encoding_of(model: OpenModel) -> Encoding:
 
 
 def _catalog_row(model: OpenModel) -> retrievers.Retriever | None:
-    """Return the catalog's row of a model that came from the hub, as its name or its place in the hub's cache says."""
+    """Return the catalog's row of a model that is from the hub, by its name or by its folder in the hub's cache."""
     if "://" in model.name:
         return retrievers.find_cached(model.name)
     return find_row(model.name) or retrievers.find_cached(str(model.folder))

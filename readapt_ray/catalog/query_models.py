@@ -1,8 +1,8 @@
-"""Read and write models for queries only: a folder whose readapt.json names another model, which encodes the passages.
+"""Read and write query models: models that encode only queries, while another model encodes the passages.
 
-`finetune --queries-only` and `merge --queries-only` write it. So vectors of passages stay as they are, and only queries
-change. The entry `passages` of readapt.json holds the passages' model, its fingerprint, its base's if it is an
-adapter, and its encoding.
+`finetune --queries-only` and `merge --queries-only` make them, so that the vectors of passages need not change. The
+entry `passages` in the readapt.json of a query model names the passage model, with its fingerprint, the fingerprint of
+its base if it is an adapter, and its encoding.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ _KEY = "passages"
 
 @dataclass(frozen=True)
 class PassagesModel:
-    """The model that encodes the passages which a model for queries searches."""
+    """The passage model of a query model: the model that encodes the passages."""
 
     name: str
     weights: str
-    """Its fingerprint."""
+    """Fingerprint of the passage model."""
     base: str | None
-    """Fingerprint of the base model, if it is an adapter."""
+    """Fingerprint of its base model if it is an adapter, else None."""
     encoding: Encoding
 
     def to_json(self) -> dict[str, Any]:
-        """Return what readapt.json of the queries' model says of it."""
+        """Return the entry for the readapt.json of the query model."""
         values = {"model": self.name, "weights": self.weights, "base": self.base}
         return {_KEY: {**values, "encoding": self.encoding.model_dump(mode="json")}}
 
     def open(self) -> OpenModel:
-        """Bring the model onto this machine's disk.
+        """Open the passage model, and fetch it if needed.
 
         Raises:
-            ModelError: it is no longer where it was.
-            FingerprintMismatchError: another model is there.
+            ModelError: the model no longer exists under its name.
+            FingerprintMismatchError: another model has its name now.
         """
         model = open_model(self.name)
         if _fingerprints(model) != (self.weights, self.base):
@@ -48,13 +48,13 @@ class PassagesModel:
 
 
 def describe_passages(model: OpenModel, encoding: Encoding) -> PassagesModel:
-    """Return what a model for queries says of the model of the passages."""
+    """Return the record of a passage model, to store in a query model."""
     folder = own_folder(model.name)
     return PassagesModel(str(folder) if folder else model.pinned_name, *_fingerprints(model), encoding)
 
 
 def passages_model(model: OpenModel) -> PassagesModel | None:
-    """Return the model of the passages, if this one is for queries alone."""
+    """Return the passage model of a query model; None for a model that encodes both."""
     contract = model.read_json(CONTRACT_NAME).get(_KEY)
     if contract is None:
         return None
@@ -63,10 +63,10 @@ def passages_model(model: OpenModel) -> PassagesModel | None:
 
 
 def refuse_query_model(model: OpenModel) -> None:
-    """Refuse a retriever for queries alone where it would take the place of two models.
+    """Refuse a query model where a model must encode queries and passages.
 
     Raises:
-        ModelError: it is one.
+        ModelError: the model is a query model; the message names its passage model.
     """
     if (passages := passages_model(model)) is not None:
         raise ModelError(

@@ -1,4 +1,4 @@
-"""See that a model can be had on this machine before a run needs it, without fetching its weights."""
+"""Check, before a run, that this machine can get a model, without fetching its weights."""
 
 import json
 from pathlib import Path
@@ -10,17 +10,17 @@ from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 
 def check_reachable(name: str) -> int:
-    """See that `open_model` would find a model here, and the model that an adapter was trained on.
+    """Check that `open_model` would find a model on this machine, and also the base model of an adapter.
 
     Args:
-        name: as `open_model` takes it.
+        name: a name as in `open_model`.
 
     Returns:
-        How many bytes would be fetched first; 0 if all of it is on this machine.
+        How many bytes would be fetched; 0 if everything is on this machine.
 
     Raises:
-        ModelError: there is no such model, it is gated, or what is there is not a model.
-        ReadaptError: the hub could not be reached, or went on failing.
+        ModelError: there is no such model, it is gated, or the folder is not a model.
+        ReadaptError: the hub could not be reached, or kept failing.
     """
     plain, revision = (name, None) if Path(name).exists() else retrievers.split_commit(name)
     target = retrievers.hub_id(plain)
@@ -39,7 +39,7 @@ def check_reachable(name: str) -> int:
 
 
 def _base_bytes(folder: Path, name: str) -> int:
-    """Return the bytes to fetch of the model that an adapter was trained on; 0 if the folder is no adapter's."""
+    """Return the bytes to fetch of the base model of an adapter; 0 if the folder is no adapter."""
     file = folder / ADAPTER_CONFIG_NAME
     if file.is_file():
         return check_reachable(str(json.loads(file.read_text())["base_model_name_or_path"]))

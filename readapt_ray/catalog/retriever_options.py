@@ -10,7 +10,7 @@ from readapt_ray.errors import ModelError
 
 
 class RetrieverOptions(Config):
-    """The options that name a retriever."""
+    """Options that name a retriever: a model, or the factors of a domain."""
 
     retriever: str = ""
     """Model that makes the vectors: a catalog name, a folder, a GGUF file, a URI or a hub id. Give this or domain."""
@@ -31,10 +31,10 @@ class RetrieverOptions(Config):
         return self
 
     def open_retriever(self) -> OpenModel:
-        """Bring the model, or the factors, onto this machine's disk.
+        """Open the model, or the factors, and fetch it to this machine's disk if needed.
 
         Raises:
-            ModelError: it is not there, or the domain is no factors.
+            ModelError: it does not exist, or `domain` is not a folder of factors.
         """
         model = open_model(self.domain or self.retriever, base=self.base)
         if self.domain and not model.is_factors:

@@ -1,7 +1,7 @@
-"""Retrievers that are known: how each wants its text, and from which pretrained model it was made.
+"""List the known retrievers: the encoding of each, and the pretrained model from which it was made.
 
-A row is all that the package knows of a model; a model that is not here brings its contract in its
-own folder (`readapt.json`, or the files of sentence-transformers), or by options.
+A model that is not in this catalog needs its encoding in its folder (`readapt.json`, or the files of
+sentence-transformers), or as an option.
 """
 
 import re
@@ -15,22 +15,22 @@ Objective = Literal["causal_lm", "masked_lm"]
 
 
 class Retriever(Config):
-    """One row of the catalog."""
+    """A row of the catalog of retrievers."""
 
     name: str
-    """The name on the command line."""
+    """Name on the command line."""
     hub_id: str
-    """Where its weights are."""
+    """Hub id of its weights; `builtin:` for models in this package."""
     pretrained: str
     """Catalog name or hub id of the model before retrieval training."""
     encoding: Encoding
-    """How it wants its text."""
+    """Its prompts, special tokens, pooling and maximum lengths."""
     dora_targets: tuple[str, ...]
     """Modules that a knowledge adapter is trained on: query, key, value, up and down projections."""
     objective: Objective = "causal_lm"
-    """What its pretrained model is trained with on unlabelled text."""
+    """Objective with which its pretrained model is trained on unlabelled text."""
     source: str
-    """Where these facts are from."""
+    """Where these facts were read."""
 
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -54,7 +54,7 @@ TARGETS_BY_FAMILY: dict[str, tuple[str, ...]] = {
     "deberta-v2": ("query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"),
     "jina_embeddings_v3": ("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
 }
-"""Query, key, value, up and down projections by the `model_type` of transformers' configs."""
+"""Names of the query, key, value, up and down projections, by the `model_type` of transformers' configs."""
 
 _PINNED = re.compile(r"([^:@]+)@([0-9a-f]{40})")
 _HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
@@ -181,14 +181,14 @@ RETRIEVERS: tuple[Retriever, ...] = (
 )
 
 PRETRAINED: dict[str, str] = {"quickstart-pretrained": "builtin:quickstart/pretrained"}
-"""Pretrained models that have a name of their own; all others go by hub id."""
+"""Pretrained models that have a catalog name, with their location. All others are named by hub id."""
 
 
 def target_modules(model_type: str) -> tuple[str, ...]:
-    """Return the layers of a family that get a knowledge adapter.
+    """Return the names of the layers that get a knowledge adapter, by `model_type`.
 
     Raises:
-        ModelError: the family is not known here.
+        ModelError: the `model_type` is unknown.
     """
     if model_type not in TARGETS_BY_FAMILY:
         raise ModelError(
@@ -199,32 +199,34 @@ def target_modules(model_type: str) -> tuple[str, ...]:
 
 
 def find_retriever(name: str) -> Retriever | None:
-    """Return the row of a catalog name or hub id; None for a model that is not in the catalog."""
+    """Return the catalog's row of a catalog name or hub id; None if the model is not in the catalog."""
     plain = split_commit(name)[0].lower()
     return next((row for row in RETRIEVERS if plain in (row.name, row.hub_id.lower())), None)
 
 
 def split_commit(name: str) -> tuple[str, str | None]:
-    """Split `owner/name@commit` in its two parts; None for a name without a commit."""
+    """Split `owner/name@commit` into name and commit; the commit is None if the name has none."""
     found = _PINNED.fullmatch(name)
     return (found[1], found[2]) if found else (name, None)
 
 
 def find_cached(place: str) -> Retriever | None:
-    """Return the row of a model in the hub's own cache.
+    """Return the catalog's row of a model in the hub's cache, by the path of its folder; None if it has none.
 
     Args:
-        place: path of its folder.
+        place: path of the folder.
     """
     cached = _HUB_CACHE.search(place)
     return find_retriever(f"{cached[1]}/{cached[2]}") if cached else None
 
 
 def find_copied(place: str) -> Retriever | None:
-    """Return the row of a model whose folder has its name on the hub. Another model may have the same name.
+    """Return the catalog's row of a model whose name on the hub is the name of this folder; None if there is none.
+
+    Another model may have the same name, so this is a guess.
 
     Args:
-        place: path or URI of its folder.
+        place: path or URI of the folder.
     """
     if _HUB_CACHE.search(place):
         return find_cached(place)
@@ -234,16 +236,16 @@ def find_copied(place: str) -> Retriever | None:
 
 
 def hub_id(name: str) -> str:
-    """Return the model of a catalog name; any other name is returned as it is."""
+    """Return the hub id of a catalog name, or its `builtin:` name; any other name is returned unchanged."""
     row = find_retriever(name)
     return row.hub_id if row else PRETRAINED.get(name.lower(), name)
 
 
 def retriever(name: str) -> Retriever:
-    """Return the row of a catalog name or hub id.
+    """Return the catalog's row of a catalog name or hub id.
 
     Raises:
-        ModelError: there is none.
+        ModelError: the model is not in the catalog.
     """
     row = find_retriever(name)
     if row is None:

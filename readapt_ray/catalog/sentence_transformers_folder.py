@@ -1,7 +1,7 @@
-"""How a retriever wants its text, from the files that sentence-transformers keeps in its folder.
+"""Read the encoding of a retriever from the files of sentence-transformers in its folder.
 
-In: a folder with `modules.json`, and its tokenizer. Out: the `Encoding` that gives the vectors, and the ranking, that
-sentence-transformers gives; what has no such form is refused by name.
+In: a folder with `modules.json`, and its tokenizer. Out: the `Encoding` with which vectors and rankings equal those of
+sentence-transformers. A feature that no `Encoding` can express is refused, with its name.
 """
 
 import functools
@@ -22,7 +22,7 @@ logger = logging.getLogger("readapt_ray")
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _QUERY_PROMPTS = ("query",)
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
-# Names that releases before 3 wrote by the kind of model; the first that is there is read.
+# Names that releases before 3 wrote, by the kind of model; the first that exists is read.
 _SETTINGS = tuple(
     f"sentence_{kind}_config.json"
     for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -30,15 +30,15 @@ _SETTINGS = tuple(
 
 
 def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> Encoding:
-    """Return the encoding that the folder describes.
+    """Return the encoding that the files of sentence-transformers describe.
 
     Args:
-        model: it holds `modules.json`.
-        tokenizer: the model's, as transformers loads it.
-        tokenizer_config: its tokenizer_config.json. Some releases of transformers drop the BOS or EOS that it asks for.
+        model: a folder with `modules.json`.
+        tokenizer: tokenizer of the model, as transformers loads it.
+        tokenizer_config: content of tokenizer_config.json, since some releases of transformers ignore its BOS or EOS.
 
     Raises:
-        ModelError: it has modules, poolings, prompts or special tokens that no encoding can say.
+        ModelError: an encoding cannot express its modules, pooling, prompts or special tokens.
     """
     modules = read_modules(model)
     kinds = [kind for kind, _ in modules]
@@ -79,7 +79,7 @@ def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[
 
 @functools.cache
 def _warn_of_no_end(name: str) -> None:
-    """Warn once per process: several places look up what a model asks for."""
+    """Warn once per process and model, since several places read the encoding."""
     logger.warning(
         "%s pools the last token, and its tokenizer puts no special token behind a text; if it was trained with one, give "
         "--encoding FILE.json with add_eos true",
@@ -88,7 +88,7 @@ def _warn_of_no_end(name: str) -> None:
 
 
 def _prompts(model: ModelFolder, encoder: Mapping[str, Any], pooling: Mapping[str, Any]) -> tuple[str, str]:
-    """Return what sentence-transformers puts before a query and before a passage."""
+    """Return the prompts that sentence-transformers puts before a query and before a passage."""
     given = {name: prompt for name, prompt in (encoder.get("prompts") or {}).items() if prompt is not None}
     default = encoder.get("default_prompt_name")
     if pooling.get("include_prompt") is False and any(given.values()):
@@ -119,7 +119,7 @@ def _similarity(model: ModelFolder, encoder: Mapping[str, Any]) -> str:
 
 
 def _longest_text(model: ModelFolder, tokenizer: Any) -> int:
-    """Return the maximum tokens as sentence-transformers finds them: the tokenizer's limit, and the model's."""
+    """Return the maximum tokens as sentence-transformers does: the lower limit of tokenizer and model."""
     return min(int(tokenizer.model_max_length), usable_positions(model.config))
 
 
@@ -133,7 +133,7 @@ def _pooling_config(model: ModelFolder, path: str) -> dict[str, Any]:
 
 
 def _pooling(model: ModelFolder, config: Mapping[str, Any]) -> str:
-    chosen = _pooling_modes(config) or ["mean"]  # what sentence-transformers takes where no mode is on
+    chosen = _pooling_modes(config) or ["mean"]  # the default of sentence-transformers if no mode is on
     if len(chosen) != 1 or chosen[0] not in _POOLINGS:
         raise ModelError(f"{model.name!r} uses pooling {chosen}; supported is one of {sorted(_POOLINGS)}")
     return _POOLINGS[chosen[0]]

@@ -1,8 +1,8 @@
-"""The shape of a model: parameters, widths and layers, which decide memory and FLOPs. No weight is read.
+"""Compute the shape of a model from its config: parameters, widths and layers, which decide memory and FLOPs.
 
-Training and planning both count from a `ModelShape`, so a plan never contradicts the check before training. The configs
-of the catalog's pretrained models are in data/model_configs.json (from their published config.json), so that a plan needs
-no network and no licence.
+No weight is read. Training and planning both use a `ModelShape`, so a plan never contradicts the check before training.
+The configs of the catalog's pretrained models are in data/model_configs.json (copies of their published config.json),
+so that a plan needs no network and no licence.
 """
 
 import json
@@ -19,7 +19,7 @@ from readapt_ray.quick_imports import import_for_models
 from readapt_ray.storage import Location
 
 BaseDtype = Literal["auto", "int8", "fp8", "nf4"]
-"""Data type of the frozen weights in training; auto: the type of the matrix products."""
+"""Data type of the frozen weights in training; auto is the dtype of the matrix products."""
 
 _CONFIGS_FILE: Final = Path(__file__).parent.parent / "data" / "model_configs.json"
 _CLASSES: Final = {None: "AutoModel", "causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
@@ -27,45 +27,45 @@ _CLASSES: Final = {None: "AutoModel", "causal_lm": "AutoModelForCausalLM", "mask
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What decides a model's memory and FLOPs."""
+    """The sizes of a model that decide its memory and FLOPs."""
 
     name: str
     model_type: str
     hidden: int
-    """Numbers of a token's hidden state."""
+    """Width of a hidden state."""
     intermediate: int
-    """Numbers inside a layer's feed-forward part."""
+    """Inner width of the feed-forward part of a layer."""
     num_layers: int
     attention_width: int
-    """Attention heads times the width of one."""
+    """Number of attention heads times the width of a head."""
     is_causal: bool
     num_parameters: int
-    """All parameters; with the language-model head only if the shape was asked for with an objective."""
+    """All parameters. The language-model head counts only if the shape was computed with an objective."""
     num_matrix_parameters: int
-    """Parameters that every token is multiplied with: all matrices but the embeddings, a tied head included."""
+    """Parameters that every token is multiplied with: all matrices but the embeddings. A tied head counts."""
     first_position: int
-    """Position id of a text's first token; so many positions are not usable."""
+    """Position id of the first token of a text; positions below it are not usable."""
     linears: tuple[tuple[str, int, int], ...]
-    """Every linear layer: its full name, inputs and outputs."""
+    """Full name, inputs and outputs of every linear layer."""
 
     @property
     def num_linear_parameters(self) -> int:
-        """Weights of all linear layers, without biases."""
+        """Return the number of weights in all linear layers, without biases."""
         return sum(inputs * outputs for _, inputs, outputs in self.linears)
 
     def forward_flops(self, tokens: float) -> float:
-        """Return the FLOPs per token of one forward pass over passages of so many tokens.
+        """Return the FLOPs per token of one forward pass over passages of `tokens` tokens.
 
-        Two per parameter, and the two products of attention over the tokens seen (half of them where it is causal).
+        That is two per matrix parameter, and the two products of attention over the tokens that a token attends to.
         """
         return 2 * self.num_matrix_parameters + 4 * self.num_layers * self.attention_width * self.attended(tokens)
 
     def attended(self, tokens: float) -> float:
-        """Return how many tokens a token attends to, on average, in a passage of so many tokens."""
+        """Return how many tokens of a passage a token attends to on average: half if causal, else all."""
         return tokens / 2 if self.is_causal else tokens
 
     def adapted(self, targets: tuple[str, ...]) -> list[tuple[int, int]]:
-        """Return inputs and outputs of the linear layers that adapters of these targets wrap.
+        """Return inputs and outputs of the linear layers that an adapter with these target modules wraps.
 
         Raises:
             ModelError: a target matches no linear layer.
@@ -75,15 +75,15 @@ class ModelShape:
 
 
 def is_in_layer(name: str) -> bool:
-    """Return whether a linear layer belongs to one of a model's numbered layers, and not to its head."""
+    """Return whether a linear layer, by name, belongs to a numbered layer of a model, and not to its head."""
     return any(part.isdigit() for part in name.split("."))
 
 
 def matching_layers(names: Iterable[str], targets: tuple[str, ...]) -> list[str]:
-    """Return the layers whose names end with one of the targets, sorted.
+    """Return the names that end with one of the target modules, sorted.
 
     Raises:
-        ModelError: a target matches none; the message lists what there is.
+        ModelError: a target matches no name; the message lists the last parts of all names.
     """
     dotted = {f".{name}": name for name in names}
     missing = [target for target in targets if not any(name.endswith(f".{target}") for name in dotted)]
@@ -94,39 +94,41 @@ def matching_layers(names: Iterable[str], targets: tuple[str, ...]) -> list[str]
 
 
 def model_shape(name: str, objective: Objective | None = None) -> ModelShape:
-    """Return the shape of a MODEL: a catalog name, a folder, a GGUF file, a URI or a hub id. Only its config is fetched.
+    """Return the shape of a model by name; for a retriever of the catalog, of its pretrained model.
+
+    Only the config is fetched.
 
     Args:
-        name: the model.
-        objective: counts the language-model head that this objective needs, too.
+        name: a catalog name, a folder, a GGUF file, a URI or a hub id.
+        objective: also count the language-model head of this objective; None counts no head.
 
     Raises:
-        ModelError: there is none of that name, or transformers does not know its kind.
+        ModelError: there is no model of that name, or transformers does not know its `model_type`.
     """
     return shape_of(_config(name), name, objective)
 
 
 def pretrained_shape(name: str, objective: Objective | None = None) -> ModelShape:
-    """Return the shape of a MODEL with its language-model head; by default the one that its config names.
+    """Return the shape of a model with its language-model head: of `objective`, or by default the one its config names.
 
     Raises:
-        ModelError: as for `model_shape`.
+        ModelError: as in `model_shape`.
     """
     config = _config(name)
     return shape_of(config, name, objective or objective_of(config))
 
 
 def longest_text(name: str) -> int | None:
-    """Return the longest text that a MODEL has positions for, in tokens; None where it has no limit.
+    """Return the longest text, in tokens, that a model has positions for, by the name of the model; None for no limit.
 
     Raises:
-        ModelError: as for `model_shape`.
+        ModelError: as in `model_shape`.
     """
     return usable_positions(_config(name), name)
 
 
 def objective_of(config: dict[str, Any]) -> Objective | None:
-    """Return what a model is trained on, by the head that its config.json names; None where it names none."""
+    """Return the objective of the language-model head that a config.json names; None if it names none."""
     for name in config.get("architectures") or []:
         if name.endswith(("ForMaskedLM", "ForPreTraining")):
             return "masked_lm"
@@ -136,20 +138,24 @@ def objective_of(config: dict[str, Any]) -> Objective | None:
 
 
 def usable_positions(config: dict[str, Any], name: str) -> int | None:
-    """Return the longest text that a model has positions for, by its config.json; None where it has no limit.
+    """Return the longest text, in tokens, that a model has positions for, by its config.json; None for no limit.
+
+    Args:
+        config: the content of config.json.
+        name: name of the model in errors.
 
     Raises:
-        ModelError: transformers does not know its kind.
+        ModelError: transformers does not know its `model_type`.
     """
     positions = config.get("max_position_embeddings")
     return None if positions is None else int(positions) - shape_of(config, name).first_position
 
 
 def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
-    """Refuse to train a model whose config.json says that transformers shall quantize it.
+    """Refuse to train a model whose config.json has a quantization_config.
 
     Raises:
-        ModelError: it does.
+        ModelError: it has one.
     """
     if found := config.get("quantization_config"):
         method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
@@ -162,8 +168,13 @@ def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
 def shape_of(values: dict[str, Any], name: str, objective: Objective | None = None) -> ModelShape:
     """Return the shape of the model that a config.json describes.
 
+    Args:
+        values: the content of config.json.
+        name: name of the model in errors.
+        objective: also count the language-model head of this objective; None counts no head.
+
     Raises:
-        ModelError: transformers does not know its kind.
+        ModelError: transformers does not know its `model_type`, or cannot build it.
     """
     import torch
     from transformers import AutoConfig
@@ -180,7 +191,7 @@ def shape_of(values: dict[str, Any], name: str, objective: Objective | None = No
 
 
 def measure_shape(model: Any, name: str) -> ModelShape:
-    """Return the shape of a transformers model without adapters; it may be on the meta device."""
+    """Return the shape of a transformers model without adapters, which may be on the meta device."""
     from torch import nn
 
     config = model.config
@@ -206,7 +217,7 @@ def measure_shape(model: Any, name: str) -> ModelShape:
 
 
 def first_position(network: Any) -> int:
-    """Return the position id of a text's first token: 0, but one behind the padding's for RoBERTa and its kin.
+    """Return the position id of the first token of a text: 0, or padding_idx + 1 for models like RoBERTa.
 
     Args:
         network: a transformers model, headless or with its head.
@@ -219,7 +230,7 @@ def first_position(network: Any) -> int:
 
 
 def auto_class(objective: Objective | None) -> Any:
-    """Return transformers' class of an objective: with its language-model head, or headless."""
+    """Return transformers' auto class of an objective, with its language-model head; None gives the headless class."""
     import_for_models()
     import transformers
 
@@ -251,7 +262,7 @@ def _remote_config(name: str, folder: Location) -> dict[str, Any]:
 
 
 def _hub_config(name: str, hub_id: str) -> dict[str, Any]:
-    """Fetch config.json alone, not the weights."""
+    """Fetch config.json from the hub, without the weights."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

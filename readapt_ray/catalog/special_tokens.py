@@ -1,7 +1,7 @@
-"""What a tokenizer puts around a text by itself: seen, not believed.
+"""Find which special tokens a tokenizer adds around a text, by tokenising a text and not by its options.
 
-Which special token ends a text is not always `eos_token` (Qwen3-Embedding ends with <|endoftext|>, and its
-`eos_token` is <|im_end|>), and options that say so are not always honoured.
+The token at the end of a text is not always `eos_token` (Qwen3-Embedding ends with <|endoftext|>, and its `eos_token`
+is <|im_end|>), and tokenizers do not always follow their options.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from readapt_ray.errors import ModelError
 
 
 def added_by_itself(tokenizer: Any) -> tuple[list[str], list[str]]:
-    """Return the tokens before and after a text that the tokenizer makes of it unasked."""
+    """Return the special tokens that the tokenizer adds by default before and after a text."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     for start in range(len(ids) - len(plain) + 1):
@@ -21,10 +21,10 @@ def added_by_itself(tokenizer: Any) -> tuple[list[str], list[str]]:
 
 
 def only_token(tokens: list[str]) -> str | None:
-    """Return the one token of a side; None where there is none.
+    """Return the only special token of one side of a text; None if there is none.
 
     Raises:
-        ModelError: there are several, which no encoding can ask for.
+        ModelError: there are several, which no encoding can express.
     """
     if len(tokens) > 1:
         raise ModelError(

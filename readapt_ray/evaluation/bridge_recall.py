@@ -1,9 +1,9 @@
-"""Measure what queries find through a bridge: recall of the new model's ten best, and whether that is worth it.
+"""Measure the recall of queries through a bridge, and decide whether the bridge is worth using.
 
-In: vectors of a sample of passages by both models, and queries by the new model, and by the old one where it is still
-there. Out: means over queries with 95% bootstrap intervals. The truth is what the new model finds among its own vectors
-of these passages, which the caller chooses: a map does better among those that it was fitted on. It costs three products of
-queries and passages per set of queries.
+In: vectors of a sample of passages by both models, queries by the new model, and by the old model if it is still
+available. Out: means over queries with 95% bootstrap intervals. The ground truth is the ten passages that the new model
+finds among its own vectors. Give passages that were not used to fit the map, since a map does better on passages that
+it was fitted on. The cost is three products of queries and passages per set of queries.
 """
 
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from readapt_ray.retrieval.query_maps import Matrix, QueryMap
 
 DEPTH = 10
 MIN_RECALL = 0.25
-"""Recall below which a bridge is not worth it: three of four passages that the new model would find are lost."""
+"""A bridge of lower recall is not worth using: it loses three of four passages that the new model would find."""
 _BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Queries of a measurement, as both models encode them."""
+    """The queries of a measurement, encoded by the new and the old model."""
 
     new: Matrix
     """[Q, D_new]."""
     old: Matrix | None
-    """[Q, D_old]; None if the old model is no longer there."""
+    """[Q, D_old]; None if the old model is not available."""
     own: NDArray[np.int64] | None = None
-    """[Q], the passage that each query is itself, which it may not find; None for real queries."""
+    """[Q], row of the passage that serves as this query, which must not count as a result; None for real queries."""
 
 
 def nearest(queries: Matrix, passages: Matrix, own: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """Return the rows of the ten best passages of each query but itself, in no order: int64 [Q, 10]."""
+    """Return the rows of the ten best passages of each query, itself excluded, unordered: int64 [Q, 10]."""
     stored, found = torch.from_numpy(passages), np.empty((len(queries), DEPTH), np.int64)
     for first in range(0, len(queries), _BLOCK):
         scores = torch.from_numpy(queries[first : first + _BLOCK]) @ stored.T
@@ -47,16 +47,17 @@ def nearest(queries: Matrix, passages: Matrix, own: NDArray[np.int64] | None = N
 
 
 def measure_bridge(query_map: QueryMap, asked: Asked, new: Matrix, old: Matrix) -> dict[str, Any]:
-    """Measure queries through a bridge, and the old model's own queries beside it.
+    """Measure the recall of queries through a bridge, and of the old model's own queries for comparison.
 
     Args:
-        query_map: the bridge's.
+        query_map: the map of the bridge.
         asked: the queries.
-        new: [N, D_new], the passages by the new model.
-        old: [N, D_old], by the old one.
+        new: [N, D_new], vectors of the passages by the new model.
+        old: [N, D_old], vectors of the same passages by the old model.
 
     Returns:
-        `bridged` and, if the old model is there, `old_queries` and `difference`: each with mean and interval.
+        `bridged` and, if the old model is available, `old_queries` and `difference` (bridged - old_queries): each with
+        mean and 95% interval.
     """
     truth = nearest(asked.new, new, asked.own)
     bridged = overlaps(nearest(query_map(asked.new), old, asked.own), truth)
@@ -68,7 +69,7 @@ def measure_bridge(query_map: QueryMap, asked: Asked, new: Matrix, old: Matrix) 
 
 
 def objection(measured: dict[str, Any]) -> str:
-    """Say why a bridge is not worth it, by what `measure_bridge` found; empty where it is."""
+    """Say why a bridge is not worth using, from the result of `measure_bridge`; empty if it is worth using."""
     found = measured["bridged"]["mean"]
     if found < MIN_RECALL:
         return f"it finds {found:.0%} of the new model's {DEPTH} best, and a bridge that finds under {MIN_RECALL:.0%} is no substitute"

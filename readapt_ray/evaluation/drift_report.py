@@ -1,6 +1,6 @@
 """Report what an adaptation changed, measured without queries, as Markdown and as one HTML page.
 
-None of the figures says whether the retriever finds better: that takes queries and judgements.
+None of the figures says whether retrieval is better: that takes queries and judgements.
 """
 
 from collections.abc import Mapping
@@ -13,11 +13,11 @@ CAUTION = "None of this says whether the adapted retriever finds better; that ta
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what was measured, in words and figures.
+    """Return the lines of the report as pairs: what was measured, and the figures.
 
     Args:
-        found: `loss` with the means before and after and the interval of the difference, or a note; `vectors` with the
-            mean cosine and the share of neighbours kept; `truncation` of the passages, or None.
+        found: `loss` with the means before and after and the interval of the difference, or a note why there is none;
+            `vectors` with the mean cosine and the share of neighbours kept; `truncation` of the passages, or None.
     """
     loss, vectors = found["loss"], found["vectors"]
     told = loss.get("note", "")
@@ -51,5 +51,5 @@ def to_markdown(found: Mapping[str, Any]) -> str:
 
 
 def to_html(found: Mapping[str, Any]) -> str:
-    """Return the report as one self-contained page."""
+    """Return the report as one self-contained HTML page."""
     return page_template("drift.html").render(rows=rows(found), caution=CAUTION)

@@ -1,7 +1,7 @@
-"""Read the report on a general collection and compare it with the report on one's own: the gain, and what was forgotten.
+"""Compare the report on the user's corpus with a report on a general collection: what was gained and what was lost.
 
-In: the output of `readapt evaluate` on the general collection, and what made the runs on one's own. Out: its comparisons,
-under the names of the runs on one's own.
+In: the output of `readapt evaluate` on the general collection, and the provenance of the runs on the user's corpus.
+Out: the comparisons of the general report, under the run names of the user's report.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class GeneralReport:
     uri: str
     num_queries: int
     means: Mapping[str, Mapping[str, float]]
-    """By run, in the order of the runs on one's own, and measure."""
+    """By run, in the order of the runs on the user's corpus, and by measure."""
     comparisons: Sequence[Comparison]
 
 
@@ -31,11 +31,11 @@ def read_general(artifact: Artifact, own: Mapping[str, Mapping[str, Any]]) -> Ge
     """Read the report on a general collection, and check that it measured the same retrievers.
 
     Args:
-        artifact: output of `readapt evaluate` on it.
-        own: provenance of the runs on one's own, by name.
+        artifact: output of `readapt evaluate` on the general collection.
+        own: provenance of the runs on the user's corpus, by name.
 
     Raises:
-        InputError: it measured other retrievers, or in another order.
+        InputError: the general report measured other retrievers, or in another order.
     """
     details = artifact.manifest.details
     runs = json.loads((artifact.location / "report.json").read_bytes())["runs"]
@@ -64,14 +64,14 @@ def read_general(artifact: Artifact, own: Mapping[str, Mapping[str, Any]]) -> Ge
 
 
 def _models(provenance: Mapping[str, Any]) -> list[str]:
-    """Return the fingerprints of the models of passages and of queries; none if nothing says what made a run."""
+    """Return the fingerprints of the encoders of passages and of queries; empty if the provenance is unknown."""
     details = provenance.get("details", {})
     found = [details.get("encoder", {}).get("fingerprint"), details.get("query_encoder", {}).get("query_fingerprint")]
     return [each for each in found if each]
 
 
 def side_by_side(comparisons: Sequence[Comparison], general: GeneralReport) -> list[dict[str, Any]]:
-    """Return a row for each comparison that both reports have: the differences on one's own and on general queries."""
+    """Return a row per comparison that both reports have: the difference on the user's and on general queries."""
     there = {(each.run, each.measure): each for each in general.comparisons}
     return [
         {
@@ -86,7 +86,7 @@ def side_by_side(comparisons: Sequence[Comparison], general: GeneralReport) -> l
 
 
 def general_markdown(general: Mapping[str, Any]) -> list[str]:
-    """Return what a report says of the general collection, as lines of Markdown."""
+    """Return the section of a report about the general collection, as lines of Markdown."""
     lines = ["", f"## Beside {amount(general['num_queries'], 'general queries')}", ""]
     header = ["run", "measure", "own: difference", "95% interval", "general: difference", "95% interval"]
     lines += markdown_table(

@@ -1,7 +1,7 @@
-"""Measure how long one query takes alone: encoding it, and searching vectors or words in memory exactly.
+"""Measure the latency of single queries: encoding, and exact search of vectors or words in memory.
 
-In: an encoder, queries, and vectors or an index of words. Out: medians in milliseconds. It costs a query's time for each
-query, twice for the first, which warms the model up.
+In: an encoder, queries, and vectors or a BM25 index. Out: medians in milliseconds. The first query is encoded twice,
+since the first time warms the model up.
 """
 
 import time
@@ -34,15 +34,15 @@ def query_latency(
     top_k: int = 10,
     query_map: QueryMap | None = None,
 ) -> Latency:
-    """Time queries one by one.
+    """Measure the median time of encoding a query and of searching for it, one query at a time.
 
     Args:
-        encoder: on its device.
+        encoder: the encoder of queries, on its device.
         queries: texts; at least one.
-        doc_ids: of the vectors.
+        doc_ids: doc_ids of the N vectors.
         vectors: float32 [N, D].
         top_k: passages per query.
-        query_map: of a bridge to the vectors, timed with the encoding.
+        query_map: the map of a bridge to the vectors, if one is used; its time counts as encoding.
 
     Raises:
         InputError: no query was given.
@@ -64,11 +64,11 @@ def query_latency(
 def words_latency(
     parts: Sequence[WordIndex], doc_ids: NDArray[np.object_], queries: Sequence[str], *, top_k: int = 10
 ) -> float:
-    """Time searches by words one by one; the median in milliseconds.
+    """Measure the median time of a BM25 search in milliseconds, one query at a time.
 
     Args:
         parts: indexes whose rows follow each other.
-        doc_ids: of all rows.
+        doc_ids: doc_ids of the rows of all parts.
         queries: texts; at least one.
         top_k: passages per query.
 

@@ -11,7 +11,7 @@ from readapt_ray.storage import Location
 
 _LEAST_DEPTH = 100
 _DEPTH_WITHOUT_CUTOFF = 1000
-"""As TREC evaluates measures such as AP, which look at all results."""
+"""Results per query for measures that look at all results, such as AP; TREC uses this depth too."""
 
 
 def _one_measure(text: str) -> str:
@@ -32,20 +32,22 @@ MeasureOption = Annotated[str, AfterValidator(_one_measure)]
 
 
 def depth_of(measures: str | Sequence[str]) -> int:
-    """Return how many results per query these measures need: the largest cutoff, and at least 100; 1,000 if one has no cutoff.
+    """Return how many results per query measures need: their largest cutoff, but at least 100.
+
+    If a measure has no cutoff, at least 1,000.
 
     Raises:
-        InputError: a name is not known.
+        InputError: a measure is unknown.
     """
     found = cutoffs(measures).values()
     return max(_LEAST_DEPTH if all(found) else _DEPTH_WITHOUT_CUTOFF, *found)
 
 
 def cutoffs(measures: str | Sequence[str]) -> dict[str, int]:
-    """Return how many results per query each of these measures looks at; 0 for all.
+    """Return the cutoff of each measure, by canonical name: how many results per query it looks at; 0 for all.
 
     Raises:
-        InputError: a name is not known.
+        InputError: a measure is unknown.
     """
     from readapt_ray.evaluation.measures import parse_measures
 
@@ -53,9 +55,11 @@ def cutoffs(measures: str | Sequence[str]) -> dict[str, int]:
 
 
 def drops_self_hits(source: str | None) -> bool:
-    """Return whether the catalog says of a corpus, by what it was ingested from, that its queries must not find themselves.
+    """Return whether a corpus of the catalog has queries that are passages too, and must not find themselves.
 
-    As in `ingest`, a file or folder of that name is that file or folder, and not the catalog's corpus.
+    Args:
+        source: what the corpus was ingested from; None if unknown. As in `ingest`, an existing file or folder of that
+            name is not the catalog's corpus.
     """
     row = find_corpus(source) if source is not None else None
     return row is not None and row.drops_self_hits and not Location(str(source)).exists()

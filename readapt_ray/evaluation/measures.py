@@ -1,9 +1,9 @@
 """Compute measures of retrieval quality, by their usual names, through ir-measures.
 
-Enter a run and judgements; leaves the value of each measure for each judged query, and the mean.
-A judged query without results counts as zero; a query without judgements is named, never averaged
-in. Ten million results take some seconds where every measure has a cutoff: what is below the
-deepest one is not looked at. Ties are in trec_eval's order for every measure, whichever tool computes it.
+In: a run and judgements. Out: the value of each measure for each judged query, and the mean. A judged query without
+results counts as zero. A query without judgements is reported, but not part of the mean. Ten million results take some
+seconds if every measure has a cutoff, since results below the deepest cutoff are skipped. Ties are in trec_eval's order
+for every measure, whichever tool computes it.
 """
 
 import functools
@@ -23,7 +23,7 @@ from readapt_ray.records import Qrel, ScoredDoc
 from readapt_ray.sources.judgements import read_qrels
 
 Judgements = Mapping[str, Mapping[str, int]]
-"""relevance by query_id and doc_id."""
+"""Relevance by query_id and doc_id."""
 
 _PROVIDERS = ("pytrec_eval", "msmarco", "judged", "compat")
 _CUT_FAMILIES = frozenset({"nDCG", "R", "P", "RR", "AP", "Success"})
@@ -34,20 +34,20 @@ _EXAMPLES = ("nDCG@10", "R@100", "RR@10", "P@5", "AP", "Success@5", "Rprec", "Bp
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """The measures of one run, per query and in the mean."""
+    """The values of the measures of one run, per query and on average."""
 
     query_ids: tuple[str, ...]
     """The judged queries, in the order of the values."""
     values: dict[str, NDArray[np.float64]]
     """float64 [Q] for each measure, by its canonical name."""
     without_results: tuple[str, ...]
-    """Judged queries that the run has nothing for; they count as zero."""
+    """Judged queries without any result in the run; they count as zero."""
     without_judgements: tuple[str, ...]
-    """Queries of the run that nobody judged; they are left out."""
+    """Queries of the run without judgements; they are left out."""
 
     @functools.cached_property
     def means(self) -> dict[str, float]:
-        """The mean of each measure over the judged queries."""
+        """Return the mean of each measure over the judged queries."""
         return {name: float(values.mean()) for name, values in self.values.items()}
 
 
@@ -57,7 +57,7 @@ def measure(
     measures: str | Sequence[str],
     columns: Sequence[str] = (),
 ) -> Measurement:
-    """Measure a run against judgements.
+    """Compute measures of a run, such as nDCG@10, from a run and judgements.
 
         found = measure("run/results.trec", "run/corpus/qrels/test.parquet", "nDCG@10,R@100")
         found.means                               # {"nDCG@10": 0.31, "R@100": 0.27}
@@ -67,14 +67,16 @@ def measure(
         run: a TREC run file, the artifact of a search, or scores by query_id and doc_id.
         qrels: a file of judgements in any format that `readapt evaluate` reads, or relevance by query_id and doc_id.
         measures: names such as `nDCG@10`, in a list or in one text with commas.
-        columns: of the file of judgements, if they are not called as usual: `["query_id=key", "relevance=grade"]`.
+        columns: columns of the file of judgements, if they have other names than usual: `["query_id=key",
+            "relevance=grade"]`.
 
     Returns:
         `query_ids` has the Q judged queries, `values` float64 [Q] for each measure, `means` their means. A judged query
         without results counts as zero. Equal scores are ranked as trec_eval ranks them.
 
     Raises:
-        InputError: a file cannot be read, a measure is unknown, a score is not finite, or no query of the run is judged.
+        InputError: a file cannot be read, a measure is unknown, a score is not finite, or no query of the run is
+            judged.
     """
     parsed = parse_measures(measures)
     judgements = group_judgements(
@@ -93,7 +95,7 @@ def measure(
 
 
 def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
-    """Parse measures by their usual names: `nDCG@10`, `R@100`, `RR@10`, `AP(rel=2)`, ...
+    """Parse measures from their usual names: `nDCG@10`, `R@100`, `RR@10`, `AP(rel=2)`, ...
 
     Args:
         names: a list, or one text with commas between the names.
@@ -102,7 +104,7 @@ def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
         ir-measures' object for each canonical name (`MRR@10` becomes `RR@10`), in the order given.
 
     Raises:
-        InputError: a name is not known, or its cutoff makes no sense; the message lists what is known.
+        InputError: a measure is unknown, or its cutoff is not possible; the message lists the known ones.
     """
     texts = split_list(names) if isinstance(names, str) else [part for name in names for part in split_list(name)]
     if not texts:
@@ -112,7 +114,7 @@ def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
 
 
 def describe_measures(names: str | Sequence[str]) -> dict[str, str]:
-    """Return what each measure means, in a sentence of ir-measures, by canonical name."""
+    """Return a sentence that says what each measure means, from ir-measures, by canonical name."""
     return {name: each.SHORT_DESC.rstrip(".") + "." for name, each in parse_measures(names).items()}
 
 
@@ -129,10 +131,10 @@ def known_measures() -> tuple[str, ...]:
 
 
 def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
-    """Return judgements by query and passage.
+    """Group judgements by query and passage.
 
     Raises:
-        InputError: there is none, or a passage has two different judgements for one query.
+        InputError: there are no judgements, or a passage has two different ones for one query.
     """
     grouped: dict[str, dict[str, int]] = {}
     for query_id, doc_id, relevance in qrels:
@@ -148,7 +150,7 @@ def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
 
 
 def of_documents(judgements: Judgements, document_of: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """Return judgements of documents; one that is judged by several passages has the highest relevance of these."""
+    """Convert judgements of passages to judgements of documents: a document gets its passages' highest relevance."""
     merged: dict[str, dict[str, int]] = {}
     for query_id, judged in judgements.items():
         own = merged.setdefault(query_id, {})
@@ -159,13 +161,13 @@ def of_documents(judgements: Judgements, document_of: Mapping[str, str]) -> dict
 
 
 def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *, name: str = "run") -> Measurement:
-    """Measure a run.
+    """Compute measures of a run for every judged query.
 
     Args:
         run: the ranked results.
         judgements: from `group_judgements`.
         measures: from `parse_measures`.
-        name: what errors call the run.
+        name: name of the run in errors.
 
     Raises:
         InputError: no query of the run is judged.
@@ -192,7 +194,7 @@ def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *
 
 
 def recall_curve(run: Run, judgements: Judgements, cutoffs: Sequence[int]) -> list[float]:
-    """Return the mean R@k over the judged queries for each k; equal to what `measure_run` gives."""
+    """Return the mean R@k over the judged queries for each cutoff k; equal to the R@k of `measure_run`."""
     doc_codes = {doc_id: code for code, doc_id in enumerate(run.doc_ids)}
     query_codes = {query_id: index for index, query_id in enumerate(run.query_ids)}
     wanted, weights = [], []
@@ -241,7 +243,7 @@ def _provider() -> Any:
 
 
 def _by_cutoff(measures: Mapping[str, Any]) -> dict[int | None, list[Any]]:
-    """Return the measures by the number of results that decide them; None for those that look at all, or nearly all."""
+    """Group measures by how many results they look at; None for those that look at 500 or more, or at all."""
     groups: dict[int | None, list[Any]] = {}
     for measure in measures.values():
         cuts = measure.NAME in _CUT_FAMILIES and not measure.params.get("judged_only")
@@ -251,7 +253,10 @@ def _by_cutoff(measures: Mapping[str, Any]) -> dict[int | None, list[Any]]:
 
 
 def _nested(run: Run, wanted: Mapping[str, int], cutoff: int | None) -> dict[str, dict[str, float]]:
-    """Return the wanted queries as nested dicts, cut; ranks replace scores, since each tool breaks ties its own way."""
+    """Return the results of wanted queries, at most `cutoff` each, with scores that encode our ranks.
+
+    The tools would break ties of the real scores in different ways.
+    """
     nested = {}
     for index, query_id in enumerate(run.query_ids):
         if query_id not in wanted:

@@ -1,7 +1,7 @@
-"""Draw small plots as inline SVG: no script, font or colour from outside.
+"""Draw small plots as inline SVG, without scripts or external fonts.
 
-Colours are the page's CSS variables (`--gain`, `--loss`, `--series-0` ...), so that a plot follows
-light and dark. Text from outside is escaped here.
+Colours are CSS variables of the page (`--gain`, `--loss`, `--series-0` ...), so that a plot follows the page's light or
+dark mode. Labels and descriptions are escaped here.
 """
 
 import itertools
@@ -21,7 +21,7 @@ NUM_SERIES_COLOURS = 6
 
 
 class Point(NamedTuple):
-    """A value with its interval, at a place on the axis."""
+    """A point of a line: a value `y` at `x`, with the ends of its interval."""
 
     x: float
     y: float
@@ -30,12 +30,12 @@ class Point(NamedTuple):
 
 
 def difference_plot(bars: Sequence[tuple[str, float]], *, description: str) -> Markup:
-    """Draw a bar for each query's difference.
+    """Draw one bar per query, whose height is the difference between two runs.
 
     Args:
-        bars: a label and a difference for each query, the largest gain first; of more than 400 every
-            so manieth is drawn, and labels are left out.
-        description: what a screen reader says.
+        bars: a label and a difference per query, the largest gain first. Of more than 400, a regular sample of 400 is
+            drawn, without labels.
+        description: text for screen readers.
     """
     wins = sum(value > 0 for _, value in bars)
     losses = sum(value < 0 for _, value in bars)
@@ -65,12 +65,12 @@ def difference_plot(bars: Sequence[tuple[str, float]], *, description: str) -> M
 
 
 def line_plot(series: Mapping[str, Sequence[float]], cutoffs: Sequence[int], *, description: str) -> Markup:
-    """Draw lines over a logarithmic axis of ranks, each with its name at its end.
+    """Draw lines over a logarithmic axis of ranks, with the name of each line at its end.
 
     Args:
-        series: a value from 0 to 1 at each cutoff, by name.
-        cutoffs: rising whole numbers.
-        description: what a screen reader says.
+        series: values from 0 to 1, one per cutoff, by name of the line.
+        cutoffs: rising whole numbers from 1 on.
+        description: text for screen readers.
     """
     left, right = _LEFT, _WIDTH - _LABEL_ROOM
     top, bottom = _TOP, _HEIGHT - _BOTTOM
@@ -104,12 +104,12 @@ def line_plot(series: Mapping[str, Sequence[float]], cutoffs: Sequence[int], *, 
 
 
 def scale_plot(series: Mapping[str, Sequence[Point]], *, axis: str, description: str) -> Markup:
-    """Draw lines with error bars over a linear axis, each with its name at its end.
+    """Draw lines with error bars over a linear axis, with the name of each line at its end.
 
     Args:
         series: the points of each line, by name.
-        axis: what the axis is called.
-        description: what a screen reader says.
+        axis: label of the axis.
+        description: text for screen readers.
     """
     left, right, top, bottom = _LEFT + 14, _WIDTH - _LABEL_ROOM, _TOP, _HEIGHT - _BOTTOM
     points = [point for each in series.values() for point in each]
@@ -134,7 +134,7 @@ def scale_plot(series: Mapping[str, Sequence[Point]], *, axis: str, description:
     heights = _spread([y(max(line).y) for line in series.values()])
     for place, (name, line, height) in enumerate(zip(series, series.values(), heights, strict=True)):
         colour = f"var(--series-{(place + 1) % NUM_SERIES_COLOURS})"
-        # draw error bars at one place side by side
+        # draw error bars of the same x side by side
         aside = (place / max(1, len(series) - 1) - (len(series) > 1) / 2) * _BAR_SPREAD
         parts += _line_with_bars(f"{name}, {axis}", sorted(line), x, y, aside=aside, colour=colour)
         parts.append(
@@ -165,7 +165,7 @@ def _line_with_bars(
 
 
 def nice_ceiling(value: float) -> float:
-    """Return the smallest of 1, 2, 2.5, 4, 5, 8, 10 times a power of ten that is not below a positive value."""
+    """Round a positive value up to 1, 2, 2.5, 4, 5, 8 or 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 2.5, 4, 5, 8, 10) if step * power >= value * (1 - 1e-9))
 
@@ -175,7 +175,7 @@ def _around(reach: float) -> tuple[float, ...]:
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """Return the heights of labels, moved apart so that none covers another, in the order given."""
+    """Move the heights of labels apart so that none covers another; the order of the list stays."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     moved = list(heights)
     for above, below in itertools.pairwise(order):
@@ -185,7 +185,7 @@ def _spread(heights: Sequence[float]) -> list[float]:
 
 
 def _region_labels(labels: Sequence[tuple[float, str]]) -> list[str]:
-    """Draw labels below the axis, pushed to the right where they would touch."""
+    """Draw labels below the axis, and move a label to the right if it would touch its neighbour."""
     parts, edge = [], float(_LEFT)
     room = [len(text) * 7.0 for _, text in labels]
     for index, (centre, text) in enumerate(labels):

@@ -1,9 +1,8 @@
-"""Make queries from the passages themselves, for corpora without labels.
+"""Make pseudo-queries from the passages themselves, for corpora without labels.
 
-In: passages. Out: queries, each with the one passage that answers it, and the passages without what was
-made a query: the title where it says enough, else the first sentence. A retriever that finds a text by its
-own title is not one that finds answers: figures of such queries compare models, and say nothing of how good
-one is.
+In: passages. Out: queries, each with the one passage that answers it, and the passages without the text that became a
+query. A query is the title of a passage if it is long enough, else its first sentence. To find a text by its title is
+easier than to find an answer, so results on pseudo-queries can compare models, but do not say how good a model is.
 """
 
 import re
@@ -21,16 +20,16 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 def with_pseudo_queries(
     passages: Sequence[Passage], order: Iterable[int], max_queries: int
 ) -> tuple[list[Passage], list[Query]]:
-    """Make queries of some passages.
+    """Make queries from some passages, and remove their text from the passages.
 
     Args:
-        passages: the sample of the corpus; passages of a document that was split have its id.
-        order: places of passages, in the order in which they are tried.
-        max_queries: how many queries are made at most.
+        passages: a sample of the corpus; passages of a split document have the id of the document.
+        order: indices of passages, in the order in which to try them.
+        max_queries: most queries to make.
 
     Returns:
-        The passages, without what became a query, and the queries, one per document; a query has the id of its
-        passage behind `pseudo:`.
+        The passages, without the text that became a query, and the queries, at most one per document. The id of a query
+        is `pseudo:` and the id of its passage.
     """
     left: dict[int, Passage] = dict(enumerate(passages))
     places: dict[str, list[int]] = {}
@@ -46,7 +45,7 @@ def with_pseudo_queries(
             continue
         text, left[index] = split
         queries.append(Query(f"{PREFIX}{doc_id}", text))
-        # The other passages of the document have its title, and may overlap with this one.
+        # Other passages of the document have the same title, and may overlap with this one.
         for at in places.pop(doc_id):
             title, rest = left[at].title.replace(text, ""), left[at].text.replace(text, "")
             left[at] = Passage(doc_id, title, rest)
@@ -54,7 +53,7 @@ def with_pseudo_queries(
 
 
 def split_query(passage: Passage) -> tuple[str, Passage] | None:
-    """Split a passage into a query and the rest that answers it; None if it is too short for both."""
+    """Split a passage into a query and the remaining passage, which answers it; None if it is too short for both."""
     title, text = passage.title.strip(), passage.text.strip()
     if num_words(title) >= MIN_QUERY_WORDS and len(text) >= MIN_REST_CHARS and title not in text:
         return title, passage._replace(title="", text=text)

@@ -1,7 +1,7 @@
-"""The report of an evaluation: one content, written as JSON, as Markdown and as one HTML page.
+"""Build the report of an evaluation, and write it as JSON, as Markdown and as one HTML page.
 
-Enter runs, their measurements and the comparisons; leaves a JSON value that holds all that the page
-shows. The page is self-contained: no script, nothing fetched, light and dark.
+In: runs, their measurements and comparisons. Out: a JSON value with all that the page shows. The page is
+self-contained: it has no script, loads nothing, and has a light and a dark mode.
 """
 
 import dataclasses
@@ -32,14 +32,14 @@ from readapt_ray.records import Passage
 from readapt_ray.retrieval.truncation import sentence
 
 ALPHA = 0.05
-"""A corrected p-value below this is called a difference."""
+"""A corrected p-value below this counts as a significant difference."""
 _CUTOFFS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _NUM_CHANGED = 5
 _NUM_RESULTS = 5
 _MAX_TEXT_CHARS = 280
 
 FindPassages = Callable[[set[str]], Mapping[str, Passage]]
-"""Maps doc_ids to the doc_ids of passages that the corpus has."""
+"""A function that returns the passages with these doc_ids, by doc_id, without those that the corpus lacks."""
 
 
 def build_report(
@@ -57,21 +57,21 @@ def build_report(
     general: GeneralReport | None = None,
     num_unknown: int = 0,
 ) -> dict[str, Any]:
-    """Put together all that the report says, as JSON values.
+    """Build the content of the report as JSON values.
 
     Args:
         runs: by name; the first is the baseline.
-        measurements: of each run.
-        comparisons: of the other runs with the baseline.
+        measurements: measurement of each run, by name.
+        comparisons: comparisons of the other runs with the baseline.
         judgements: relevance by query_id and doc_id.
-        query_texts: by query_id; may lack any.
+        query_texts: texts of queries by query_id; any may be missing.
         find_passages: called once, with the doc_ids of the passages whose title and text are shown.
-        provenance: of each run, whatever is known.
-        num_permutations: of the tests, for the record.
-        seed: of the tests and of the intervals.
-        requirements: what must hold, and whether it does; see `requirements.py`.
-        general: what the same retrievers do on a general collection.
-        num_unknown: judgements of passages that the corpus does not have.
+        provenance: what is known about the origin of each run, by name.
+        num_permutations: permutations of the tests; only reported.
+        seed: seed of the tests and of the intervals.
+        requirements: requirements and whether they hold; see `requirements.py`.
+        general: results of the same retrievers on a general collection; None without one.
+        num_unknown: number of judgements of passages that the corpus does not have.
     """
     names = list(runs)
     query_ids = measurements[names[0]].query_ids
@@ -113,7 +113,7 @@ def build_report(
 
 
 def _general(comparisons: Sequence[Comparison], general: GeneralReport, measure: str) -> dict[str, Any]:
-    """Return the gain on one's own queries and what was forgotten on general ones."""
+    """Return the differences on the user's queries and on general ones, side by side."""
     return {
         "report": general.uri,
         "num_queries": general.num_queries,
@@ -123,7 +123,7 @@ def _general(comparisons: Sequence[Comparison], general: GeneralReport, measure:
 
 
 def _contents(run: Run, measurement: Measurement, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run holds, and what it lacks."""
+    """Return the size of a run, the queries it lacks, and its provenance."""
     truncated = provenance.get("details", {}).get("truncation")
     return {
         "num_results": len(run),
@@ -136,13 +136,13 @@ def _contents(run: Run, measurement: Measurement, provenance: Mapping[str, Any])
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """Return the report as JSON; the per-query differences are in the file of per-query values."""
+    """Return the report as JSON, without the per-query differences, which have a file of their values."""
     changes = [{name: value for name, value in each.items() if name != "differences"} for each in report["changes"]]
     return json.dumps({**report, "changes": changes}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def page_template(name: str) -> jinja2.Template:
-    """Return a page of this package with the filters that pages use."""
+    """Load an HTML template of this package, with the filters that templates use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""),
         autoescape=True,
@@ -157,7 +157,7 @@ def page_template(name: str) -> jinja2.Template:
 
 
 def to_html(report: Mapping[str, Any]) -> str:
-    """Return the report as one self-contained page."""
+    """Return the report as one self-contained HTML page."""
     template = page_template("report.html")
     drawings = {
         each["run"]: plots.difference_plot(
@@ -176,7 +176,7 @@ def to_html(report: Mapping[str, Any]) -> str:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """Return the report as Markdown: verdicts, both tables, the changed queries, provenance."""
+    """Return the report as Markdown: verdicts, tables of means and of comparisons, changed queries, provenance."""
     measures = report["measures"]
     lines = ["# Evaluation", ""]
     lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
@@ -217,7 +217,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 
 def _notes(run: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what a run lacks, and what truncation took from its passages."""
+    """Yield notes on a run: queries it lacks, and how much of its passages was truncated."""
     for key, meaning in (
         ("without_results", "judged, without results"),
         ("without_judgements", "without judgements in these qrels, left out"),
@@ -239,7 +239,7 @@ def _unknown(count: int, total: int) -> str:
 
 
 def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Mean and interval by run and measure; all are resampled together."""
+    """Return mean and interval by run and measure; all are resampled together."""
     cells = [(name, measure, values) for name, each in measurements.items() for measure, values in each.values.items()]
     columns = np.stack([values for _, _, values in cells], axis=1)
     lows, highs = bootstrap_interval(columns, seed=seed).tolist() if len(columns) > 1 else [[None] * len(cells)] * 2
@@ -250,7 +250,7 @@ def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict
 
 
 def verdict(comparison: Comparison) -> dict[str, str]:
-    """Say in a sentence whether a run is better than the baseline, worse, or not significantly different."""
+    """Return whether a run is better, worse or not significantly different, with a sentence that says so."""
     figures = (
         f"{comparison.measure} {value(comparison.mean)} against {value(comparison.baseline_mean)}, "
         f"{signed(comparison.difference)}"
@@ -293,7 +293,7 @@ def _changes(
     judgements: Judgements,
     query_texts: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the queries whose value changed most, with both lists of results, and every difference."""
+    """Return the queries that gained and lost most, with the results of both runs, and all differences."""
     query_ids = measurements[name].query_ids
     before, after = measurements[baseline].values[measure], measurements[name].values[measure]
     differences = np.where(abs(after - before) <= 1e-9, 0.0, after - before)

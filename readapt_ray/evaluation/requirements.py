@@ -1,8 +1,9 @@
-"""Check what must hold of a run before it ships: `nDCG@10 >= base - 0.005`, `nDCG@10 >= 0.3`, or either on general queries.
+"""Check requirements that a run must meet before it ships, such as `nDCG@10 >= base - 0.005` or `nDCG@10 >= 0.3`.
 
-Enter requirements as text, means and comparisons with the baseline; leaves for each run whether each holds. Against the
-baseline it is a test of non-inferiority: the whole 95% interval of the difference must be above the margin, so too few
-queries do not pass. Against a number the mean itself is compared.
+In: requirements as text, the means of the runs, and their comparisons with the baseline (the first run). Out: for each
+run and requirement, whether it holds. `base` makes a non-inferiority test: the lower end of the 95% interval of the
+difference must reach the margin, so with too few queries it does not hold. Otherwise the mean is compared with the
+number. The word `general` before a requirement applies it to the general collection.
 """
 
 import re
@@ -22,27 +23,27 @@ _FORM = re.compile(
 
 
 class Requirement(NamedTuple):
-    """A measure, and the least value that it must reach."""
+    """A measure, and the least value or difference that it must reach."""
 
     text: str
     measure: str
     bound: float
-    """The difference from the baseline, or the mean."""
+    """Least difference from the baseline if `is_relative`, else least mean."""
     is_relative: bool
     is_general: bool = False
-    """Whether it is a requirement for the general collection."""
+    """Whether it is for the general collection."""
 
 
 def parse_requirement(text: str, measures: Sequence[str], general: Sequence[str] = ()) -> Requirement:
-    """Read a requirement.
+    """Parse a requirement.
 
     Args:
-        text: as a user writes it.
-        measures: those that are measured.
-        general: those that are measured on a general collection; none if there is none.
+        text: as the user wrote it.
+        measures: measures of the run.
+        general: measures on the general collection; empty without one.
 
     Raises:
-        InputError: it is none, or its measure is not measured.
+        InputError: the text is no requirement, or its measure is not measured.
     """
     found = _FORM.fullmatch(text.strip())
     if found is None:
@@ -70,7 +71,7 @@ def parse_requirement(text: str, measures: Sequence[str], general: Sequence[str]
 
 
 def _canonical(measure: str) -> str:
-    """Return the one name of a measure that has several, such as RR@10 for MRR@10; another text as it is."""
+    """Return the canonical name of a measure, such as RR@10 for MRR@10; other text unchanged."""
     from readapt_ray.evaluation.measures import parse_measures
 
     try:
@@ -82,18 +83,18 @@ def _canonical(measure: str) -> str:
 def check_requirements(
     requirements: Iterable[Requirement], means: Mapping[str, Mapping[str, float]], comparisons: Sequence[Comparison]
 ) -> list[dict[str, Any]]:
-    """Check each requirement for each run after the first; for a single run, check that one.
+    """Check each requirement for each run after the first, or for the first if there is no other.
 
     Args:
         requirements: what must hold.
         means: by run and measure; the first run is the baseline.
-        comparisons: of the other runs with it.
+        comparisons: of the other runs with the baseline.
 
     Returns:
         For each requirement and run: text, run, holds, the outcome with its figures, and all of it as a sentence.
 
     Raises:
-        InputError: a requirement names the baseline, and there is no run besides it.
+        InputError: a requirement compares with the baseline, and there is no other run.
     """
     baseline, *others = means
     found = []

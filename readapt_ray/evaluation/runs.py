@@ -1,10 +1,10 @@
 """Read and write runs: ranked results in the TREC format, one `query_id Q0 doc_id rank score tag` per line.
 
-Enters and leaves: text files that trec_eval, ir-measures and pyserini read. In memory a run is in
-columns, so that ten million lines take some seconds to read; `read_run` gives plain records.
+trec_eval, ir-measures and pyserini read these text files. In memory a run is held in columns, so that ten million lines
+take some seconds to read; `read_run` gives plain records.
 
-The order is trec_eval's everywhere, in files too: by falling score as float32, ties by falling doc_id. So what
-is first in a list is what was measured first.
+The order is trec_eval's everywhere, in files too: by falling score as float32, ties by falling doc_id. So lists show
+results in the order in which measures rank them.
 """
 
 import io
@@ -27,7 +27,7 @@ _FIELDS = ("query_id", "Q0", "doc_id", "rank", "score", "tag")
 _SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("score", pa.float64())])
 
 _Row = tuple[str, str, str, float]
-"""Where it was met (for errors), query_id, doc_id, score."""
+"""Line of the file (for errors), query_id, doc_id, score."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,19 +35,19 @@ class Run:
     """Ranked results of many queries, best first, in trec_eval's order."""
 
     query_ids: list[str]
-    """The queries, in the order in which they came."""
+    """The queries, in the order of their first result."""
     offsets: NDArray[np.int64]
-    """[Q + 1]; the results of query i are rows offsets[i] to offsets[i + 1]."""
+    """[Q + 1]; the results of query i are rows offsets[i] to offsets[i + 1] (exclusive)."""
     doc_ids: list[str]
     """The distinct doc_ids."""
     codes: NDArray[np.int64]
-    """[N]; the place in `doc_ids` of each result."""
+    """[N], the index in `doc_ids` of each result."""
     scores: NDArray[np.float64]
-    """[N]"""
+    """[N], the score of each result."""
 
     @classmethod
     def of(cls, results: Mapping[str, Sequence[ScoredDoc]], *, name: str = "run") -> "Run":
-        """Make a run from records in any order; errors call it `name`.
+        """Build a run from results in any order; `name` is its name in errors.
 
         Raises:
             InputError: a score is not a finite number, or a query has a passage twice.
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def depth(self) -> int:
-        """The most results that any query has."""
+        """Return the largest number of results of any query."""
         return int(np.diff(self.offsets).max(initial=0))
 
     def top(self, index: int, num_docs: int | None = None) -> list[ScoredDoc]:
@@ -75,30 +75,29 @@ class Run:
 
 
 def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
-    """Write a run, each query's results in trec_eval's order.
+    """Write a run file, with the results of each query in trec_eval's order.
 
     Args:
         uri: the file.
-        scored: results in any order; held in memory until all have come.
+        scored: results in any order; all are held in memory.
         tag: the last field of every line; whitespace in it becomes a hyphen.
 
     Raises:
-        InputError: an id is empty or has whitespace in it, a score is not a finite number, or a
-            query has a passage twice: the format cannot hold it.
+        InputError: an id is empty or has whitespace, a score is not finite, or a query has a passage twice.
     """
     write_tables(uri, [_checked((("", doc.query_id, doc.doc_id, doc.score) for doc in scored), uri)], tag=tag)
 
 
 def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
-    """Write a run table by table as they come; one is held in memory at a time.
+    """Write a run file from a stream of tables, with one table in memory at a time.
 
     Args:
         uri: the file.
-        tables: query_id, doc_id and score (float64); all results of a query are in one table, each passage once.
+        tables: query_id, doc_id and score (float64). All results of a query must be in one table, each passage once.
         tag: as in `write_run`.
 
     Raises:
-        InputError: an id is empty or has whitespace in it.
+        InputError: an id is empty or has whitespace.
     """
     label = "-".join(tag.split()) or "run"
     with Location(uri).open_output() as stream:
@@ -118,23 +117,23 @@ def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
 
 
 def read_run(uri: str) -> dict[str, list[ScoredDoc]]:
-    """Return the results of each query of a run file, in trec_eval's order.
+    """Read a run file, and return the results of each query in trec_eval's order.
 
-    The rank in the file is not believed, as trec_eval does not believe it.
+    Like trec_eval, this ignores the ranks in the file.
 
     Raises:
-        InputError: as `load_run`.
+        InputError: as in `load_run`.
     """
     run = load_run(uri)
     return {query_id: run.top(index) for index, query_id in enumerate(run.query_ids)}
 
 
 def load_run(uri: str) -> Run:
-    """Load a run file in columns; 10 million lines take some six seconds on two cores.
+    """Read a run file into columns; 10 million lines take some six seconds on two cores.
 
     Raises:
-        InputError: there is no such file, a line does not have the six fields, a score is not a
-            finite number, or a query has a passage twice; with the file and the line.
+        InputError: there is no such file, a line does not have six fields, a score is not finite, or a query has a
+            passage twice; the message names file and line.
     """
     location = Location(uri)
     if not location.is_file():
@@ -147,7 +146,7 @@ def load_run(uri: str) -> Run:
 
 
 def _read_at_once(location: Location) -> Run | None:
-    """Read with Arrow; return None if anything is unusual, so that reading by lines can say what and where."""
+    """Read with Arrow; return None if anything is unusual, so that the slower reader by lines can report it."""
     try:
         with location.filesystem.open_input_stream(location.path) as stream:
             table = csv.read_csv(
@@ -172,7 +171,7 @@ def _read_at_once(location: Location) -> Run | None:
 
 
 def _lines(location: Location) -> Iterator[_Row]:
-    """Yield the rows of a run file, whatever its whitespace."""
+    """Yield the rows of a run file, with any whitespace between fields."""
     with io.BufferedReader(location.open_input()) as stream:  # type: ignore[type-var]
         for number, line in enumerate(stream, start=1):
             where = f"line {number}"
@@ -203,7 +202,7 @@ def _excerpt(line: bytes) -> str:
 
 
 def _checked(rows: Iterable[_Row], name: str) -> pa.Table:
-    """Return the rows as columns; check that scores are finite and that no query has a passage twice."""
+    """Collect rows in columns; check that scores are finite and that no query has a passage twice."""
     query_ids: list[str] = []
     doc_ids: list[str] = []
     scores: list[float] = []
@@ -227,7 +226,7 @@ def _checked(rows: Iterable[_Row], name: str) -> pa.Table:
 
 
 def _ranked(table: pa.Table) -> Run:
-    """Group by query and sort into trec_eval's order, without moving rows that are in it already."""
+    """Group rows by query and sort them into trec_eval's order, unless they are sorted already."""
     queries, docs = _encoded(table["query_id"]), _encoded(table["doc_id"])
     query_codes, codes = queries.indices.to_numpy().astype(np.int64), docs.indices.to_numpy().astype(np.int64)
     scores = table["score"].to_numpy()

@@ -1,7 +1,9 @@
-"""The report of a search over scales, from what `scales.describe_search` says: Markdown, and one HTML page.
+"""Write the report of a search over scales, as Markdown and as one HTML page.
 
-The page is self-contained, as an evaluation's is; the curve shows the paired difference from the
-retriever as it is over the knowledge scale, with intervals, a line for each readapter scale.
+In: the result of `scale_search.describe_search`.
+
+The page is self-contained. Its plot has the knowledge scale as axis, and shows the paired difference from the unchanged
+retriever with intervals, one line per readapter scale.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from readapt_ray.evaluation.tables import markdown_table, signed, value
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """Summarise the search in a sentence, with figures of the half of the queries that did not choose the scales."""
+    """Summarise the search in a sentence, with figures from the half of the queries that did not choose the scales."""
     best = result["best"]
     pair = f"readapter_scale {best['readapter_scale']:g}, knowledge_scale {best['knowledge_scale']:g}"
     if (best["readapter_scale"], best["knowledge_scale"]) == (1.0, 0.0):
@@ -25,7 +27,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """Return the search as Markdown: what it found, how, and every pair."""
+    """Return the report as Markdown: the best pair, the method, and a table of all pairs."""
     lines = ["# Scales", "", verdict(result), "", _method(result), ""]
     rows = [
         [
@@ -51,7 +53,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 
 def to_html(result: Mapping[str, Any]) -> str:
-    """Return the search as one self-contained page."""
+    """Return the report as one self-contained HTML page."""
     by_readapter: dict[float, list[plots.Point]] = {}
     for cell in result["grid"]:
         low, high = cell["interval"] or (cell["difference"], cell["difference"])

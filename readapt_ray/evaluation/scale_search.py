@@ -1,7 +1,7 @@
-"""Search over pairs of scales: choose which to try and which is best, and report it.
+"""Search for the best pair of readapter_scale and knowledge_scale, and describe the result.
 
-In: the value of every query with every pair. One half of the queries chooses the pair; what is reported
-comes from the other half, which did not choose it.
+In: the measure of every query with every pair. One half of the queries chooses the pair. The reported figures come from
+the other half, so that they are not optimistic.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -18,20 +18,20 @@ ScalePair = tuple[float, float]
 """readapter_scale and knowledge_scale."""
 
 RETRIEVER: ScalePair = (1.0, 0.0)
-"""The retriever as it is."""
+"""The pair of scales that gives the unchanged retriever."""
 
 Values = Mapping[ScalePair, Mapping[str, float]]
-"""The measure by pair and query_id, the same queries throughout."""
+"""The value of the measure by pair and query_id; all pairs have the same queries."""
 
 
 def coarse_pairs(readapter_scales: Sequence[float], knowledge_scales: Sequence[float]) -> list[ScalePair]:
-    """Return every pair once, the unchanged retriever among them."""
+    """Return every pair of the two lists once; add the unchanged retriever if it is missing."""
     pairs = dict.fromkeys(product(readapter_scales, knowledge_scales))
     return list(pairs if RETRIEVER in pairs else {RETRIEVER: None, **pairs})
 
 
 def finer_pairs(tried: Collection[ScalePair], best: ScalePair) -> list[ScalePair]:
-    """Return the pairs half way between the best one and its neighbours on each axis.
+    """Return new pairs halfway between the best pair and its neighbours on each axis.
 
     With (1, 0), (1, 0.5) and (1, 1) tried and (1, 0.5) best: (1, 0.25) and (1, 0.75).
     """
@@ -47,13 +47,13 @@ def _halved(values: Sequence[float], best: float) -> list[float]:
 
 
 def halves(query_ids: Sequence[str], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split the queries into those that choose the scales and those that report."""
+    """Split queries at random into a tuning half, which chooses the scales, and a reporting half; return indices."""
     order = np.random.default_rng(seed).permutation(len(query_ids))
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 def best_pair(values: Values, seed: int) -> ScalePair:
-    """Return the best pair on the tuning half; of equal ones the nearest to the unchanged retriever."""
+    """Return the pair with the best mean on the tuning half; among equals, the nearest to the unchanged retriever."""
     query_ids = sorted(values[RETRIEVER])
     tuning, _ = halves(query_ids, seed)
     table = _table(values, query_ids)
@@ -66,13 +66,13 @@ def best_pair(values: Values, seed: int) -> ScalePair:
 
 
 def describe_search(values: Values, *, measure: str, seed: int, queries: str) -> dict[str, Any]:
-    """Return all that a report of the search says, as JSON values.
+    """Return the content of the report of a search, as JSON values.
 
     Args:
-        values: by pair and query.
-        measure: what they are.
-        seed: of the halves and of the tests.
-        queries: what kind of queries they are.
+        values: value of the measure, by pair and query.
+        measure: name of the measure.
+        seed: seed of the halves and of the tests.
+        queries: kind of the queries, for the report.
     """
     query_ids = sorted(values[RETRIEVER])
     tuning, reporting = halves(query_ids, seed)

@@ -1,9 +1,9 @@
-"""Test whether one run is better than another, or only luckier with these queries.
+"""Test whether the difference between two runs is statistically significant.
 
-Enter the values of a measure for the same queries in two or more runs; leave, for each run against
-the baseline, the mean difference with a bootstrap interval, the p-value of a paired randomisation
-test (Smucker et al., CIKM 2007), Holm's correction over the runs, and wins, ties and losses.
-10,000 permutations of 10,000 queries take about a second.
+In: the values of a measure for the same queries in two or more runs. Out: for each run against the baseline (the
+first), the mean difference with a bootstrap interval, the p-value of a paired randomisation test (Smucker et al., CIKM
+2007), Holm's correction over the runs, and wins, ties and losses. 10,000 permutations of 10,000 queries take about a
+second.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +17,14 @@ from readapt_ray.errors import InputError
 
 _CHUNK_ELEMENTS = 4_000_000
 _TIE = 1e-9
-"""Values that differ by less are equal: sums of the same gains in another order differ by 1e-16."""
+"""Values that differ by at most this are ties, since sums of the same gains in another order differ by 1e-16."""
 
 ONE_QUERY = "one judged query only: no test is possible"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One run against the baseline by one measure, over the same queries."""
+    """The comparison of one run with the baseline by one measure, over the same queries."""
 
     run: str
     baseline: str
@@ -35,16 +35,16 @@ class Comparison:
     difference: float
     """mean - baseline_mean."""
     interval: tuple[float, float] | None
-    """Bootstrap confidence interval of the difference; None where no test is possible."""
+    """Bootstrap confidence interval of the difference; None if no test is possible."""
     p_value: float | None
-    """Two-sided, of the paired randomisation test; None where no test is possible."""
+    """Two-sided p-value of the paired randomisation test; None if no test is possible."""
     p_holm: float | None
-    """Corrected over the runs that are compared with the baseline by this measure."""
+    """p_value after Holm's correction over all runs that are compared by this measure; None if no test is possible."""
     wins: int
     ties: int
     losses: int
     note: str = ""
-    """Why there is no test."""
+    """Why no test is possible; empty if there is one."""
 
 
 def compare(
@@ -55,20 +55,20 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Compare every run with the first.
+    """Compare every run with the first, by every measure.
 
     Args:
-        values: float64 [Q] by run and measure, the queries in the same order throughout.
+        values: float64 [Q] by run and measure; all have the same queries in the same order.
         num_permutations: random sign flips of the test.
-        num_resamples: of the bootstrap.
-        confidence: of the interval.
+        num_resamples: resamples of the bootstrap.
+        confidence: share of the resampled means inside the interval.
         seed: the same seed and values give the same result.
 
     Returns:
         A comparison for each measure and each run after the first, in this order.
 
     Raises:
-        InputError: the runs have not the same number of queries, or none.
+        InputError: the runs differ in their number of queries, or have none.
     """
     baseline, *others = values
     comparisons: list[Comparison] = []
@@ -107,10 +107,10 @@ def compare(
 
 
 def paired(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the difference for each query, float64 [Q]; differences by rounding only become exactly zero.
+    """Return the difference per query, float64 [Q]. Differences that come from rounding become exactly zero.
 
     Raises:
-        InputError: not the same number of queries, or none.
+        InputError: the numbers of queries differ, or are zero.
     """
     if values.shape != baseline.shape or not len(values):
         raise InputError(
@@ -123,16 +123,16 @@ def paired(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> NDArra
 def randomisation_test(
     differences: NDArray[np.float64], *, num_permutations: int = 10_000, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Test the mean difference by paired randomisation, two-sided: under the null hypothesis each sign is a coin toss.
+    """Return two-sided p-values of mean differences by a paired randomisation test.
 
-    All sign flips are made where there are no more than `num_permutations`: then the p-value is
-    exact. Otherwise they are drawn, and the observed one is counted among them: (b + 1) / (m + 1),
-    never zero (Phipson and Smyth, 2010).
+    Under the null hypothesis the sign of each difference is random. If there are at most `num_permutations` sign flips,
+    all are computed, and the p-value is exact. Otherwise they are drawn at random, and the observed signs count as one
+    of them: (b + 1) / (m + 1), which is never zero (Phipson and Smyth, 2010).
 
     Args:
         differences: float64 [Q, K]: K comparisons over the same Q queries, flipped together.
-        num_permutations: m.
-        seed: of the draws.
+        num_permutations: m, the number of random sign flips.
+        seed: seed of the draws.
 
     Returns:
         float64 [K], the p-values.
@@ -158,7 +158,7 @@ def bootstrap_interval(
         values: float64 [Q, K]: K columns over the same Q queries, resampled together.
         num_resamples: how often Q queries are drawn with replacement.
         confidence: share of the resampled means inside the interval.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
         float64 [2, K]: the lower and the upper end.
@@ -169,24 +169,24 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class Combined:
-    """One run against the baseline over several sets of queries, each set with the same weight."""
+    """The comparison of a run with the baseline over several sets of queries, which have equal weight."""
 
     difference: float
     """Mean over the sets of the mean difference over queries."""
     interval: tuple[float, float]
     """95% bootstrap interval; queries are drawn within each set."""
     p_value: float
-    """Two-sided, of one paired randomisation test over all queries, each with its weight in `difference`."""
+    """Two-sided p-value of one paired randomisation test over all queries, with their weights in `difference`."""
     detectable: float
-    """Difference that this test finds in 80% of such studies."""
+    """Difference that this test would find with 80% power."""
 
 
 def combine(differences: Sequence[NDArray[np.float64]], *, seed: int = 0) -> Combined:
-    """Test one difference over several sets of queries, so that a small effect which is in all of them can be seen.
+    """Test a difference over several sets of queries together, to detect a small effect that all of them share.
 
     Args:
-        differences: float64 [Q] for each set: the difference for each query, two or more queries a set.
-        seed: of the draws.
+        differences: float64 [Q] for each set: the difference per query, with two or more queries per set.
+        seed: seed of the draws.
     """
     num_sets = len(differences)
     weighted = np.concatenate([each / (len(each) * num_sets) for each in differences])
@@ -206,14 +206,14 @@ def detectable_difference(differences: Sequence[NDArray[np.float64]]) -> float:
     """Return the mean difference that a two-sided test at 5% finds with 80% power, by the normal approximation.
 
     Args:
-        differences: float64 [Q] for each set of queries, as for `combine`; their spread is what counts, not their mean.
+        differences: float64 [Q] for each set of queries, as in `combine`. Only their variance matters, not their mean.
     """
     variances = [each.var(ddof=1) / len(each) for each in differences]
     return float((NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) * np.sqrt(sum(variances)) / len(differences))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values by Holm's step-down procedure; returned in the order given (Holm, 1979)."""
+    """Correct p-values by Holm's step-down procedure (Holm, 1979), and return them in the same order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted = [0.0] * len(p_values)
     floor = 0.0
@@ -261,7 +261,7 @@ def _drawn_flips(num_queries: int, num_permutations: int, seed: int) -> Iterator
 
 
 def _chunk_sizes(num_rows: int, num_columns: int) -> Iterator[int]:
-    """Yield sizes that add up to `num_rows`, each small enough to be held as a matrix."""
+    """Yield chunk sizes that add up to `num_rows`; a chunk has at most some 4 million elements."""
     size = max(1, _CHUNK_ELEMENTS // max(1, num_columns))
     for start in range(0, num_rows, size):
         yield min(size, num_rows - start)

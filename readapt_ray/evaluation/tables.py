@@ -9,14 +9,14 @@ MAX_NAMED = 20
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a Markdown table; no content of a cell can end the cell."""
+    """Return the lines of a Markdown table. The content of cells is escaped."""
     lines = [[markdown(cell) for cell in line] for line in (header, *rows)]
     lines.insert(1, ["---"] * len(header))
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def aligned_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as aligned text, two blanks between columns."""
+    """Return rows as aligned text, with two spaces between columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -24,36 +24,36 @@ def aligned_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(text: str) -> str:
-    """Escape text so that Markdown shows it as it is, in one line."""
+    """Escape text so that Markdown shows it unchanged, in one line."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
 
 
 def named(ids: Sequence[str]) -> str:
-    """Return the first ids, and how many more there are."""
+    """Join the first 20 ids with commas, and say how many more there are."""
     rest = len(ids) - MAX_NAMED
     return ", ".join(ids[:MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def value(number: float | None) -> str:
-    """Return a value of a measure with four decimals, or nothing."""
+    """Format a value of a measure with four decimals; None becomes an empty text."""
     return "" if number is None else f"{number:.4f}"
 
 
 def signed(number: float) -> str:
-    """Return a difference with its sign; the minus is the typographic one."""
+    """Format a difference with its sign and four decimals; the minus is the typographic one."""
     return f"{number:+.4f}".replace("-", "−")
 
 
 def p_value(number: float | None) -> str:
-    """Return a p-value with four decimals, as `< 0.0001` below that."""
+    """Format a p-value with four decimals, or as `< 0.0001`; None becomes `no test`."""
     if number is None:
         return "no test"
     return "< 0.0001" if number < 0.0001 else f"{number:.4f}"
 
 
 def difference_cells(each: Mapping[str, Any]) -> list[str]:
-    """Return the cells of a comparison's difference and its interval."""
+    """Return two table cells of a comparison: its difference, and its interval or the note why there is none."""
     interval = each["interval"]
     return [
         signed(each["difference"]),

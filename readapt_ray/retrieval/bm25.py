@@ -1,10 +1,10 @@
 """Compute BM25 scores over the words of passages, with statistics of the whole corpus.
 
-Enters: the passages of an index shard, and how often each word is in all shards. Leaves: a sparse matrix of scores
-that `bm25s` made, 8 bytes per distinct word of a passage. Scores of shards equal the scores of one index over all passages.
+In: the passages of an index shard, and the word counts of all shards. Out: a sparse matrix of scores that `bm25s` made,
+8 bytes per distinct word of a passage. The scores of shards equal the scores of one index over all passages.
 
-Words are lower-cased runs of letters and digits, without stemming or stop words, so that any language works; Chinese and
-Japanese characters are a word each. BM25 as in Lucene, with k1 = 1.5 and b = 0.75.
+Words are lower-cased runs of letters and digits. There is no stemming and no stop words, so that any language works.
+Each Chinese or Japanese character is a word. BM25 is Lucene's, with k1 = 1.5 and b = 0.75.
 """
 
 import io
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 K1 = 1.5
 B = 0.75
 MAX_QUERY_WORDS = 512
-"""Different words of a query that are searched for, the first ones: each costs a pass over the passages that hold it."""
+"""Most distinct words of a query that are searched for; later words are ignored, since each costs time."""
 _QUERIES_AT_ONCE = 16
 _CHARACTERS_AT_ONCE = 4096
 _CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
@@ -40,7 +40,7 @@ def words(text: str) -> list[str]:
 
 @dataclass
 class WordCounts:
-    """Number of passages that each word is in."""
+    """How many passages hold each word, with the totals of passages and words."""
 
     num_passages: int = 0
     num_words: int = 0
@@ -56,14 +56,14 @@ class WordCounts:
                 self.passages_with[word] = self.passages_with.get(word, 0) + 1
 
     def merge(self, other: "WordCounts") -> None:
-        """Count the passages of another shard too."""
+        """Add the counts of another shard."""
         self.num_passages += other.num_passages
         self.num_words += other.num_words
         for word, number in other.passages_with.items():
             self.passages_with[word] = self.passages_with.get(word, 0) + number
 
     def only(self, words_of_shard: Iterable[str]) -> "WordCounts":
-        """Leave out the words that a shard does not have."""
+        """Return the same counts for the words of one shard only."""
         return WordCounts(
             self.num_passages, self.num_words, {word: self.passages_with[word] for word in words_of_shard}
         )
@@ -71,7 +71,7 @@ class WordCounts:
 
 @dataclass(frozen=True)
 class WordIndex:
-    """The BM25 scores of the passages of a shard, word by word."""
+    """The BM25 scores of a shard as a sparse matrix [passages, words], stored by columns (CSC)."""
 
     vocabulary: Mapping[str, int]
     """Column of each word."""
@@ -80,15 +80,15 @@ class WordIndex:
     indices: NDArray[np.int32]
     """Row of each score."""
     indptr: NDArray[np.int64]
-    """Where each column begins."""
+    """Where each column begins in `data` and `indices`; one more entry than columns."""
     num_rows: int
 
     @classmethod
     def build(cls, passages: Sequence[Sequence[str]], whole: WordCounts) -> "WordIndex":
-        """Score the words of passages.
+        """Compute the scores of the words of passages.
 
         Args:
-            passages: the words of each; a row without words is never found.
+            passages: the words of each passage; one without words is never found.
             whole: the counts over all shards.
         """
         vocabulary: dict[str, int] = {}
@@ -96,8 +96,9 @@ class WordIndex:
         if not vocabulary:
             empty = np.zeros(0)
             return cls({}, empty.astype(np.float32), empty.astype(np.int32), np.zeros(1, np.int64), len(passages))
-        # bm25s takes the mean length and the frequencies of this shard. Other k1 and b give the mean length of the
-        # corpus: k1 (1 - b + b length / mean) is all that the formula knows of it. Frequencies are a factor of a column.
+        # bm25s uses the mean length and document frequencies of this shard, but those of the corpus are needed.
+        # The mean enters only as k1 (1 - b + b length / mean), so an adapted k1 and b correct it. The document
+        # frequency is a factor of a whole column, so the column is multiplied by the right one.
         weight = K1 * B * np.mean([len(each) for each in ids]) / (whole.num_words / whole.num_passages)
         k1 = K1 * (1 - B) + weight
         index = import_bm25s().BM25(k1=k1, b=weight / k1, method="lucene", dtype="float64")
@@ -111,7 +112,7 @@ class WordIndex:
         return cls(vocabulary, data, indices, indptr, len(passages))
 
     def to_bytes(self) -> bytes:
-        """Return it as the content of a NumPy file."""
+        """Return the index as the content of an npz file."""
         sink = io.BytesIO()
         names = np.frombuffer("\n".join(self.vocabulary).encode(), np.uint8)
         np.savez(sink, words=names, data=self.data, indices=self.indices, indptr=self.indptr, num_rows=self.num_rows)
@@ -119,7 +120,7 @@ class WordIndex:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "WordIndex":
-        """Return what `to_bytes` wrote."""
+        """Read what `to_bytes` wrote."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             names = arrays["words"].tobytes().decode().split("\n")
             vocabulary = {word: column for column, word in enumerate(names) if word}
@@ -127,7 +128,7 @@ class WordIndex:
             return cls(vocabulary, num_rows=int(arrays["num_rows"]), **values)
 
     def scores(self, query: str) -> NDArray[np.float32]:
-        """Return the score of each row, 0 if it has no word of the query."""
+        """Return the score of each passage, float32 [N]; 0 if it has no word of the query."""
         counts = itertools.islice(Counter(words(query)).items(), MAX_QUERY_WORDS)
         found = np.zeros(self.num_rows, np.float64)
         for word, count in counts:
@@ -139,7 +140,7 @@ class WordIndex:
 
 
 def query_blocks(queries: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield the queries in blocks that are searched in one piece: up to 16, fewer if they are long."""
+    """Cut queries into blocks that are searched together: up to 16 queries, fewer if they are long."""
     first, num_characters = 0, 0
     for place, query in enumerate(queries):
         num_characters += len(query)
@@ -156,16 +157,16 @@ def search_words(
     top_k: int,
     passing: NDArray[np.bool_] | None = None,
 ) -> "Hits":
-    """Return the k best passages of each query; those without any of its words are never found.
+    """Return the k best passages of each query by BM25. Passages without any word of the query are never found.
 
     Args:
         parts: indexes whose rows follow each other.
-        doc_ids: of all rows.
+        doc_ids: [N], of the rows of all parts.
         queries: texts.
         top_k: k.
-        passing: rows that may be found; None for all.
+        passing: bool [N], rows that may be found; None for all.
     """
-    from readapt_ray.retrieval.exact import TopK, joined  # imports torch, which building an index does without
+    from readapt_ray.retrieval.exact import TopK, joined  # imports torch, which building an index does not need
 
     found = []
     for block in query_blocks(queries):
@@ -186,7 +187,7 @@ def _rarity(num_with: NDArray[np.int64], num_passages: int) -> NDArray[np.float6
 
 
 def import_bm25s() -> Any:
-    """Return the library that makes the scores; searching needs none.
+    """Import bm25s, which makes the scores. Searching does not need it.
 
     Raises:
         InputError: it is not installed.

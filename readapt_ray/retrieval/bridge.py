@@ -1,4 +1,4 @@
-"""Open the output of `readapt bridge`: a map of one model's query vectors, for a search among the vectors of another.
+"""Open the output of `readapt bridge`: a map of query vectors of a new model, to search the vectors of an old model.
 
 A bridge belongs to one artifact of vectors and one encoder of queries, and is refused with any other.
 """
@@ -24,7 +24,7 @@ CALIBRATION_NAME = "calibration.safetensors"
 
 @dataclass(frozen=True)
 class Bridge:
-    """A complete bridge; its map is read when it is first asked for."""
+    """A complete bridge. Its map is read at first use."""
 
     artifact: Artifact
 
@@ -33,13 +33,13 @@ class Bridge:
         """Open the output of `readapt bridge`.
 
         Raises:
-            ArtifactMissingError: there is none.
+            ArtifactMissingError: there is no complete bridge.
         """
         return cls(open_artifact(uri, "bridge"))
 
     @property
     def new_encoder(self) -> dict[str, Any]:
-        """Return the description of the queries' encoder: fingerprint, model, dtype, encoding, dimension."""
+        """Return the description of the encoder of queries: fingerprint, model, dtype, encoding, dimension."""
         return dict(self.artifact.manifest.details["new_encoder"])
 
     @property
@@ -49,12 +49,12 @@ class Bridge:
 
     @property
     def query_fingerprint(self) -> str:
-        """Return a fingerprint of all that decides the vector of a query after the map."""
+        """Return a fingerprint of everything that decides the vector of a query after the map."""
         return fingerprint({"encoder": self.new_encoder["fingerprint"], "bridge": self.artifact.fingerprint})
 
     @functools.cached_property
     def query_map(self) -> "QueryMap":
-        """Read the map, the first time it is asked for.
+        """Read the map of query vectors, at first use.
 
         Raises:
             CorruptFileError: its file was cut short or altered, or is gone.
@@ -66,10 +66,11 @@ class Bridge:
 
     @functools.cached_property
     def calibration(self) -> "Calibration":
-        """Read the passages that scores are compared by, the first time they are asked for.
+        """Read the sample of passages by which scores are calibrated, at first use.
 
         Raises:
-            CorruptFileError: their file was cut short or altered, or is gone.
+            CorruptFileError: the file was cut short or altered, or is gone.
+            InputError: an older release made the bridge, without such a sample.
         """
         from readapt_ray.retrieval.calibration import Calibration
 
@@ -78,10 +79,10 @@ class Bridge:
         return Calibration.from_bytes(self._verified(CALIBRATION_NAME, sha256))
 
     def check_calibrated(self) -> None:
-        """Refuse a bridge of an older release, which says nothing of how its scores compare with real ones.
+        """Refuse a bridge of an older release, which has no sample to calibrate its scores.
 
         Raises:
-            InputError: it has no such file.
+            InputError: the bridge has no calibration file.
         """
         if "calibration_sha256" not in self.artifact.manifest.details:
             raise InputError(
@@ -97,10 +98,10 @@ class Bridge:
         return content
 
     def check_vectors(self, made: Artifact) -> None:
-        """Refuse vectors, or an index of them, that the bridge does not lead to.
+        """Refuse vectors, or an index of them, for which the bridge was not fitted.
 
         Raises:
-            FingerprintMismatchError: it was fitted on others.
+            FingerprintMismatchError: the bridge was fitted on other vectors.
         """
         vectors = made.fingerprint if made.manifest.stage == "embed" else made.manifest.inputs["vectors"]
         fitted_on = self.artifact.manifest.inputs["old_vectors"]
@@ -112,6 +113,6 @@ class Bridge:
             )
 
     def warn_if_not_worth_it(self) -> None:
-        """Log what the manifest says against the bridge."""
+        """Log a warning if the manifest says that the bridge is not worth using."""
         if objection := self.artifact.manifest.details["not_worth_it"]:
             logger.warning("bridge %s is not worth it: %s", self.artifact.uri, objection)

@@ -1,8 +1,8 @@
-"""Keep files of an object store on this node's disk, by the hash of their content, so that processes can map them.
+"""Copy files of an object store to this node's disk, by the hash of their content, so that processes can map them.
 
-In: a file of a store and its SHA-256. Out: the copy in the node's cache (`catalog/cache_entries.py`, kind `shards`): loaded
-once per node, whichever index, version or process wants it, and checked once per node. What has no room stays in the store,
-and its reader takes it into memory.
+In: a file of a store and its SHA-256. Out: its copy in the node's cache (`catalog/cache_entries.py`, kind `shards`). A
+file is downloaded and verified once per node, for all indexes, versions and processes. If the disk has no room for it,
+the reader loads the file from the store into memory.
 """
 
 import logging
@@ -18,17 +18,18 @@ _FILE = "content"
 
 
 def near(file: Location, sha256: str, *, is_mapped: bool = True) -> Location:
-    """Return the copy of a file on this node; the file itself if it is on this node anyway.
+    """Return a copy of a file on this node's disk; make the copy first if needed.
 
-    The file itself is returned, too, if the copy has no room or the cache cannot be written; a warning says so.
+    A local file is returned as it is. The file itself is also returned, with a warning, if there is no room for a copy
+    or the cache cannot be written.
 
     Args:
-        file: on a store.
+        file: local, or on an object store.
         sha256: of its content.
-        is_mapped: keep the copy until this process ends. Otherwise it may go at once, when others need the room.
+        is_mapped: keep the copy until this process ends. Otherwise it may be removed as soon as others need the room.
 
     Raises:
-        CorruptFileError: it is gone, or is not the one that was written.
+        CorruptFileError: the file is gone, or its checksum is wrong.
     """
     if file.is_local:
         return file
@@ -60,7 +61,7 @@ def _is_whole(copy: Location, sha256: str) -> bool:
 
 
 def _load(file: Location, sha256: str, copy: Location) -> None:
-    """Fill an entry, or leave nothing of it. Call it inside `cache_entries.locked`."""
+    """Fill a cache entry; remove it again if that fails. Call it inside `cache_entries.locked`."""
     entry, size_bytes = copy.local_path.parent, file.info().size
     cache_entries.remove_files(entry)
     if size_bytes is None:

@@ -1,11 +1,12 @@
-"""Bring the scores of bridged queries among old vectors to the scale of the new model's scores among its own vectors.
+"""Scale scores of bridged queries with old vectors, so that they compare with the new model's scores with new vectors.
 
-Enters: queries before and after a bridge's map, and a sample of passages with the vectors of both models, of which none
-fitted the map. Leaves: a factor and an offset per query, by which its bridged scores of the sample get the mean and the
-standard deviation of the new model's. With half of the quickstart's passages re-embedded, .91 of the 10 best are those of a full
-re-embedding; by raw scores .50, since a bridged score of .3 says something else than a real one. To shrink the scores
-besides, by their correlation, is no better for models that are near, and worse for others (`benchmarks/reembedding.py`).
-A sample of 1,000 takes 8 KB per dimension in memory, and a query 2,000 multiplications per dimension.
+In: queries before and after a bridge's map, and a sample of passages with the vectors of both models, none of which was
+used to fit the map. Out: a factor and an offset per query, which give its bridged scores of the sample the mean and the
+standard deviation of the new model's scores. With half of the quickstart's passages re-embedded, .91 of the 10 best are
+those of a full re-embedding; with raw scores .50, since a bridged score of .3 means something else than a score of the
+new model. To shrink the scores as well, by their correlation, is no better for similar models and worse for others
+(`benchmarks/reembedding.py`). A sample of 1,000 takes 8 KB of memory per dimension, and a query 2,000 multiplications
+per dimension.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ _LEAST_DEVIATION = 1e-6
 
 @dataclass(frozen=True)
 class Calibration:
-    """Vectors of the same passages by both models."""
+    """A sample of passages with their vectors by the old and the new model."""
 
     old: Matrix
     """[N, D_old]."""
@@ -31,14 +32,14 @@ class Calibration:
     """[N, D_new]."""
 
     def scale(self, queries: Matrix, mapped: Matrix) -> tuple[Matrix, Matrix]:
-        """Return what brings bridged scores to the scale of real ones: score * factor + offset.
+        """Return factor and offset per query, so that score * factor + offset compares with scores of the new model.
 
         Args:
-            queries: [Q, D_new], of the new model.
+            queries: [Q, D_new], vectors by the new model.
             mapped: [Q, D_old], the same after the bridge's map.
 
         Returns:
-            float32 [Q, 1], over 0, and float32 [Q, 1].
+            The factors, float32 [Q, 1], above 0; and the offsets, float32 [Q, 1].
         """
         real, bridged = (
             torch.from_numpy(asked) @ torch.from_numpy(there).T
@@ -48,7 +49,7 @@ class Calibration:
         return factor.numpy(), (real.mean(1, keepdim=True) - factor * bridged.mean(1, keepdim=True)).numpy()
 
     def to_bytes(self) -> bytes:
-        """Return the content of a safetensors file."""
+        """Return the sample as the content of a safetensors file."""
         return bytes(save({"old": np.ascontiguousarray(self.old), "new": np.ascontiguousarray(self.new)}))
 
     @classmethod

@@ -1,8 +1,8 @@
 """Compare two states of a corpus by doc_id, content and kept columns, without reading texts.
 
-In: the passages of both. Out: how many were added, changed, deleted and kept, and a random sample of the rows of each
-kind. What both do not share is read once per part, some 700,000 passages a second. Memory is 32 bytes per such passage of
-either state, divided by the number of parts.
+In: the passages of both states. Out: how many were added, changed, deleted and kept, and random samples of new and of
+kept rows. Files that both states share are not read. The others are read once per part, some 700,000 passages per
+second; they take 32 bytes of memory per passage of either state, divided by the number of parts.
 """
 
 import hashlib
@@ -18,25 +18,25 @@ from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows, scan_rows
 
 _READ_ROWS = 65_536
 SAMPLE = 2048
-"""Passages of each kind that are sampled."""
+"""Most rows in each sample."""
 _BLOCKS, _BLOCK_ROWS = 16, 4096
-"""Kept passages are sampled from so many blocks of so many rows, so that reading them does not take the whole corpus."""
+"""Kept passages are sampled from 16 blocks of 4,096 rows, so that reading them does not read the whole corpus."""
 
 
 @dataclass(frozen=True)
 class Changes:
-    """How the present state of a corpus differs from an earlier one."""
+    """The differences between an earlier and the present state of a corpus, as numbers of passages."""
 
     added: int
     changed: int
     deleted: int
     kept: int
     other_columns: int
-    """Kept passages whose kept columns differ: in a value, or in which columns exist."""
+    """Kept passages whose other columns differ: in a value, or in which columns exist."""
     sample_new: NDArray[np.int64]
-    """Rows of the present corpus: a sample of what was added or changed."""
+    """Row numbers in the present corpus: a sample of added and changed passages."""
     sample_kept: NDArray[np.int64]
-    """Rows of the present corpus: a sample of what is as it was."""
+    """Row numbers in the present corpus: a sample of unchanged passages."""
 
     @property
     def is_empty(self) -> bool:
@@ -44,13 +44,13 @@ class Changes:
         return not (self.added or self.changed or self.deleted or self.other_columns)
 
     def counts(self) -> dict[str, int]:
-        """Return the four counts by name."""
+        """Return the counts of added, changed, deleted and kept passages, by name."""
         return {name: getattr(self, name) for name in ("added", "changed", "deleted", "kept")}
 
 
 @dataclass(frozen=True)
 class _Keys:
-    """What identifies the rows of one part, in the order of `ids`."""
+    """Hashes of the rows of one part, sorted by `ids`."""
 
     ids: NDArray[np.uint64]
     contents: NDArray[np.uint64]
@@ -67,16 +67,18 @@ def compare(
     columns: Sequence[str] = (),
     shared: Set[str] = frozenset(),
 ) -> Changes:
-    """Compare the passages whose doc_id belongs to one of several parts.
+    """Compare two states of a corpus, for the doc_ids of one part of several.
+
+    The hash of a doc_id decides its part, so that parts can be compared by different workers.
 
     Args:
         before: passages of the earlier state.
         now: passages of the present state.
-        part: number of the part.
+        part: number of the part, from 0.
         num_parts: how many parts there are.
-        columns: the kept columns of either state.
-        shared: files of the present state whose rows are those of a file of the earlier one, which `before` is without. They
-            belong to the first part.
+        columns: the columns of either state beside doc_id, title and text.
+        shared: names of files of the present state that are the same in the earlier one. `before` must not have them.
+            They are not read; part 0 counts them as kept.
 
     Raises:
         CorruptFileError: a file was cut short or altered.
@@ -95,13 +97,13 @@ def compare(
         deleted=len(old.ids) - num_known,
         kept=num_same + sum(count for name, count in now.counts if name in unread),
         other_columns=int((old.columns[place[same]] != new.columns[same]).sum()),
-        sample_new=new.rows[~same][:size],  # in the order of hashes, so a random sample
+        sample_new=new.rows[~same][:size],  # sorted by hashes, so this is a random sample
         sample_kept=_sampled(new.rows[same], now, unread)[:size],
     )
 
 
 def _sampled(kept: NDArray[np.int64], now: ParquetRows, unread: Set[str]) -> NDArray[np.int64]:
-    """Return rows in random order that lie in a few blocks of the corpus, of those that are kept or in some files."""
+    """Return kept rows, and rows of unread files, from a few random blocks of the corpus, in random order."""
     random = np.random.default_rng(0)
     firsts = _BLOCK_ROWS * random.permutation(-(-now.num_rows // _BLOCK_ROWS))[:_BLOCKS]
     rows = (firsts[:, None] + np.arange(_BLOCK_ROWS)).ravel()
@@ -113,7 +115,7 @@ def _sampled(kept: NDArray[np.int64], now: ParquetRows, unread: Set[str]) -> NDA
 
 
 def added_up(parts: Sequence[Changes]) -> Changes:
-    """Return the changes of all parts together."""
+    """Add up the changes of all parts."""
     names = ("added", "changed", "deleted", "kept", "other_columns")
     return Changes(
         **{name: sum(getattr(each, name) for each in parts) for name in names},
@@ -123,7 +125,7 @@ def added_up(parts: Sequence[Changes]) -> Changes:
 
 
 def known_contents(passages: ParquetRows) -> NDArray[np.uint64]:
-    """Return what identifies the contents of a corpus, rising: 8 bytes a passage, for `is_known`.
+    """Return the distinct content hashes of a corpus, sorted, 8 bytes per passage; for `is_known`.
 
     Raises:
         CorruptFileError: a file was cut short or altered.
@@ -133,14 +135,14 @@ def known_contents(passages: ParquetRows) -> NDArray[np.uint64]:
 
 
 def is_known(known: NDArray[np.uint64], hashes: Sequence[bytes]) -> NDArray[np.bool_]:
-    """Return for each content hash whether `known_contents` has it."""
+    """Return for each content hash whether it is among `known`, which `known_contents` made."""
     contents = _contents(hashes)
     place = np.minimum(np.searchsorted(known, contents), max(0, len(known) - 1))
     return known[place] == contents if len(known) else np.zeros(len(contents), bool)
 
 
 def content_hashes(passages: pa.Table) -> list[bytes]:
-    """Return the hash of title and text of each row."""
+    """Compute the content hash, 16 bytes, of title and text of each row."""
     pairs = zip(passages["title"].to_pylist(), passages["text"].to_pylist(), strict=True)
     return [content_hash(title, text) for title, text in pairs]
 
@@ -152,7 +154,7 @@ def _contents(hashes: Sequence[bytes]) -> NDArray[np.uint64]:
 def _keys(
     passages: ParquetRows, part: int, num_parts: int, columns: Sequence[str], left_out: Set[str] = frozenset()
 ) -> _Keys:
-    """Read the ids, contents and kept columns of a part of the passages, and order them by id."""
+    """Hash the doc_ids, contents and other columns of one part of the passages, and sort them by doc_id hash."""
     none = np.zeros(0, np.uint64)
     found = [(none, none, none, np.zeros(0, np.int64))]
     for first, doc_ids, hashes, kept in _columns(passages, columns, left_out):
@@ -167,7 +169,7 @@ def _keys(
 def _columns(
     passages: ParquetRows, columns: Sequence[str] = (), left_out: Set[str] = frozenset()
 ) -> Iterator[tuple[int, list[str], list[bytes], pa.Table]]:
-    """Yield the first row, doc_ids, content hashes and kept columns; an older ingest wrote no hashes, then texts are read."""
+    """Yield first row, doc_ids, content hashes and other columns. Without stored hashes (old ingest) texts are read."""
     ends = np.cumsum([0, *(count for _, count in passages.counts)]).tolist()
     for (name, count), before in zip(passages.counts, ends, strict=False):
         for start in range(0, count if name not in left_out else 0, _READ_ROWS):
@@ -182,7 +184,7 @@ def _columns(
 
 
 def _hashed_rows(kept: pa.Table, rows: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Hash the names and values of the columns of some rows, [N]."""
+    """Hash the names and values of the columns of some rows to 8 bytes each, [N]."""
     if not kept.column_names:
         return np.zeros(len(rows), np.uint64)
     return _hashed(map(repr, kept.take(pa.array(rows)).to_pylist()))

@@ -1,8 +1,8 @@
-"""Hold the vectors of flat indexes in the memory of a GPU, and compare queries with all of them there.
+"""Hold the vectors of flat indexes in GPU memory, and search them exactly there.
 
 In: the vectors of one or more shards, float32 or float16. Out: the best passages of each query, the same as on a CPU. A
-search of a batch reads each vector once. On an H100 (3.35 TB/s, NVIDIA's data sheet) that is .46 ms for 1,000,000 float16
-vectors of 768 numbers: computed, not measured.
+search of a batch reads each vector once. On an H100 (3.35 TB/s, NVIDIA's data sheet) that is .46 ms for 1,000,000
+float16 vectors of 768 numbers: computed, not measured.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,13 @@ from readapt_ray.retrieval.exact import QUERY_BLOCK, Hits, search_exact
 from readapt_ray.retrieval.half_products import has_half_products
 
 FACTORIES: Final = ("Flat", "SQfp16")
-"""FAISS factory strings of the indexes whose vectors can be held so."""
+"""FAISS factory strings of the indexes whose vectors can be held on a GPU."""
 _SCORE_BYTES = 256 << 20
-"""Scores that are computed at once."""
+"""Bytes of scores that are computed at once."""
 _COPIED_BYTES = 1 << 30
-"""Vectors that are gathered or widened at once."""
+"""Bytes of vectors that are gathered, or widened to float32, at once."""
 _WORK_BYTES = 4 * _SCORE_BYTES + _COPIED_BYTES
-"""Memory of a search: scores by both halves of float16 queries, what finds the best of them, and gathered vectors."""
+"""GPU memory of a search: scores for both halves of float16 queries, the selection of the best, gathered vectors."""
 _READ_ROWS = 16_384
 
 
@@ -31,13 +31,13 @@ class DeviceIndex:
     """Flat vectors [N, D] on a device, in the order of their shards.
 
     Args:
-        parts: vectors of each shard, all of one dimension; float16 ones stay so where all are.
+        parts: vectors of each shard, all of one dimension. They stay float16 if all shards are float16, else float32.
         doc_ids: [N].
         is_live: [N]; False for deleted vectors, which are not copied.
         device: torch device.
 
     Raises:
-        InputError: they do not fit the free memory of the device.
+        InputError: the vectors do not fit the free memory of the device.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DeviceIndex:
         Args:
             queries: [Q, D].
             top_k: k.
-            rows: search only among these, rising; none of them is deleted.
+            rows: search only these rows, rising, none of them deleted; None searches all.
 
         Raises:
             InputError: the dimensions differ, top_k is under 1, or a query holds NaN or infinity.
@@ -75,7 +75,7 @@ class DeviceIndex:
     def _chunks(
         self, num_queries: int, rows: NDArray[np.int64] | None
     ) -> Iterator[tuple[NDArray[np.object_], torch.Tensor]]:
-        """Yield doc_ids and vectors, as many as the memory for scores and copies holds."""
+        """Yield doc_ids and vectors in chunks whose scores and copies fit their memory."""
         size = _SCORE_BYTES // (4 * max(1, num_queries))
         vectors_ND = self._vectors_ND
         is_copied = rows is not None or not has_half_products(vectors_ND.device, vectors_ND.dtype)
@@ -100,5 +100,5 @@ def _check_fits(num_bytes: int, device: torch.device) -> None:
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """Return the free memory of a GPU in bytes; None of other devices."""
+    """Return the free memory of a GPU in bytes; None for other devices."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

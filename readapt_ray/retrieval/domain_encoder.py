@@ -1,7 +1,7 @@
-"""Encode texts of many domains with one retriever in memory; the factors of domains come and go.
+"""Encode texts of many domains with one retriever in memory, and load and evict the factors of domains.
 
-In: token ids, each text with its domain. Out: vectors that equal each domain's merged model's. Factors are read
-when they are first needed. Those that were used longest ago go when they take more memory than allowed.
+In: token ids, each text with its domain. Out: the vectors that the merged model of that domain would give. Factors are
+read when they are first needed. When they exceed the memory limit, the least recently used domains are evicted.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from readapt_ray.weights.weight_files import Checkpoint
 
 
 class DomainEncoder:
-    """A retriever, and the domains that are in memory.
+    """A retriever and the domains that are in memory.
 
     Args:
         bundle: factors of any domain; the retriever is read from it.
-        base: the model that they were made of.
-        retriever_fingerprint: of that retriever, see `DomainRecord`.
+        base: the base model of these factors.
+        retriever_fingerprint: fingerprint of that retriever, see `DomainRecord`.
         dtype: float32, float16 or bfloat16.
-        max_bytes: memory of all factors at most.
+        max_bytes: most memory of the factors of all domains.
         encoding: how texts are encoded; by default as the bundle says.
-        batch_tokens: tokens in a batch at most; by default what suits the device and the model.
-        packed: lay texts end to end where that gives the vectors that padding gives.
-        gpu_share: part of the GPU's memory that this encoder may take, where several share one.
+        batch_tokens: most tokens per batch; by default what suits the device and the model.
+        packed: pack texts instead of padding them, if the model gives the same vectors so.
+        gpu_share: part of the GPU's memory that this encoder may use, if several share a GPU.
 
     Raises:
         ModelError, WeightMismatchError: the base and the bundle cannot be read or do not fit.
@@ -78,28 +78,28 @@ class DomainEncoder:
 
     @property
     def base(self) -> Checkpoint:
-        """The weights of the base model."""
+        """Return the weights of the base model."""
         return self.network.base
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the factors take now."""
+        """Return the bytes that the factors in memory take."""
         return sum(each.num_bytes for each in tuple(self._domains.values()))
 
     def find(self, source: DomainSource) -> Domain | None:
-        """Return a domain that is in memory, and note that it was used. Another thread may load one meanwhile."""
+        """Return a domain if it is in memory, and mark it as used; else None. Another thread may load meanwhile."""
         domain = self._domains.get(source.fingerprint)
         if domain is not None:
-            with contextlib.suppress(KeyError):  # it has just made room for another
+            with contextlib.suppress(KeyError):  # another thread has just evicted it
                 self._domains.move_to_end(source.fingerprint)
         return domain
 
     def load(self, source: DomainSource, adapters: Sequence[Adapter]) -> Iterator[None]:
-        """Bring a domain into memory, layer by layer; others that were not used for long may go.
+        """Load a domain into memory, layer by layer, and evict the least recently used ones if memory is short.
 
         Raises:
-            ModelError: its factors are NaN, or the architecture cannot take them.
-            InputError: it alone takes more memory than allowed.
+            ModelError: its factors hold NaN, or do not fit the architecture.
+            InputError: its factors alone exceed `max_bytes`.
         """
         for domain in self.network.load(source.name, adapters, self.encoder.encode_ids, source.layers):
             if domain is None:
@@ -110,7 +110,7 @@ class DomainEncoder:
                     f"the factors of domain {source.name!r} take {domain.num_bytes:,} bytes, and all domains may take "
                     f"{self.max_bytes:,}; raise --max-domain-bytes"
                 )
-            # Room is made first: what is used meanwhile moves to the end, and the new one would be the oldest.
+            # Evict before adding: otherwise domains used meanwhile move behind the new one, and it would be evicted.
             self._domains.pop(source.fingerprint, None)
             while self.num_bytes + domain.num_bytes > self.max_bytes:
                 self._domains.popitem(last=False)
@@ -118,7 +118,7 @@ class DomainEncoder:
 
 
 def encoder_of_domains(retriever_fingerprint: str, encoding: Encoding, dtype: str) -> str:
-    """Return the fingerprint of an encoder that domains share."""
+    """Return the fingerprint of an encoder that several domains share."""
     return fingerprint(
         {"retriever": retriever_fingerprint, "encoding": encoding.model_dump(mode="json"), "dtype": dtype}
     )
@@ -127,16 +127,17 @@ def encoder_of_domains(retriever_fingerprint: str, encoding: Encoding, dtype: st
 def domain_fingerprint(
     encoder: str, source: DomainSource, scales: Sequence[float], encoding: Encoding, dtype: str
 ) -> str:
-    """Return a fingerprint of all that decides a vector of a domain.
+    """Return a fingerprint of everything that decides the vectors of a domain.
 
-    It is the merged model's at the scales of the merge, and the retriever's own at 0.
+    At the scales of a merge it equals the fingerprint of the merged model; at scale 0, the fingerprint of the
+    retriever.
 
     Args:
-        encoder: fingerprint of the encoder that domains share.
+        encoder: fingerprint of the encoder that the domains share.
         source: the domain.
-        scales: of its knowledge adapters.
-        encoding: of the encoder.
-        dtype: type that it computes in.
+        scales: knowledge_scale of each of its adapters.
+        encoding: encoding of the encoder.
+        dtype: dtype that the encoder computes in.
     """
     if (weights := source.weights_at(scales)) is not None:
         return fingerprint_of(*weights, encoding, dtype)

@@ -1,9 +1,9 @@
-"""From text to vectors, on one device, without Ray.
+"""Encode texts to vectors on one device, without Ray.
 
-Texts are tokenised by hand (`templates`), identical ones encoded once, sorted by length, and
-batched under a budget of tokens: laid end to end without padding where the model's attention allows it
-(attention.py), else padded on the right. The vectors come back in the order of the texts.
-all-MiniLM-L6-v2 on one CPU core with AMX, passages of 89 tokens: 50 a second in float32, 115 in bfloat16.
+`tokenization.py` fills templates and makes tokens. Identical texts are encoded once. Texts are sorted by length and
+batched under a budget of tokens. A batch is packed without padding if the model's attention allows it
+(`nn/attention.py`), else padded on the right. The vectors come back in the order of the texts.
+all-MiniLM-L6-v2 on one CPU core with AMX, passages of 89 tokens: 50 per second in float32, 115 in bfloat16.
 """
 
 import functools
@@ -42,31 +42,31 @@ Tokens = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class EncodedTokens:
-    """What an encoder has computed so far."""
+    """Counts of what an encoder has computed so far."""
 
     num_tokens: int = 0
     num_positions: int = 0
-    """Tokens with their padding."""
+    """Positions that were computed: tokens and padding."""
     num_again: int = 0
-    """Texts that were encoded again in float32."""
+    """Texts that were encoded again in float32, since their vector was NaN, infinite or zero."""
 
 
 class Encoder:
-    """A retriever ready to encode.
+    """A loaded retriever that encodes texts.
 
     Args:
         network: headless transformers model in eval mode, on its device.
         tokenizer: its tokenizer.
-        encoding: how it wants its text.
-        identify: gives the fingerprint; called once, when it is first asked for, since hashing
+        encoding: its prompts, special tokens, pooling and maximum lengths.
+        identify: returns the fingerprint. It is called once, when the fingerprint is first read, since hashing
             the weights of a large model takes a while.
-        batch_tokens: tokens in a batch at most, padding included; one text may exceed it. By default 1,024 on a CPU; on a
-            GPU by the model's size and the free memory, see `gpu_batch_tokens`.
-        packed: lay texts end to end where that gives the vectors that padding gives.
-        gpu_share: part of the GPU's memory that this encoder may take, where several share one.
-        reserved_bytes: memory of the device that is taken later, and not by batches.
-        dense: linear layers that pooled vectors go through, on the same device.
-        domains: holds `network`, if each text may be of another domain.
+        batch_tokens: most tokens per batch, padding included; a longer text is a batch alone. By default 1,024 on a
+            CPU; on a GPU it follows from the model's size and the free memory, see `gpu_batch_tokens`.
+        packed: pack texts instead of padding them, if the model gives the same vectors so.
+        gpu_share: part of the GPU's memory that this encoder may use, if several share a GPU; 1.0 is all of it.
+        reserved_bytes: device memory to keep free for what is loaded later, such as adapters of domains.
+        dense: linear layers that are applied to pooled vectors, on the same device.
+        domains: holds `network` and the adapters of several domains; None if all texts are for one retriever.
 
     Raises:
         ModelError: the encoding asks for more tokens than the model has positions.
@@ -99,11 +99,11 @@ class Encoder:
         self._width = int(network.config.hidden_size) if dense is None else dense.width
         self._check_sizes(network.config)
         self.is_packed = packed and self._forward_pass.pack()
-        """Whether texts are laid end to end, without padding."""
+        """Whether texts are packed, without padding."""
         self.work = EncodedTokens()
         self.batch_tokens = batch_tokens or self._suitable_tokens(gpu_share, reserved_bytes)
         self.first_batch_tokens = self.batch_tokens
-        """The budget before any lack of memory halved it."""
+        """Tokens per batch before an out-of-memory error halved them."""
 
     @classmethod
     def load(
@@ -120,17 +120,17 @@ class Encoder:
         """Load a retriever from its folder.
 
         Args:
-            model: full weights, or an adapter that is laid on its base.
-            encoding: how it wants its text; by default what its folder or the catalog says.
+            model: full weights, or an adapter, which is applied to its base.
+            encoding: prompts, pooling and lengths; by default what its folder or the catalog says.
             dtype: float32, float16 or bfloat16, of weights and computation.
-            device: a torch device; by default cuda where there is one, else cpu.
-            batch_tokens: tokens in a batch at most; by default what suits the device and the model.
-            packed: lay texts end to end instead of padding them; by default where the device has a kernel for it.
-            gpu_share: part of the GPU's memory that this encoder may take, where several share one.
+            device: a torch device; by default cuda if the machine has a GPU, else cpu.
+            batch_tokens: most tokens per batch; by default what suits the device and the model.
+            packed: pack texts instead of padding them; by default if the device has a kernel for it.
+            gpu_share: part of the GPU's memory that this encoder may use, if several share a GPU.
 
         Raises:
             ModelError: the model cannot be loaded, or does not fit the encoding.
-            InputError: the dtype is unknown, or the device is not there.
+            InputError: the dtype is unknown, or this machine does not have the device.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
@@ -149,52 +149,52 @@ class Encoder:
 
     @property
     def dimension(self) -> int:
-        """Numbers in a vector."""
+        """Return the number of dimensions of a vector."""
         return self.encoding.dimensions or self._width
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Stands for all that decides a vector; see `encoder_fingerprint`."""
+        """Return a hash of everything that decides a vector; see `encoder_fingerprint`."""
         return self._identify()
 
     def encode(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> np.ndarray:
-        """Return the vectors of texts.
+        """Encode texts to vectors.
 
         Args:
             texts: N texts.
             kind: query or passage; decides template and maximum length.
-            titles: N titles of passages; empty ones leave no trace.
+            titles: N titles of passages; an empty title adds nothing.
 
         Returns:
             float32 [N, D], in the order of the texts.
 
         Raises:
-            InputError: a text is not a string, or gives no token at all.
+            InputError: a text is not a string, or gives no token.
         """
         return self.encode_ids(self.tokenize(texts, kind, titles))
 
     def tokenize(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[list[int]]:
-        """Return the token ids that `encode` would feed to the model, specials included."""
+        """Return the token ids that `encode` would feed to the model, special tokens included."""
         return self._tokenizer.ids(texts, kind, titles)
 
     def tokenize_with_losses(
         self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None
     ) -> tuple[list[list[int]], list[int]]:
-        """Tokenise as `tokenize`, and count the tokens that truncation took from each text."""
+        """Tokenise like `tokenize`, and count the tokens that truncation cut from each text."""
         return self._tokenizer.ids_and_losses(texts, kind, titles)
 
     def encode_ids(self, rows: Sequence[Tokens], domains: Sequence[DomainUse | None] | None = None) -> np.ndarray:
-        """Return the vectors of token ids as `tokenize` gives them: float32 [N, D].
+        """Encode token ids, as `tokenize` returns them, to vectors: float32 [N, D].
 
-        A batch that does not fit the memory halves the budget, for good.
+        If a batch does not fit the memory, the tokens per batch are halved, for later calls too.
 
         Args:
             rows: the token ids of N texts.
-            domains: the domain of each text, for an encoder of domains; None is the retriever itself.
+            domains: the domain of each text, if the encoder has domains; None encodes with the retriever itself.
 
         Raises:
             InputError: a row is empty.
-            ModelError: one text alone does not fit the memory, or has an id that the model does not know.
+            ModelError: a single text does not fit the memory, or has a token id that the model does not know.
         """
         arrays = [np.asarray(row, np.int64) for row in rows]
         first_seen: dict[tuple[bytes, DomainUse | None], int] = {}
@@ -219,18 +219,17 @@ class Encoder:
                 rest = np.concatenate([batch, *pending[::-1]])
                 cut = token_batches([len(distinct[index]) for index in rest], self.batch_tokens)
                 pending = [rest[each] for each in cut][::-1]
-            # A GPU computes a batch while the next one is built: it is waited for when that one is started.
+            # A GPU computes one batch while the next is built, so fetch a batch only after the next was started.
             while len(started) > bool(pending):
                 done, found = started.pop(0)
                 vectors[done] = found.cpu().numpy()
         return vectors[place]
 
     def encode_usable(self, rows: Sequence[Tokens]) -> np.ndarray:
-        """Encode as `encode_ids`; a text whose vector cannot be searched (NaN, infinity, zero) is encoded again in
-        float32.
+        """Encode like `encode_ids`, and encode a text again in float32 if its vector is NaN, infinite or zero.
 
         Returns:
-            float32 [N, D]; what is not finite in float32 either is unchanged, and `is_usable` finds it.
+            float32 [N, D]. A vector that is unusable in float32 too is returned as it is; `is_usable` finds it.
         """
         vectors = self.encode_ids(rows)
         unusable = np.flatnonzero(~is_usable(vectors))
@@ -258,7 +257,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Tokens], uses: Sequence[DomainUse | None]) -> torch.Tensor:
-        """Encode one batch to float32 [B, D], on the device; a GPU may still be at work."""
+        """Encode one batch to float32 [B, D] on the device. This does not wait for a GPU to finish."""
         if self._domains is None:
             vectors = self._forward_pass.pooled(rows)
         else:
@@ -278,7 +277,7 @@ class Encoder:
         return vectors
 
     def _suitable_tokens(self, gpu_share: float, reserved_bytes: int) -> int:
-        """Return the tokens of a batch by the device, on a GPU also by the model and by what is free beside its weights."""
+        """Return the default tokens per batch: a constant on CPUs; on GPUs, by the model and the free memory."""
         if self.device.type != "cuda":
             return CPU_BATCH_TOKENS
         weights = list(self.network.parameters())
@@ -308,13 +307,13 @@ class Encoder:
 
 
 def suitable_dtype(device: str | None = None) -> str:
-    """Return the type that a device computes in fast and well enough: a name of DTYPES.
+    """Return the name of the dtype, a key of DTYPES, that is fast on a device and precise enough.
 
     bfloat16 on GPUs that have it (float16 on older ones) and on CPUs with AMX or AVX512_BF16; float32 on
     other CPUs.
 
     Args:
-        device: cpu or cuda; by default cuda where there is one.
+        device: cpu or cuda; by default cuda if the machine has a GPU.
     """
     if (device or _device()).startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
@@ -344,11 +343,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
-    """Group indices into batches of similar length, longest first, so that memory peaks at once.
+    """Group texts into batches of similar length, longest first, so that memory peaks in the first batch.
 
-    A batch holds at most `batch_tokens` tokens with its padding, or a single text.
+    A batch holds at most `batch_tokens` tokens with its padding, or a single text. The batches hold indices of texts.
 
-    With a budget of 12, lengths 5 2 6 1 give [6 5], since 2 * 6 = 12, then [2 1].
+    With 12 tokens per batch, lengths 5 2 6 1 give a batch of 6 and 5 (2 * 6 = 12 with padding), then one of 2 and 1.
     """
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
     batches = []

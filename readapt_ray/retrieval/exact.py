@@ -1,9 +1,8 @@
-"""The k best of many, exactly: streaming over vectors, and merging what shards found.
+"""Find the k passages of highest inner product exactly, over chunks of vectors, and merge the results of shards.
 
-Enters: query vectors and chunks of passage vectors. Leaves: for each query its `top_k` passages
-by falling inner product, ties by doc_id, whatever the order of the chunks. Memory is one chunk, its
-scores for a block of queries, and the k best so far. 1,000 queries over 100,000 vectors of 384
-numbers take about 3 s on one core.
+In: query vectors and chunks of passage vectors. Out: for each query its `top_k` passages by falling inner product, ties
+by doc_id, whatever the order of the chunks. Memory is one chunk, its scores for a block of queries, and the k best so
+far. 1,000 queries over 100,000 vectors of 384 numbers take about 3 s on one core.
 """
 
 import functools
@@ -29,7 +28,7 @@ Vectors = NDArray[np.float32] | NDArray[np.float16] | torch.Tensor
 
 @dataclass(frozen=True)
 class Hits:
-    """The best passages of Q queries, best first; a query that has fewer ends with scores of -inf."""
+    """The best passages of Q queries, best first. If a query has fewer than K, its row ends with scores of -inf."""
 
     scores: NDArray[np.float32]
     """[Q, K], falling."""
@@ -37,23 +36,23 @@ class Hits:
     """[Q, K]."""
 
     def of_query(self, index: int, query_id: str) -> list[ScoredDoc]:
-        """Return the passages of the query at place `index`."""
+        """Return the passages of query number `index`, without places that are empty."""
         pairs = zip(self.doc_ids[index].tolist(), self.scores[index].tolist(), strict=True)
         return [ScoredDoc(query_id, doc_id, score) for doc_id, score in pairs if score != -np.inf]
 
 
 def joined(parts: Sequence[Hits]) -> Hits:
-    """Return the hits of all queries, in the order of the parts; at least one part."""
+    """Concatenate the hits of parts of the queries, in the order of the parts; at least one part."""
     return Hits(np.concatenate([each.scores for each in parts]), np.concatenate([each.doc_ids for each in parts]))
 
 
 class TopK:
-    """Keeps the k best passages of each query while scores come in, in any order.
+    """The k best passages of each query so far, while scores arrive in any order.
 
-    k over the number of passages gives all of them.
+    If k exceeds the number of passages, all are kept.
 
     Raises:
-        InputError: top_k is under 1, or a score is NaN, which no order can place.
+        InputError: top_k is under 1, or a score is NaN.
     """
 
     def __init__(self, num_queries: int, top_k: int) -> None:
@@ -64,18 +63,18 @@ class TopK:
         self._doc_ids = np.empty((num_queries, 0), object)
 
     def add(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
-        """Offer passages.
+        """Add scored passages, and keep the k best.
 
         Args:
             scores: [Q, N]; -inf means no passage.
-            doc_ids: [Q, N], or [N] where they are the same for every query.
+            doc_ids: [Q, N], or [N] if they are the same for every query.
         """
         columns = best_columns(torch.from_numpy(scores), doc_ids, self._top_k).numpy()
         self.merge(np.take_along_axis(scores, columns, axis=1), _taken(doc_ids, columns))
 
     def merge(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
-        """Offer the best of some passages, [Q, K] each."""
-        _check_scores(scores, doc_ids)  # covers add(), too: torch.topk puts NaN first
+        """Add the best of some passages, [Q, K] each."""
+        _check_scores(scores, doc_ids)  # covers add() too, since torch.topk puts NaN first
         scores = np.concatenate([self._scores, scores], axis=1)
         doc_ids = np.concatenate([self._doc_ids, doc_ids], axis=1)
         if scores.shape[1] > self._top_k:
@@ -84,7 +83,7 @@ class TopK:
         self._scores, self._doc_ids = scores, doc_ids
 
     def hits(self) -> Hits:
-        """Return the best so far, in order."""
+        """Return the best passages so far, by falling score, ties by doc_id."""
         order = np.argsort(-self._scores, axis=1, kind="stable")
         scores = np.take_along_axis(self._scores, order, axis=1)
         doc_ids = np.take_along_axis(self._doc_ids, order, axis=1)
@@ -95,9 +94,9 @@ class TopK:
 
 
 def best_columns(scores: torch.Tensor, doc_ids: NDArray[np.object_], top_k: int) -> torch.Tensor:
-    """Return the columns of the k best scores of each row, in no order; at the last place the lower doc_id wins a tie.
+    """Return the columns of the k best scores of each row, unordered. If the k-th place ties, the lower doc_id wins.
 
-    Only rows that have such a tie are looked at one by one.
+    Only rows with such a tie are processed one by one.
 
     Args:
         scores: [Q, N], on any device.
@@ -132,10 +131,10 @@ def search_exact(
 
     Args:
         queries: [Q, D].
-        chunks: doc_ids and vectors [N, D], a chunk at a time; float16 ones travel as they are, and their products are summed
-            in float32.
-        top_k: passages a query; over the number of passages it gives all of them.
-        device: torch device that the scores are computed on.
+        chunks: doc_ids and vectors [N, D], a chunk at a time. float16 vectors are copied to the device as float16;
+            their products are summed in float32.
+        top_k: passages per query; if it exceeds the number of passages, all are returned.
+        device: torch device on which scores are computed.
 
     Raises:
         InputError: top_k is under 1, the dimensions differ, or a query holds NaN or infinity.
@@ -174,17 +173,17 @@ class _PlacedQueries:
         return HalfQueries(self._whole_QD)
 
     def scores(self, vectors_ND: torch.Tensor) -> torch.Tensor:
-        """Return the inner products with vectors in float32, or in float16 where the device multiplies these: [Q, N]."""
+        """Return float32 inner products [Q, N] with float32 vectors, or float16 ones if the device multiplies them."""
         if vectors_ND.dtype == torch.float16:
             return self._halves.scores(vectors_ND)
         return self._whole_QD @ vectors_ND.T
 
 
 def check_queries(queries: NDArray[np.float32], dimension: int) -> None:
-    """Refuse queries [Q, D] whose D is not `dimension`, or that hold NaN or infinity: their scores rank nothing.
+    """Refuse queries [Q, D] whose D is not `dimension`, or that hold NaN or infinity.
 
     Raises:
-        InputError: both dimensions, or the first such query, are named.
+        InputError: the dimensions differ, or a query is not finite; the message names the first.
     """
     if queries.ndim != 2 or queries.shape[1] != dimension:
         raise InputError(
@@ -214,5 +213,5 @@ def _taken(doc_ids: NDArray[np.object_], columns: NDArray[np.int64]) -> NDArray[
 
 
 def _known_first(pair: tuple[float, Any]) -> tuple[float, str]:
-    """Sort key: by falling score, then doc_id; a place without a passage has none."""
+    """Sort by falling score, then doc_id; a place without a passage has the doc_id None."""
     return pair[0], pair[1] or ""

@@ -1,7 +1,7 @@
-"""Import FAISS in the build that is installed, and train and fill indexes on GPUs where that build can.
+"""Import FAISS from the package that is installed, and train and fill indexes on GPUs if it supports them.
 
-Two packages bring the module `faiss`, and only one of them may be installed: faiss-cpu (the extra `cpu`), or faiss-gpu (the
-extra `gpu`), which does all that faiss-cpu does.
+Two packages contain the module `faiss`, and only one may be installed: faiss-cpu (the extra `cpu`), or faiss-gpu (the
+extra `gpu`), which can do everything that faiss-cpu can.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ except ModuleNotFoundError as missing:
 __all__ = ["adder", "faiss", "flat_vectors", "train"]
 
 _GPU_WORK_BYTES = 256 << 20
-"""GPU memory for the work of k-means and searches, without the centroids. FAISS' default of 1.5 GB is too much where several
+"""Temporary GPU memory for k-means and searches, without the centroids. FAISS' default of 1.5 GB is too much if several
 tasks share a GPU."""
 
 
 def train(index: Any, vectors: NDArray[np.float32]) -> None:
-    """Train an index, with the k-means of its inverted lists on a GPU if there is one and FAISS is built for it.
+    """Train an index. The k-means of its inverted lists runs on a GPU if there is one and FAISS is built for it.
 
-    At 4,096 dimensions k-means is nearly all of the time. Tasks of one node spread over its GPUs.
+    At 4,096 dimensions k-means takes nearly all of the time. Tasks of one node spread over its GPUs by process id.
     """
     lists: Any = None
     if faiss.get_num_gpus():  # 0 in faiss-cpu
@@ -53,10 +53,10 @@ Add = Callable[[NDArray[np.float32]], None]
 
 
 def adder(index: Any) -> Add:
-    """Return a function that adds vectors [N, D] to a trained index, whose inverted lists are found on a GPU if there is one.
+    """Return a function that adds vectors [N, D] to a trained index; it assigns them to lists on a GPU if possible.
 
-    For a vector the coarse quantizer is compared with as many centroids as there are lists, which is most of the work. The
-    lists and codes stay in the memory of this process, so that the file is one that FAISS opens without a GPU.
+    Assigning compares each vector with the centroid of every list, which is most of the work. The lists and codes stay
+    in the memory of this process, so that FAISS can open the file without a GPU.
     """
     index = faiss.downcast_index(index)
     if faiss.get_num_gpus():
@@ -100,20 +100,20 @@ def _list_adder(lists: Any) -> Add:
         vectors = np.ascontiguousarray(vectors, np.float32)
         numbers = np.ascontiguousarray(centroids.search(vectors, 1)[1][:, 0], np.int64)
         lists.add_core(len(vectors), faiss.swig_ptr(vectors), None, faiss.swig_ptr(numbers))
-        assert resources is not None  # the copy on the GPU does not keep them
+        assert resources is not None  # keeps them alive, which the copy on the GPU does not
 
     return add
 
 
 def _on_gpu(flat: Any) -> tuple[Any, Any]:
-    """Return the resources of a GPU, which must outlive the index, and a copy of a flat index there."""
+    """Copy a flat index to a GPU; return the GPU's resources, which must outlive the copy, and the copy."""
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(_GPU_WORK_BYTES)
     return resources, faiss.index_cpu_to_gpu(resources, os.getpid() % faiss.get_num_gpus(), flat)
 
 
 def flat_vectors(index: Any) -> NDArray[np.float32] | NDArray[np.float16] | None:
-    """Return the vectors [N, D] of a flat index for inner products, in its own memory or file; None for another kind."""
+    """Return the vectors [N, D] of a flat inner-product index as a view, not a copy; None for another kind."""
     index = faiss.downcast_index(index)
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or not index.ntotal:
         return None

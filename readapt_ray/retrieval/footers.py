@@ -1,8 +1,9 @@
-"""The ends of many Parquet files, read at once: what each says, and whether together they are what was written.
+"""Read the footers of many Parquet files in parallel, and check that an artifact is complete.
 
-In: a folder of an artifact. Out: the rows of each file. On an object store a footer takes some three requests of 25 ms; 32 at
-a time read 24,000 of them in a minute. So `ingest` writes a table of the footers of its passages, and `embed` one of its
-shards: a file that the listing of its folder shows with the size in that table is not opened.
+In: a folder of an artifact. Out: the number of rows of each file. On an object store a footer takes some three requests
+of 25 ms, so 32 threads read 24,000 footers per minute. Therefore `ingest` writes a table of the footers of its
+passages, and `embed` one of its shards. A file is not opened if the listing of its folder shows the size that the table
+has.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,39 +30,39 @@ Out = TypeVar("Out")
 
 
 def at_once(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
-    """Return what a function that waits for storage gives for each item, in their order."""
+    """Call a function that waits for storage for each item, in 32 threads, and return the results in order."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(function, items))
 
 
 def read_footers(folder: Location, names: Sequence[str]) -> list[Footer]:
-    """Return what each file says of itself.
+    """Read the footer of each file.
 
     Raises:
-        CorruptFileError: one was cut short or altered, or is gone.
+        CorruptFileError: a file was cut short or altered, or is gone.
     """
     return at_once(lambda name: read_footer(folder / name), names)
 
 
 def named_footers(folder: Location) -> dict[str, Footer]:
-    """Return what each Parquet file of a folder says of itself, by name, in their order.
+    """Read the footer of each Parquet file of a folder, by name, in the order of names.
 
     Raises:
-        CorruptFileError: one was cut short or altered.
+        CorruptFileError: a file was cut short or altered.
     """
     names = [name for name, _ in folder.listing(".parquet")]
     return dict(zip(names, read_footers(folder, names), strict=True))
 
 
 def write_table(artifact: Location, what: str, shared: Mapping[str, Footer] | None = None) -> dict[str, Footer]:
-    """Write down what the footers of a folder of an artifact say, and return it.
+    """Write a table with the footers of a folder of an artifact, and return the footers by name.
 
-    Of files with other columns than the first nothing is written.
+    Files whose columns differ from the first file's are left out of the table.
 
     Args:
         artifact: the artifact.
         what: name of the folder.
-        shared: what is known of files that an earlier artifact shares, by their names here: they are not opened.
+        shared: footers of files that an earlier artifact shares, by their names here. These files are not opened.
     """
     found = _confirmed_footers(artifact / what, shared or {})
     schema = next(iter(found.values())).schema.remove_metadata()
@@ -78,17 +79,19 @@ def write_table(artifact: Location, what: str, shared: Mapping[str, Footer] | No
 
 
 def listed_footers(artifact: Location, what: str) -> dict[str, Footer]:
-    """Return what `named_footers` returns, of our own metadata only the digest of the rows and the first doc_id, from the table
-    of an artifact as far as the listing of the folder confirms it.
+    """Return the footers of a folder by name, from the table of its artifact if the sizes in the listing agree.
+
+    Other files are opened. A footer from the table has, of our own metadata, only the digest of the rows and the first
+    doc_id.
 
     Raises:
-        CorruptFileError: a file that the table does not describe was cut short or altered.
+        CorruptFileError: a file that was opened was cut short or altered.
     """
     return _confirmed_footers(artifact / what, dict(_read_table(artifact, what)))
 
 
 def _confirmed_footers(folder: Location, known: Mapping[str, Footer]) -> dict[str, Footer]:
-    """Return what each file says, in their order; a file that is not known with the size that it has is opened."""
+    """Return the footer of each file, in the order of the listing; open files that `known` lacks at this size."""
     sizes = {name: int(info.size) for name, info in folder.listing(".parquet")}
     found = {name: each for name, each in known.items() if sizes.get(name) == each.num_bytes}
     unknown = [name for name in sizes if name not in found]
@@ -97,7 +100,7 @@ def _confirmed_footers(folder: Location, known: Mapping[str, Footer]) -> dict[st
 
 
 def _read_table(artifact: Location, what: str) -> Iterator[tuple[str, Footer]]:
-    """Yield what the table says; nothing if there is none, as in artifacts of earlier releases, or it is damaged."""
+    """Yield the footers in the table; none if it is damaged or missing, as in artifacts of older releases."""
     try:
         with _table(artifact, what).open_input() as stream:
             table = pq.read_table(stream)
@@ -115,19 +118,20 @@ def _table(artifact: Location, what: str) -> Location:
 
 
 def row_counts(footers: dict[str, Footer]) -> RowCounts:
-    """Name and number of rows of each file."""
+    """Return name and number of live rows of each file."""
     return tuple((name, footer.num_rows) for name, footer in footers.items())
 
 
 def check_complete(artifact: Artifact, num_rows: int, what: str) -> None:
-    """Refuse an artifact whose files hold more or fewer rows than its manifest says, such as one copied in part.
+    """Refuse an artifact whose files hold more or fewer rows than its manifest says, such as an incomplete copy.
 
     Args:
-        num_rows: in its files.
-        what: they are: passages, vectors; the manifest counts them under this name.
+        artifact: the artifact.
+        num_rows: rows in its files.
+        what: passages or vectors: the name of their folder, and of their count in the manifest (`num_passages`).
 
     Raises:
-        CorruptFileError: they are not as many; both numbers are named.
+        CorruptFileError: the numbers differ; the message names both.
     """
     due = artifact.manifest.counts[f"num_{what}"]
     if num_rows != due:
@@ -138,15 +142,17 @@ def check_complete(artifact: Artifact, num_rows: int, what: str) -> None:
 
 
 def open_passages(passages: Location, corpus: Artifact, given: str) -> ParquetRows:
-    """Open the passages of a corpus. A file whose size is not what `ingest` noted is opened, so a truncated one is found here.
+    """Open the passages of a corpus, and check that no file is truncated, missing or there twice.
+
+    Only files whose size is not the one that `ingest` stored are opened.
 
     Args:
-        passages: their folder.
+        passages: the folder of the passages.
         corpus: the artifact that holds it.
-        given: what the user calls it.
+        given: name of the corpus as the user gave it; used in the message.
 
     Raises:
-        CorpusError: there are none, a file lacks a column, or one is there twice.
+        CorpusError: there are no passages, a file lacks a column, or a file is the copy of another.
         CorruptFileError: a file was cut short, or is gone.
     """
     footers = listed_footers(corpus.location, "passages")
@@ -165,7 +171,7 @@ def open_passages(passages: Location, corpus: Artifact, given: str) -> ParquetRo
 
 
 def _check_no_copies(passages: Location, footers: dict[str, Footer]) -> None:
-    """Refuse a corpus in which one file is the copy of another: their footers are equal."""
+    """Refuse a corpus in which one file is the copy of another. Copies have equal digests."""
     seen: dict[str, str] = {}
     for name, footer in footers.items():
         if footer.num_rows and footer.digest in seen:

@@ -1,7 +1,7 @@
-"""From token ids to one pooled vector a text: a batch through the model, padded or packed.
+"""Run a batch of token ids through the model, padded or packed, and pool one vector per text.
 
-Padded, each text is a row with padding on its right. Packed, all texts are concatenated in one row, and
-attention keeps them apart (attention.py); no position is computed in vain.
+Padded: each text is a row with padding on its right. Packed: all texts are concatenated in one row without padding, and
+attention stays within each text (`nn/attention.py`).
 """
 
 import inspect
@@ -23,19 +23,19 @@ from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
 logger = logging.getLogger("readapt_ray")
 
 _ALIKE = 0.995
-"""Least cosine of a packed vector and a padded one in bfloat16; mixed-up texts give far less."""
+"""Least cosine of the packed and the padded vector of a text, in bfloat16. If texts mix, it is far less."""
 
 
 def padded_inputs(
     rows: Sequence[Sequence[int] | np.ndarray], width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return ids and mask, both [B, width], with each text a row that is padded on the right."""
+    """Pad texts on the right: return ids and mask, both int64 [B, width]."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ids = np.zeros((len(rows), width), dtype=np.int64)
     for row, tokens in zip(ids, rows, strict=True):
         row[: len(tokens)] = tokens
-        # Attention multiplies padding by 0, which is NaN where it overflows: a text pads itself, so only its own
-        # vector can suffer.
+        # Attention multiplies padding by 0, which gives NaN if a value overflows. Padding with a token of the text itself
+        # means that only its own vector can be affected.
         row[len(tokens) :] = tokens[-1]
     return ids, (np.arange(width) < lengths[:, None]).astype(np.int64)
 
@@ -43,7 +43,7 @@ def padded_inputs(
 def packed_inputs(
     rows: Sequence[Sequence[int] | np.ndarray],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """Return ids and positions from 0 of all texts in one row, both [1, T], and where texts begin and end, [B + 1]."""
+    """Concatenate texts in one row: return ids and positions, both [1, T], and the offsets of the texts, [B + 1]."""
     lengths = [len(row) for row in rows]
     ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])[None]
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
@@ -54,7 +54,7 @@ def check_ids(highest: int, num_embeddings: int) -> None:
     """Refuse token ids that a model does not know.
 
     Raises:
-        ModelError: the highest one is over its token embeddings.
+        ModelError: the highest id is not below the number of token embeddings.
     """
     if highest >= num_embeddings:
         raise ModelError(
@@ -64,11 +64,11 @@ def check_ids(highest: int, num_embeddings: int) -> None:
 
 
 class ForwardPass:
-    """A model and how its hidden states become a vector.
+    """A model that turns a batch of token ids into one pooled vector per text.
 
     Args:
         network: headless transformers model in eval mode, on its device.
-        pooling: which hidden states become the vector.
+        pooling: how hidden states become the vector: last, mean or cls.
     """
 
     def __init__(self, network: Any, pooling: Pooling) -> None:
@@ -85,15 +85,15 @@ class ForwardPass:
         self._num_embeddings = int(network.get_input_embeddings().num_embeddings)
 
     def pooled(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """Return the vectors of B texts' token ids, on the device: float32 [B, H].
+        """Compute the vectors of B texts from their token ids: float32 [B, H], on the device.
 
         Raises:
-            ModelError: an id is over the model's token embeddings.
+            ModelError: the model has no embedding for a token id.
         """
         return (self._packed if self.is_packed else self._padded)(rows)
 
     def pack(self) -> bool:
-        """Lay texts end to end from now on; False, and nothing changed, where that gives other vectors: it is tried."""
+        """Pack texts from now on if a trial gives the same vectors as padding; else change nothing, return False."""
         if "position_ids" not in self._accepted:
             return False
         rows = [[1, 2, 3], [3, 2, 1, 2, 3, 1, 2], [2], [3, 1, 2, 2, 1]]
@@ -112,21 +112,21 @@ class ForwardPass:
         return alike
 
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """Return pooled vectors [B, H], with each text a row that is padded on the right."""
+        """Return pooled vectors [B, H] of texts that are padded on the right."""
         ids, mask_BT = padded_inputs(rows, max(map(len, rows)))
         mask = to_device(mask_BT, self.device)
         hidden = self._hidden(ids, np.broadcast_to(np.arange(ids.shape[1]), ids.shape), attention_mask=mask)
         return pool(hidden, mask, self._pooling)
 
     def _packed(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """Return pooled vectors [B, H], with all texts in one row."""
+        """Return pooled vectors [B, H] of texts that are packed in one row."""
         lengths = [len(row) for row in rows]
         ids, positions, ends = packed_inputs(rows)
         hidden = self._hidden(ids, positions, cu_seq_lens_q=to_device(ends, self.device), max_length_q=max(lengths))
         return pool_packed(hidden[0], lengths, self._pooling)
 
     def _hidden(self, ids: np.ndarray, positions: np.ndarray, **more: Any) -> torch.Tensor:
-        """Return the last hidden states [B, T, H]; `more` goes to the attention."""
+        """Return the last hidden states [B, T, H]; `more` is passed on to the attention."""
         check_ids(int(ids.max()), self._num_embeddings)
         given = {
             "input_ids": to_device(ids, self.device),

@@ -5,13 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 _K = 60
-"""As in the paper: how little the first places count above the later ones."""
+"""Constant k of the paper. The larger it is, the less the first places count above later ones."""
 DEPTH = 100
-"""Results of each search that are fused, at least."""
+"""Least number of results of each search that are fused."""
 
 
 def reciprocal_rank_fusion(rankings: Iterable[Sequence[str]], top_k: int) -> list[tuple[str, float]]:
-    """Return the k best doc_ids with their scores, ties by doc_id.
+    """Fuse rankings by reciprocal rank; return the k best doc_ids with their fused scores, ties by doc_id.
 
     Args:
         rankings: doc_ids, best first.

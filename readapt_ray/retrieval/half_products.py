@@ -1,7 +1,8 @@
-"""Multiply float32 queries by float16 vectors on tensor cores, as exactly as in float32.
+"""Multiply float32 queries by float16 vectors on tensor cores, with the precision of float32.
 
-A query is the sum of two float16 numbers per component, so that two float16 products with float32 sums give its scores. On an
-H100 they have 15 times the rate of float32 (989 and 67 TFLOPS, NVIDIA's data sheet), and the vectors are not widened.
+Each number of a query is written as the sum of two float16 numbers, so that two float16 products with float32 sums give
+its scores. On an H100, float16 products have 15 times the rate of float32 ones (989 and 67 TFLOPS, NVIDIA's data
+sheet), and the vectors need not be widened.
 """
 
 import functools
@@ -13,13 +14,13 @@ from torch import Tensor
 logger = logging.getLogger("readapt_ray")
 
 _LOW_SCALE = 2.0**11
-"""Factor of the lower halves. Without it they are too small for float16 to keep their digits."""
+"""Factor of the low halves. Without it they are too small for float16 to keep their digits."""
 _TOLERANCE = 1e-6
-"""Share of the norms of a query and a vector that a score may be off."""
+"""Largest error of a score, as a share of the product of the norms of query and vector."""
 
 
 class HalfQueries:
-    """Queries as two float16 matrices.
+    """Queries, split into two float16 matrices.
 
     Args:
         queries_QD: float32, on the device of the vectors.
@@ -41,13 +42,13 @@ class HalfQueries:
 
 
 def has_half_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether vectors of this type are multiplied so on a device: float16 on a GPU whose results are right."""
+    """Return whether `HalfQueries` can be used: float16 vectors on a GPU, if a test product is precise enough."""
     return device.type == "cuda" and dtype == torch.float16 and _is_right(device)
 
 
 @functools.cache
 def _is_right(device: torch.device) -> bool:
-    """Compare scores with those of float64, once per process and device; where they differ, one line says so."""
+    """Compare scores with float64 ones, once per process and device; log a warning if they differ."""
     random = torch.Generator().manual_seed(0)
     queries_QD, vectors_ND = (torch.randn(size, 256, generator=random) for size in (16, 128))
     vectors_ND = vectors_ND.half()
@@ -67,7 +68,7 @@ def _is_right(device: torch.device) -> bool:
 
 
 def _product(rows_QD: Tensor, vectors_ND: Tensor) -> Tensor:
-    """Return float16 products with float32 sums, [Q, N]; a CPU, which has none, widens both."""
+    """Return float16 products with float32 sums, [Q, N]. A CPU has no such product, so it widens both."""
     if rows_QD.device.type == "cuda":
         return torch.mm(rows_QD, vectors_ND.T, out_dtype=torch.float32)
     return rows_QD.float() @ vectors_ND.float().T

@@ -1,7 +1,7 @@
-"""Look up doc_ids of millions of rows in two arrays of 8 bytes per row, which Ray's workers share.
+"""Look up values by doc_id for millions of rows, in two arrays of 8 bytes per row that Ray's workers can share.
 
-A doc_id is known by 8 bytes of its hash. Two of a hundred million have the same with a probability of 0.03%, so a
-caller that reads the row compares its doc_id.
+A doc_id is identified by 8 bytes of its hash. Among 100 million doc_ids, two have the same hash with a probability of
+0.03%, so a caller that reads the row should compare its doc_id.
 """
 
 import hashlib
@@ -16,27 +16,27 @@ _KEY_BYTES = 8
 
 @dataclass(frozen=True)
 class IdLookup:
-    """Values by doc_id."""
+    """A map from doc_ids, by their hash, to values."""
 
     keys: NDArray[np.uint64]
-    """[N], rising."""
+    """[N], hashes of the doc_ids, rising."""
     values: NDArray[np.uint64]
-    """[N]."""
+    """[N], the value of each key."""
 
     @classmethod
     def build(cls, doc_ids: Iterable[str], values: NDArray[np.uint64]) -> "IdLookup":
-        """Sort the values by the keys of their doc_ids."""
+        """Build a lookup from doc_ids and their values [N]."""
         found = cls.sort(id_keys(doc_ids))
         return cls(found.keys, values[found.values])
 
     @classmethod
     def sort(cls, keys: NDArray[np.uint64]) -> "IdLookup":
-        """Sort keys; their values are their places."""
+        """Build a lookup from keys; the value of a key is its position in `keys`."""
         order = np.argsort(keys, kind="stable")
         return cls(keys[order], order.astype(np.uint64))
 
     def find(self, doc_ids: Iterable[str]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-        """Return the value of each doc_id (0 where there is none), and whether there is one."""
+        """Return the value of each doc_id (0 if it is unknown), and whether it is known."""
         wanted = id_keys(doc_ids)
         if not len(self.keys):
             return np.zeros(len(wanted), np.uint64), np.zeros(len(wanted), bool)
@@ -46,7 +46,7 @@ class IdLookup:
 
 
 def id_keys(doc_ids: Iterable[str]) -> NDArray[np.uint64]:
-    """Return 8 bytes of the hash of each doc_id."""
+    """Hash each doc_id to 8 bytes: uint64 [N]."""
     digests = (
         hashlib.blake2b(doc_id.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest() for doc_id in doc_ids
     )

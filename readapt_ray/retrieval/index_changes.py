@@ -1,7 +1,8 @@
-"""What an index of an earlier state of a corpus still says of the present one.
+"""Find which shards and vectors of an earlier index can be reused for the present state of a corpus.
 
-Enters: the passages that have vectors now, and the ids of an earlier index. Leaves: which of its shards stay, and which of
-their vectors are still found; and which vectors they lack. 24 bytes a vector of either, some seconds for a million.
+In: the passages that have vectors now, and the ids of an earlier index. Out: the shards to keep, which of their vectors
+may still be found, and the present vectors that they lack. Takes 24 bytes per vector of either, and some seconds per
+million.
 """
 
 from collections.abc import Sequence
@@ -17,26 +18,29 @@ from readapt_ray.storage import Location
 
 _MOST_SMALL = 16
 _SMALL = 1 / 8
-"""Share of the vectors of the largest shard below which a shard is small."""
+"""A shard with less than this share of the vectors of the largest shard is small."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
 def kept_and_added(
     now: Contents, folder: Location, records: Sequence[ShardRecord]
 ) -> tuple[list[tuple[ShardRecord, NDArray[np.bool_]]], NDArray[np.int64]]:
-    """Return which vectors of each shard belong to a passage as it is now, and the rows of `now` that have none.
+    """Choose the shards of an earlier index to keep, and find the present vectors that must be added.
 
-    A passage whose content changed has none; neither has one whose content is not known. A shard more than MAX_DEAD of which
-    are lost does not stay; those of its vectors that are still meant are among the rows that have none. Of more than 16 small
-    shards, which as many updates made, none stays: a query pays for each.
+    A vector is kept if doc_id and content hash of its passage are unchanged; an unknown content hash matches nothing. A
+    shard is dropped if it would lose more than MAX_DEAD of its vectors. If more than 16 shards are small (each update
+    adds one), all small ones are dropped, since a query searches each. Live vectors of dropped shards are added again.
 
     Args:
-        now: the vectors as they are now.
+        now: doc_id and content hashes of the present vectors.
         folder: the `shards` folder of the earlier index.
-        records: what its manifest says of each shard.
+        records: entry of each shard in its manifest.
+
+    Returns:
+        Each kept shard with bool [N], which of its vectors may still be found; and the rows of `now` to add.
 
     Raises:
-        CorruptFileError: the ids of a shard are gone, or are not those that were written.
+        CorruptFileError: the ids of a shard are gone, or their checksum is wrong.
     """
     there = [_contents(folder, record) for record in records]
     keys = [_keys(each) for each in there]
@@ -54,17 +58,19 @@ def kept_and_added(
 def kept_and_added_by_changes(
     before: Contents, now: Contents, num_now: int, folder: Location, records: Sequence[ShardRecord]
 ) -> tuple[list[tuple[ShardRecord, NDArray[np.bool_]]], NDArray[np.int64]] | None:
-    """Return what `kept_and_added` returns, without looking at vectors that are the same before and now.
+    """Return what `kept_and_added` returns, but compare only vectors in files that changed.
 
     Args:
-        before: those of the vectors that the index was made of that may have gone since.
-        now: those of the present vectors that may be new; the rows that have none are counted in these.
-        num_now: how many present vectors there are.
-        folder, records: as for `kept_and_added`.
+        before: vectors of the earlier artifact in files that the present one does not share.
+        now: vectors of the present artifact in files that the earlier one does not share. The rows to add are numbered
+            within these.
+        num_now: number of all present vectors.
+        folder, records: as in `kept_and_added`.
 
     Returns:
-        None if a shard does not stay, a content is not known, or the index is not that of the vectors before: all present
-        vectors are to be looked at then.
+        None if this shortcut is not possible: a shard must be dropped, a content hash is unknown, or the index is not
+            of
+        the earlier vectors. Then call `kept_and_added`.
     """
     if not (before.hashes.any(axis=1).all() and now.hashes.any(axis=1).all()):
         return None
@@ -79,7 +85,7 @@ def kept_and_added_by_changes(
 
 
 def _without(folder: Location, record: ShardRecord, lost: Contents) -> NDArray[np.bool_]:
-    """Return which vectors of a shard are still found once some are lost."""
+    """Return which vectors of a shard may still be found after the `lost` ones are deleted, bool [N]."""
     table = read_id_table(folder, record)
     kept = ~deleted_rows(folder, record, table)
     hashes = hashes_of(table)
@@ -91,7 +97,7 @@ def _without(folder: Location, record: ShardRecord, lost: Contents) -> NDArray[n
 
 
 def _small(parts: Sequence[NDArray[np.int64]]) -> set[int]:
-    """Return which shards have few vectors, of those that are still found."""
+    """Return the numbers of the shards with few live vectors."""
     return _small_sizes([int(np.count_nonzero(part >= 0)) for part in parts])
 
 
@@ -108,7 +114,7 @@ def _contents(folder: Location, record: ShardRecord) -> Contents:
 
 
 def _keys(contents: Contents) -> NDArray[np.uint64]:
-    """Hash doc_id and content to 16 bytes, [N, 2]; zeros, which match nothing, where the content is not known."""
+    """Hash doc_id and content to 16 bytes, [N, 2]. An unknown content gives zeros, which match nothing."""
     keys = contents.hashes.copy()
     keys[:, 0] ^= contents.ids.view(np.uint64) * _MIX
     keys[~contents.hashes.any(axis=1)] = 0

@@ -1,11 +1,11 @@
-"""The files of an index shard: write them, find what an earlier run wrote, read and verify them.
+"""Write, find, read and verify the files of an index shard.
 
-A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and `shards/00000.ids.parquet` (columns
-doc_id and content_hash, in the order of the index). They never change; the numbers of vectors that were deleted since are
-in `shards/00000.dead` (older releases left out their doc_ids instead). Beside them, written last, `shards/00000.json` says
-what they are, so that a resumed run reads no vectors and no ids; an approximate shard has `shards/00000.recall.npz`, what
-it finds, and `shards/00000.bm25.npz` holds its BM25 scores. The artifact's manifest has the checksums. A shard that is not
-mapped takes its memory twice while it is read.
+A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and `shards/00000.ids.parquet`
+(columns doc_id and content_hash, in the order of the index). They never change. Row numbers of vectors that were
+deleted later are in `shards/00000.dead` (older releases removed their doc_ids instead). `shards/00000.json` is written
+last: it is the record of the shard, so that a resumed run reads no vectors and no ids. An approximate shard also has
+`shards/00000.recall.npz`, its measured recall. `shards/00000.bm25.npz` holds BM25 scores. The artifact's manifest has
+the checksums. Reading a shard takes twice its memory, unless its file is mapped.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ _METADATA_KEY = b"readapt"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of a shard."""
+    """The entry of a shard in the manifest: sizes, checksums, recall."""
 
     name: str
     num_vectors: int
@@ -45,17 +45,18 @@ class ShardRecord:
     index_sha256: str
     ids_sha256: str
     num_deleted: int = 0
-    """Vectors that are no longer found."""
+    """Vectors that searches no longer find."""
     factory: str = "Flat"
     """FAISS factory string."""
     measured: dict[str, float] | None = None
-    """Recall and time of a query; None for an exact shard."""
+    """Recall and milliseconds per query; None for an exact shard."""
     trained: str | None = None
-    """What its lists and codes were trained as: shards that share it can be merged. None for graphs and older indexes."""
+    """Id of the training of its lists and codes. Shards with equal ids can be merged. None for graphs and older
+    indexes."""
     depth: int | None = None
-    """nprobe or efSearch that it is searched with; None for the value in its file."""
+    """nprobe or efSearch to search it with; None for the value in its file."""
     num_dead: int = 0
-    """Vectors whose numbers are in its file of dead rows."""
+    """Vectors that its `.dead` file lists."""
 
 
 def write_shard(
@@ -67,14 +68,14 @@ def write_shard(
     factory: str = "Flat",
     measured: dict[str, float] | None = None,
 ) -> ShardRecord:
-    """Write a shard, its record last: where that is, the shard is whole.
+    """Write the files of a shard. The record comes last: if it exists, the shard is complete.
 
     Args:
         folder: the `shards` folder of the artifact.
         name: 00000, 00001, ...
-        encoder: fingerprint of what made the vectors, kept beside the ids.
-        factory: how FAISS made it.
-        measured: what was measured of it.
+        encoder: fingerprint of the encoder that made the vectors; stored beside the ids.
+        factory: FAISS factory string of the index.
+        measured: recall and milliseconds per query; None for an exact shard.
     """
     content = faiss.serialize_index(shard.index).tobytes()
     (folder / f"{name}.faiss").write_bytes(content)
@@ -94,7 +95,7 @@ def write_shard(
 def _write_ids(
     folder: Location, record: ShardRecord, doc_ids: NDArray[np.object_], hashes: bytes, encoder: str
 ) -> ShardRecord:
-    """Write the ids and then the record, of whose `num_bytes` the vectors are written."""
+    """Write the ids, then the record. `record.num_bytes` counts the FAISS file, which is already written."""
     digests: list[bytes | None] = [hashes[start : start + 16] for start in range(0, len(hashes), 16)]
     schema = pa.schema(
         [("doc_id", pa.string()), ("content_hash", pa.binary(16))],
@@ -126,17 +127,20 @@ def _write_record(folder: Location, record: ShardRecord, ids_bytes: int, encoder
 def carry_over(
     source: Location, record: ShardRecord, kept: NDArray[np.bool_], target: Location, *, encoder: str
 ) -> ShardRecord:
-    """Take a shard into another index, without the vectors that are no longer kept; its files are shared as they are.
+    """Share the files of a shard with a newer index, and list the vectors that it must not find in a `.dead` file.
 
     Args:
-        source: the `shards` folder of the shard.
-        record: what its manifest says of it.
-        kept: [N], whether a vector is still found.
-        target: the `shards` folder that it goes to, under the same name.
-        encoder: fingerprint of what made the vectors.
+        source: the `shards` folder of the earlier index.
+        record: entry of the shard in the earlier manifest.
+        kept: [N], whether a vector may still be found.
+        target: the `shards` folder of the newer index; the name stays the same.
+        encoder: fingerprint of the encoder that made the vectors.
+
+    Returns:
+        The record of the shard in the newer index.
 
     Raises:
-        CorruptFileError: a file of it is gone, or has another size than was written.
+        CorruptFileError: a file of the shard is gone, or does not have the size that was written.
     """
     names = [f"{record.name}.faiss", f"{record.name}.ids.parquet"]
     sizes = [(source / name).info().size or 0 for name in names]
@@ -155,7 +159,7 @@ def carry_over(
 
 
 def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> dict[str, ShardRecord]:
-    """Return the records of shards that were written whole for this encoder: one listing, and a small file per shard."""
+    """Return the records of complete shards of this encoder, by name. Reads one listing and a small file per shard."""
     sizes = {name: info.size for name, info in folder.listing()}
     written = [name for name in names if f"{name}.json" in sizes]
     states = at_once(lambda name: (folder / f"{name}.json").read_bytes(), written)
@@ -174,13 +178,13 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
 
 
 def read_id_table(folder: Location, record: ShardRecord, *, is_kept: bool = False) -> pa.Table:
-    """Return doc_id and content hash of each vector of a shard, deleted ones too; arguments and errors as for `read_ids`."""
+    """Read doc_id and content hash of each vector of a shard, deleted ones too; arguments as in `read_ids`."""
     content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256, is_kept=is_kept)
     return pq.read_table(io.BytesIO(content))
 
 
 def deleted_rows(folder: Location, record: ShardRecord, table: pa.Table) -> NDArray[np.bool_]:
-    """Return which vectors of a shard were deleted, [N], given its table of ids."""
+    """Return which vectors of a shard were deleted, bool [N], given its table of ids."""
     deleted = table["doc_id"].is_null().to_numpy()
     if record.num_dead:
         deleted = deleted.copy()
@@ -189,13 +193,13 @@ def deleted_rows(folder: Location, record: ShardRecord, table: pa.Table) -> NDAr
 
 
 def read_ids(folder: Location, record: ShardRecord, *, is_kept: bool = False) -> tuple[NDArray[np.object_], bytes]:
-    """Return the doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
+    """Read the doc_id of each vector of a shard (DELETED for deleted ones), and its content hash, 16 bytes per vector.
 
     Args:
-        folder, record, is_kept: as for `read_shard`.
+        folder, record, is_kept: as in `read_shard`.
 
     Raises:
-        CorruptFileError: the file is gone, or is not the one that was written.
+        CorruptFileError: the file is gone, or its checksum is wrong.
     """
     table = read_id_table(folder, record, is_kept=is_kept)
     doc_ids = np.array([doc_id or DELETED for doc_id in table["doc_id"].to_pylist()], dtype=object)
@@ -209,13 +213,13 @@ def read_shard(folder: Location, record: ShardRecord, *, is_mapped: bool = False
 
     Args:
         folder: the `shards` folder.
-        record: what the manifest says of it.
-        is_mapped: leave the vectors of a local file where they are, in pages that all processes of a node share, and
+        record: entry of the shard in the manifest.
+        is_mapped: map the vectors of a local file into memory, so that all processes of a node share its pages, and
             compute its checksum once per node. Such a shard cannot be merged with others.
-        is_kept: copy the files of an object store to this node first, for other processes and the next start, too.
+        is_kept: copy files of an object store to this node's cache first, for other processes and the next start.
 
     Raises:
-        CorruptFileError: a file of it is gone, or is not the one that was written.
+        CorruptFileError: a file is gone, or its checksum is wrong.
     """
     file = folder / f"{record.name}.faiss"
     if is_kept:
@@ -245,10 +249,10 @@ def words_file(folder: Location, name: str) -> Location:
 
 
 def read_words(folder: Location, name: str, sha256: str, *, is_kept: bool = False) -> WordIndex:
-    """Load the BM25 scores of a shard; with `is_kept`, through a copy on this node.
+    """Load the BM25 scores of a shard; with `is_kept`, through a copy in this node's cache.
 
     Raises:
-        CorruptFileError: the file is gone, or is not the one that was written.
+        CorruptFileError: the file is gone, or its checksum is wrong.
     """
     return WordIndex.from_bytes(_verified(words_file(folder, name), sha256, is_kept=is_kept))
 
@@ -268,5 +272,5 @@ def _verified(location: Location, sha256: str, *, is_kept: bool = False) -> byte
 def _content(copy: Location, location: Location) -> bytes:
     try:
         return copy.read_bytes()
-    except FileNotFoundError:  # it made room for another
+    except FileNotFoundError:  # the cache removed it to make room for another file
         return location.read_bytes()

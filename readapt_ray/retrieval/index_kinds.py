@@ -1,7 +1,7 @@
-"""Kinds of FAISS index: which there are, what each costs, and which suits a corpus.
+"""Choose the kind of FAISS index for a corpus, and compute its memory and the size of its shards.
 
-Enters: a kind, the number of vectors and their dimension, and what the user wants of memory and recall.
-Leaves: an `IndexSpec`, a FAISS factory string and the search parameter that trades time for recall.
+In: a kind, the number of vectors and their dimension, and the memory and recall that the user wants.
+Out: an `IndexSpec`: a FAISS factory string, and the search parameter that trades time for recall.
 """
 
 import math
@@ -17,42 +17,42 @@ _ELEMENT_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 _QUANTIZERS = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}
 
 _FLAT_BELOW = 1_000
-"""Vectors of a shard under which every kind is flat: there is nothing to win."""
+"""Below this many vectors every kind becomes flat, since another kind would not be faster."""
 _EXACT_UP_TO = 200_000
-"""Vectors up to which `auto` is exact: some 10 ms a query on one core."""
+"""Most vectors for which `auto` is exact: some 10 ms per query on one core."""
 _GRAPH_UP_TO = 5_000_000
-"""Vectors up to which `auto` builds graphs; beyond, building them takes too long."""
+"""Most vectors for which `auto` builds graphs. With more, building takes too long."""
 _HNSW_LINKS = 32
 _RERANKED = 8
-"""Candidates a result that are ranked again by the finer vectors."""
+"""Candidates per result that a refined index ranks again by its finer vectors."""
 _MAX_LISTS = 65_536
 _VECTORS_PER_LIST = 39
-"""Below this many training vectors per list FAISS warns."""
+"""Fewest training vectors per list: with fewer, FAISS warns."""
 TRAINING_BYTES = 8 << 30
-"""Bytes of float32 vectors that inverted lists and codes are trained on at most, in one task."""
+"""Most bytes of float32 vectors to train inverted lists and codes on, in one task."""
 _FLAT_SHARD_BYTES = 512 << 20
 _SEARCHED_SHARD_BYTES = 8 << 30
 _SEARCHED_SHARD_ROWS = (1 << 20, 4 << 20)
-"""Vectors in a shard of an approximate index, at least and at most: each more shard is one more graph or set of lists."""
+"""Least and most vectors in a shard of an approximate index. Each shard adds a graph or set of lists to search."""
 _CPU_BYTES = 4 << 30
-"""Memory of a shard for which its task takes another CPU."""
+"""Bytes of shard memory per CPU of the task that builds it."""
 _CPU_ROWS = 1 << 18
-"""Vectors of an approximate shard for which its task takes another CPU: most of its time is spent on adding them."""
+"""Vectors of an approximate shard per CPU of the task that builds it. Adding vectors takes most of its time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexKind:
-    """One kind of index that can be asked for."""
+    """One kind of index that a user can choose."""
 
     name: str
     factory: str
-    """FAISS factory string; {vectors} is how vectors are stored, {lists} and {codes} are chosen by size."""
+    """FAISS factory string. {vectors} is the storage of vectors; {lists} and {codes} are chosen by size."""
     is_exact: bool
-    """Whether it finds what exact search finds, when vectors are stored in float32."""
+    """Whether its results equal exact search, if vectors are stored in float32."""
     depth: str | None = None
-    """FAISS search parameter that buys recall with time."""
+    """FAISS search parameter that trades time for recall; None for an exact kind."""
     refined: bool = False
-    """Whether finer vectors are kept beside the codes to rank again, unless asked otherwise."""
+    """Whether finer vectors are kept beside the codes by default, to rank results again."""
 
 
 KINDS: tuple[IndexKind, ...] = (
@@ -65,10 +65,10 @@ KINDS: tuple[IndexKind, ...] = (
 
 
 def index_kind(name: str) -> IndexKind:
-    """Return the row of a kind.
+    """Return the kind of index with a name.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no kind has that name.
     """
     for kind in KINDS:
         if kind.name == name:
@@ -78,40 +78,40 @@ def index_kind(name: str) -> IndexKind:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexOptions:
-    """What the user asked for."""
+    """The index that the user wants."""
 
     kind: str = "flat"
     storage: Storage = "float32"
-    """How vectors are stored in flat, ivf-flat and hnsw, and what ivf-pq and rabitq rank again by."""
+    """Type of the vectors in flat, ivf-flat and hnsw, and of those by which ivf-pq and rabitq rank again."""
     refine: bool = True
-    """Whether ivf-pq and rabitq keep vectors to rank again by."""
+    """Whether ivf-pq and rabitq also keep vectors, to rank their results again."""
     code_bytes: int | None = None
-    """Bytes of a code of ivf-pq; by default a quarter of the dimension."""
+    """Bytes per code of ivf-pq; by default a quarter of the dimension."""
     factory: str | None = None
-    """A FAISS factory string to take as it is."""
+    """A FAISS factory string to use unchanged; None builds one from the other options."""
     depth: int | None = None
-    """nprobe or efSearch; by default the least that reaches the recall."""
+    """nprobe or efSearch; by default the least that reaches `min_recall`."""
     min_recall: float = 0.95
-    """Share of the 10 best, and of the 100 best, that must be found."""
+    """Least recall at 10 and at 100."""
     is_lossless: bool = False
-    """Whether the vectors came in the storage's own precision, or a lower one."""
+    """Whether `storage` keeps the vectors as the encoder wrote them, without rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSpec:
-    """How a shard is made."""
+    """How to build a shard."""
 
     factory: str
     depth: str | None
-    """nprobe, efSearch or none."""
+    """Name of its search parameter, nprobe or efSearch; None without one."""
     is_exact: bool
-    """Whether it needs no measuring."""
+    """Whether its search is exact, so that its recall is not measured."""
     reranked: int = 1
-    """Candidates a result that a refined index ranks again."""
+    """Candidates per result that a refined index ranks again; 1 without refinement."""
 
 
 def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> IndexSpec:
-    """Return how to make an index of so many vectors, cut into shards or not.
+    """Return how to build an index of `num_vectors` vectors, whether or not it is cut into shards.
 
     Raises:
         InputError: the kind is unknown, or `code_bytes` does not divide the dimension.
@@ -136,26 +136,26 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
 
 
 def is_flat(factory: str) -> bool:
-    """Return whether a factory string makes an index that compares with every vector."""
+    """Return whether a factory string makes a flat index, which compares a query with every vector."""
     return factory in _QUANTIZERS.values()
 
 
 def same_codes(factory: str, other: str) -> bool:
-    """Return whether two factory strings make the same codes, ranked again by the same vectors, in however many lists."""
+    """Return whether two factory strings differ only in the number of inverted lists."""
     one, two = (re.sub(r"IVF\d+", "IVF", each) for each in (factory, other))
     return one == two
 
 
 def default_storage(kind: str, vector_dtype: str | None) -> Storage:
-    """Return how vectors are stored where the options do not say: a flat index keeps float16 vectors as they are."""
+    """Return the default storage of an index: a flat one keeps float16 vectors; all others store float32."""
     return "float16" if vector_dtype == "float16" and kind == "flat" else "float32"
 
 
 def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
-    """Return vectors per shard: as many as one task holds, in shards of one size.
+    """Return the vectors per shard: as many as one task holds, so that all shards have about the same size.
 
-    A flat shard takes 512 MiB as it is stored, so that it loads quickly. An approximate one has 4 million vectors up to
-    512 numbers, and 1 million from 2,048 numbers on.
+    A flat shard takes at most 512 MiB, so that it loads quickly. An approximate one has at most 4 million vectors of up
+    to 512 numbers, and 1 million of 2,048 numbers or more.
     """
     is_flat = options.factory == "Flat" or (options.factory is None and options.kind == "flat")
     if is_flat:
@@ -167,20 +167,22 @@ def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
 
 
 def shard_bytes(options: IndexOptions, dimension: int, num_rows: int) -> float:
-    """Return the bytes of a shard in memory, without ids; of a factory string, as if it kept float32."""
+    """Return the bytes of a shard in memory, without ids. With a user's factory string, assume float32 vectors."""
     return num_rows * (4.0 * dimension if options.factory else vector_bytes(options, dimension))
 
 
 def shard_cpus(options: IndexOptions, dimension: int, num_rows: int) -> int:
-    """Return the CPUs of a task that makes a shard of an index that is trained: one per 4 GiB of it and of the copy that is
-    written, and one per 262,144 vectors.
+    """Return the CPUs of a task that builds a shard of an approximate index.
+
+    That is one per 4 GiB of the shard and its copy while it is written, or one per 262,144 vectors if that is more.
     """
     return max(1, math.ceil(max(2 * shard_bytes(options, dimension, num_rows) / _CPU_BYTES, num_rows / _CPU_ROWS)))
 
 
 def _lists(num_vectors: int, dimension: int) -> int:
-    """Choose the number of lists by FAISS's guidance: some four square roots, and 39 vectors per list to train on,
-    which must fit one task.
+    """Choose the number of lists by FAISS's guidance: 4 sqrt(num_vectors), with 39 training vectors per list at least.
+
+    The training vectors must fit one task.
     """
     trained = min(num_vectors, TRAINING_BYTES // (4 * dimension)) // _VECTORS_PER_LIST
     return max(1, min(int(4 * math.sqrt(num_vectors)), trained, _MAX_LISTS))
@@ -191,7 +193,7 @@ def _default_codes(dimension: int) -> int:
 
 
 def vector_bytes(options: IndexOptions, dimension: int) -> float:
-    """Return the bytes that a vector takes in memory, without ids."""
+    """Return the bytes of memory per vector, without ids."""
     stored = _ELEMENT_BYTES[options.storage] * dimension
     refined = stored if options.refine else 0
     return {
@@ -204,13 +206,19 @@ def vector_bytes(options: IndexOptions, dimension: int) -> float:
 
 
 def choose(num_vectors: int, dimension: int, *, memory_bytes: float | None, min_recall: float) -> IndexOptions:
-    """Choose the kind for `auto`: the quickest kind, as the field knows them, that fits the memory.
+    """Choose the kind for `auto`: the kind that is usually fastest among those that fit the memory.
 
-    Exact up to 200,000 vectors or where recall 1 is asked for; then graphs, up to 5 million; then inverted
-    lists, and codes where memory is short. What is chosen is still measured.
+    That is exact search up to 200,000 vectors or with recall 1, graphs up to 5 million vectors, and inverted lists
+    above; codes if memory is short. The recall of the chosen index is still measured.
+
+    Args:
+        num_vectors: of the corpus.
+        dimension: numbers in a vector.
+        memory_bytes: most memory of the index; None for no limit.
+        min_recall: recall at 10 and 100 that it must reach.
 
     Raises:
-        InputError: nothing fits the memory; the message says what would.
+        InputError: no kind fits the memory; the message says how much the smallest takes.
     """
     candidates = list(_candidates(num_vectors, min_recall))
     for options in candidates:

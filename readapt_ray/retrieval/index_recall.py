@@ -1,8 +1,9 @@
-"""How much of the truth an index finds for queries, or else for vectors of its own, each without itself.
+"""Measure the recall of an approximate index, and find the least search depth that reaches the recall asked for.
 
-Enters: the shards of an index, each with the exact best of 100 queries. Leaves: recall at 10 and 100 of all shards
-together, the time of a query, and the least search depth at which both reach the recall that is asked for. A shard's part
-is measured where the shard is built and kept in a file of about a megabyte, so that no process needs all vectors.
+The queries are 100 real queries, or else 100 vectors of the index, each without itself as a result. In: the shards of
+an index, and the exact best rows of each query (the ground truth). Out: recall at 10 and at 100 over all shards, and
+the time per query. Each shard is measured where it is built, into a file of about a megabyte, so no process needs all
+vectors.
 """
 
 import functools
@@ -23,36 +24,37 @@ from readapt_ray.seeds import random_generator
 _NUM_QUERIES = 100
 _RANKS = (10, 100)
 _NUM_TRUE = 256
-"""Exact best rows kept per query; what an index finds beyond them counts as missed."""
+"""Exact best rows kept per query. A result outside them counts as a miss."""
 _TOLERANCE = 1e-5
-"""Score by which a result may miss the k-th best and count as tied with it."""
+"""A result whose score is below the k-th best by at most this much counts as tied with it."""
 _FIRST_DEPTH = {"nprobe": 1, "efSearch": 16}
 _LAST_EF_SEARCH = 2048
 
 
 @dataclass(frozen=True)
 class IndexRecall:
-    """What an index finds and takes."""
+    """Measured recall and time of an index at one search depth."""
 
     recall_at_10: float
     recall_at_100: float
     query_ms: float
-    """Milliseconds a query at 10 results, of all shards, on the threads that FAISS had."""
+    """Milliseconds per query for 10 results, summed over all shards, on the threads that FAISS had."""
     depth: int | None
-    """nprobe or efSearch that it is set to."""
+    """nprobe or efSearch; None for an index without such a parameter."""
 
     @property
     def least_recall(self) -> float:
-        """The lower of both."""
+        """Return the lower of both recalls."""
         return min(self.recall_at_10, self.recall_at_100)
 
 
 class BestRows:
-    """The exact best rows of each query among vectors that come in chunks.
+    """The exact 256 best rows of each query among vectors that come in chunks: the ground truth.
 
     Args:
         queries: [Q, D].
-        own_rows: [Q], the row of each query among the vectors, which is not counted; any other number if it is not there.
+        own_rows: [Q], the row of each query among the vectors, which does not count as a result; any number outside
+            0 to N - 1 if the query is not among them.
     """
 
     def __init__(self, queries: NDArray[np.float32], own_rows: NDArray[np.int64]) -> None:
@@ -64,7 +66,7 @@ class BestRows:
         self.rows = np.empty((len(queries), 0), np.int64)
 
     def add(self, vectors: NDArray[np.float32]) -> None:
-        """Offer the next vectors [N, D]."""
+        """Score the next vectors [N, D], and keep the best so far."""
         rows = np.arange(self.num_rows, self.num_rows + len(vectors))
         self.num_rows += len(vectors)
         scores = self.queries @ vectors.T
@@ -80,22 +82,22 @@ class BestRows:
 
 @dataclass(frozen=True)
 class ShardRecall:
-    """What one shard, or several together, find at each depth that was tried, T of them."""
+    """Results of one shard, or of several together, at each of the T depths that were tried."""
 
     num_rows: int
     depths: NDArray[np.int64]
     """[T], rising; 0 if the index has no depth."""
     truth: NDArray[np.float32]
-    """[Q, 100], the exact best scores; -inf where there are fewer."""
+    """[Q, 100], the exact best scores; filled up with -inf."""
     scores: NDArray[np.float32]
-    """[T, Q, 100], as the index scores what it finds; -inf where it finds less."""
+    """[T, Q, 100], the scores that the index gives its results; filled up with -inf."""
     exact: NDArray[np.float32]
-    """[T, Q, 100], the exact scores of the same; -inf if it is not among the best 256."""
+    """[T, Q, 100], the exact scores of the same results; -inf for one that is not among the best 256."""
     query_ms: NDArray[np.float64]
-    """[T]"""
+    """[T], milliseconds per query for 10 results."""
 
     def to_bytes(self) -> bytes:
-        """Return it as the content of a NumPy file."""
+        """Return the results as the content of an npz file."""
         sink = io.BytesIO()
         arrays: dict[str, Any] = vars(self)
         np.savez_compressed(sink, **arrays)
@@ -103,32 +105,32 @@ class ShardRecall:
 
     @classmethod
     def from_bytes(cls, content: bytes) -> "ShardRecall":
-        """Return what `to_bytes` wrote."""
+        """Read what `to_bytes` wrote."""
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             values: dict[str, Any] = {name: arrays[name] for name in arrays.files}
         return cls(**values | {"num_rows": int(values["num_rows"])})
 
     def at(self, depth: int) -> int:
-        """Return the place of the deepest depth tried that is not over this one."""
+        """Return the index in `depths` of the largest depth that is at most `depth`; 0 if all are larger."""
         return max(0, int(np.searchsorted(self.depths, depth, side="right")) - 1)
 
 
 def query_rows(num_rows: int) -> NDArray[np.int64]:
-    """Return the rows whose vectors are the queries."""
+    """Choose at random the rows whose vectors are the queries: up to 100 of `num_rows`."""
     rows = random_generator(0, "recall queries").choice(num_rows, min(_NUM_QUERIES, num_rows), replace=False)
     return np.asarray(rows, np.int64)
 
 
 def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
-    """Set an index to the least depth that reaches the recall at 10 and at 100, and measure it.
+    """Set an index to the least depth at which recall at 10 and at 100 reach `min_recall`; return what was measured.
 
     Args:
         index: holds `vectors` [N, D], in their order.
         spec: how it was made.
-        options: the recall, and the depth where the user gave one.
+        options: the recall, and the depth if the user gave one.
 
     Raises:
-        InputError: it finds too little even when it looks everywhere; the message says which option to raise.
+        InputError: the recall is too low at every depth; the message says which option to raise.
     """
     rows = query_rows(len(vectors))
     best = BestRows(np.ascontiguousarray(vectors[rows]), rows)
@@ -139,7 +141,7 @@ def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options
 
 
 def set_depth(index: Any, depth: int | None) -> None:
-    """Set nprobe or efSearch, whichever an index has."""
+    """Set nprobe or efSearch, whichever the index has; None changes nothing."""
     if depth is None:
         return
     name = "nprobe" if faiss.try_extract_index_ivf(index) is not None else "efSearch"
@@ -147,9 +149,10 @@ def set_depth(index: Any, depth: int | None) -> None:
 
 
 def measure(index: Any, best: BestRows, spec: IndexSpec, options: IndexOptions) -> ShardRecall:
-    """Measure a shard at rising depths, to one past that at which it reaches the recall alone; leave it at that one before.
+    """Measure a shard at rising depths, until one depth after the first that reaches the recall for this shard alone.
 
-    All shards together often need less: what a shard holds of the best 100 is not its own best 100.
+    The index is left at the depth that reached the recall. All shards together often need less depth, since each holds
+    only some of the best 100 of all.
     """
     refined = faiss.downcast_index(index)
     if hasattr(refined, "k_factor"):
@@ -182,7 +185,7 @@ def _gathered(
 
 
 def _found(index: Any, best: BestRows) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-    """Search for the queries: the index's scores [Q, 100], the exact ones of the same rows, and milliseconds per query."""
+    """Search; return the index's scores and the exact ones, both [Q, 100], and milliseconds per query."""
     started_s = time.perf_counter()
     index.search(best.queries, _RANKS[0])
     query_ms = 1000 * (time.perf_counter() - started_s) / max(1, len(best.queries))
@@ -204,10 +207,10 @@ def _padded(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def settle(shards: Iterable[ShardRecall], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
-    """Find the least depth at which all shards together reach the recall.
+    """Find the least depth at which all shards together reach `min_recall`.
 
     Raises:
-        InputError: they find too little at every depth; the message says which option to raise.
+        InputError: the recall is too low at every depth; the message says which option to raise.
     """
     whole = functools.reduce(_together, shards)
     measured = None
@@ -220,7 +223,7 @@ def settle(shards: Iterable[ShardRecall], spec: IndexSpec, options: IndexOptions
 
 
 def _together(one: ShardRecall, other: ShardRecall) -> ShardRecall:
-    """Merge what two parts of an index find. A part that was not tried at a depth counts with a lower one."""
+    """Merge the results of two parts of an index. A part that was not tried at a depth counts with a lower one."""
     depths = np.union1d(one.depths, other.depths)
     places = [(one.at(depth), other.at(depth)) for depth in depths]
     scores = np.stack([np.concatenate([one.scores[a], other.scores[b]], axis=1) for a, b in places])
@@ -238,7 +241,7 @@ def _together(one: ShardRecall, other: ShardRecall) -> ShardRecall:
 
 
 def _recalls(found: ShardRecall, place: int) -> tuple[float, float]:
-    """Recall at 10 and at 100 of what is found at a depth."""
+    """Return recall at 10 and at 100 at one of the depths."""
     recalls = []
     for rank in _RANKS:
         num_due = min(rank, found.num_rows - 1)

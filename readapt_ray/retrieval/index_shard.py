@@ -1,7 +1,7 @@
-"""One FAISS index in memory: build it from vectors, and search it with ties broken by doc_id.
+"""Build one FAISS index in memory from vectors, and search it with ties broken by doc_id.
 
-In: vectors with their doc_ids, or queries. Out: the index, or the best of each query. Memory for `flat` is 4 bytes
-per number.
+In: vectors with their doc_ids, or queries. Out: the index, or the best passages of each query. A flat index takes 4
+bytes of memory per number of a vector.
 """
 
 import contextlib
@@ -22,32 +22,34 @@ from readapt_ray.retrieval.faiss_build import faiss, flat_vectors, train
 from readapt_ray.retrieval.index_kinds import TRAINING_BYTES
 
 _untyped: Any = faiss
-"""FAISS' own types do not know how Python calls its constructors."""
+"""FAISS without its type stubs, which do not know how Python calls its constructors."""
 DELETED = ""
-"""Stands for the doc_id of a vector that is no longer found."""
+"""doc_id of a deleted vector, which searches no longer find."""
 _TRAINING_ROWS = 65_536
 _TRAINING_ROWS_PER_LIST = 64
 _RUN_ROWS = 128
 _LEAST_TOGETHER = 8
-"""Queries from which on torch searches flat vectors faster than FAISS, whose matrix product is slow on some CPUs: two cores of an
-AMD EPYC (Zen 4) search 1,000,000 vectors of 768 numbers for 64 queries in 6.3 s by FAISS and in .9 s by torch, for one in .2 s."""
+"""Number of queries from which torch searches flat vectors faster than FAISS, which is slow on some CPUs.
+
+Two cores of an AMD EPYC (Zen 4) search 1,000,000 vectors of 768 numbers for 64 queries in 6.3 s with FAISS and in .9 s
+with torch, for one query in .2 s."""
 _BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class IndexShard:
-    """A shard in memory: an index, and the doc_id of each of its vectors."""
+    """An index shard in memory: an index, and the doc_id of each of its vectors."""
 
     index: Any
-    """FAISS's, or a DeviceIndex."""
+    """A FAISS index or a DeviceIndex."""
     doc_ids: NDArray[np.object_]
-    """[N]; empty where a passage was deleted."""
+    """[N], the doc_id of each vector; DELETED if its passage was deleted."""
     hashes: bytes = b""
-    """16 bytes a vector, of the content of its passage; empty where nothing is known of any."""
+    """16 bytes per vector: the hash of its passage's content. Empty if no hash is known."""
     trained: str | None = None
-    """What its lists and codes were trained as. Shards of one training can be merged; None if nothing is known."""
+    """Id of the training of its lists and codes. Shards of one training can be merged. None if unknown."""
     words: tuple[WordIndex, ...] = ()
-    """The BM25 scores of its passages, in parts whose rows follow each other; none where they are not wanted."""
+    """BM25 scores of its passages, in parts whose rows follow each other; empty without BM25."""
 
     @functools.cached_property
     def _deleted(self) -> NDArray[np.bool_]:
@@ -58,10 +60,10 @@ class IndexShard:
         return bool(self._deleted.any())
 
     def search(self, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """Return the k best of this shard, ties by doc_id.
+        """Return the k best passages of this shard for each query, ties by doc_id.
 
-        A query that finds less than k, because it looked at too little of the index or deleted vectors took
-        places, is asked again and looks further, until it has k or all that there are.
+        An approximate search may find fewer than k, since it looks at few lists or since deleted vectors took places.
+        Such a query is searched again, deeper each time, until it has k results or all vectors.
 
         Raises:
             InputError: the dimensions differ, or top_k is under 1.
@@ -92,14 +94,14 @@ class IndexShard:
                 yield self.doc_ids[block], vectors[block]
 
     def search_among(self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Hits:
-        """Return the k best of some rows of this shard, ties by doc_id; an approximate index may find fewer.
+        """Return the k best passages among some rows, ties by doc_id; an approximate index may find fewer.
 
-        The fewer rows there are, the more lists are probed and the more of a graph is visited.
+        The fewer rows are given, the more lists are probed and the more of a graph is visited.
 
         Args:
             queries: [Q, D].
             top_k: k.
-            rows: rising; none of them is deleted.
+            rows: row numbers, rising; none of them is deleted.
 
         Raises:
             InputError: the dimensions differ, or top_k is under 1.
@@ -113,10 +115,10 @@ class IndexShard:
         return self._best(self.index, _among(self.index, selector, len(chosen) / max(1, len(rows))), queries, top_k)
 
     def _best(self, index: Any, parameters: Any, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """Return the k best of what one search looks at.
+        """Return the k best results of one search depth, with ties broken by doc_id.
 
-        FAISS breaks ties as it likes, so one more than k is asked for, and where the last place may be
-        tied with the one after it, or deleted vectors took places, more, until k have an end.
+        FAISS breaks ties in any order. So k + 1 results are requested, and twice as many again while results beyond
+        the last one may still tie with the k-th, or while deleted vectors take places of the best k.
         """
         best = TopK(len(queries), top_k)
         pending = np.arange(len(queries))
@@ -142,15 +144,15 @@ class IndexShard:
 
 
 def _are_falling(scores: NDArray[np.float32]) -> bool:
-    """Return whether no two results of a query tie, so that FAISS's order is ours."""
+    """Return whether no two results of a query tie, so that FAISS's order is final."""
     return bool((scores[:, 1:] < scores[:, :-1]).all())
 
 
 def _ever_further(index: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield what to search and with which parameters, to look at more of an index than it is set to, and ever more.
+    """Yield an index and search parameters, each of a deeper search than the one yielded earlier.
 
-    Inverted lists are probed twice as many, up to all. A graph takes efSearch = k at least by itself, but may
-    have parts that no link leads to: its vectors are scanned.
+    With inverted lists, nprobe doubles until all lists are probed. A graph searches with efSearch >= k by itself,
+    but no link may lead to some of its vectors, so its stored vectors are scanned.
     """
     lists = faiss.try_extract_index_ivf(index)
     if lists is not None:
@@ -163,7 +165,7 @@ def _ever_further(index: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _probing(index: Any, num_lists: int) -> Any:
-    """Return parameters of one search that probes so many lists; the index, which others search too, is unchanged."""
+    """Return search parameters that probe `num_lists` lists; other threads search the index, so it is unchanged."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
         below = _probing(index.base_index, num_lists)
@@ -174,7 +176,7 @@ def _probing(index: Any, num_lists: int) -> Any:
 
 
 def _among(index: Any, selector: Any, factor: float) -> Any:
-    """Return parameters of one search among the rows of a selector that looks at so many times more of the index."""
+    """Return search parameters that find only rows of `selector`, with nprobe or efSearch multiplied by `factor`."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
         below = _among(index.base_index, selector, factor)
@@ -200,10 +202,10 @@ def _widened(
 
 
 def merged(shards: Iterable[IndexShard]) -> list[IndexShard]:
-    """Merge shards that were trained together, so that a query pays for one index and not for each shard.
+    """Merge shards of one training into one, so that a query searches one index instead of many.
 
-    Merged they are what FAISS would have made of all their vectors at once. Graphs cannot be merged and stay as they are.
-    Memory peaks at one shard above the whole.
+    The result equals the index that FAISS would make of all their vectors at once. Graphs cannot be merged and are
+    returned as they are. Memory peaks at all shards plus one.
     """
     groups: dict[str | None, list[IndexShard]] = {}
     for shard in shards:
@@ -216,10 +218,14 @@ def merged(shards: Iterable[IndexShard]) -> list[IndexShard]:
 
 
 def on_device(shards: Sequence[IndexShard], device: str) -> IndexShard:
-    """Return one shard of the vectors of flat shards, which are copied to a device; at least one of them holds vectors.
+    """Copy the vectors of flat shards to a device, and return them as one shard.
+
+    Args:
+        shards: at least one of them holds vectors.
+        device: torch device.
 
     Raises:
-        InputError: a shard is not flat, or its numbers have less than 16 bits; or they do not fit the device.
+        InputError: a shard is not flat, its numbers have less than 16 bits, or the vectors do not fit the device.
     """
     vectors = [flat_vectors(each.index) for each in shards]
     flat = [each for each in vectors if each is not None]
@@ -233,7 +239,7 @@ def on_device(shards: Sequence[IndexShard], device: str) -> IndexShard:
 
 
 def _joined(index: Any, shards: Sequence[IndexShard]) -> IndexShard:
-    """Return one shard of an index that holds the vectors of several, in their order."""
+    """Return one shard of an index that holds the vectors of several shards in their order."""
     return IndexShard(
         index,
         np.concatenate([each.doc_ids for each in shards]),
@@ -270,9 +276,9 @@ def _merge(index: Any, other: Any) -> None:
 
 
 def search_shards(shards: Iterable[IndexShard], queries: NDArray[np.float32], top_k: int) -> Hits:
-    """Return the k best over all shards: the same as from one index that holds all their vectors.
+    """Return the k best passages of each query over all shards, as one index with all their vectors would.
 
-    Each shard may be let go before the next is loaded. k over the number of vectors gives all of them.
+    `shards` may be a generator that loads one shard at a time. If k exceeds the number of vectors, all are returned.
     """
     found = [shard.search(queries, top_k) for shard in shards]
     if len(found) == 1:
@@ -284,13 +290,12 @@ def search_shards(shards: Iterable[IndexShard], queries: NDArray[np.float32], to
 
 
 def build_shard(factory: str, dimension: int, chunks: Iterable[tuple[list[str], NDArray[np.float32]]]) -> IndexShard:
-    """Return an index of the vectors [N, D] that come in chunks with their doc_ids; one that must be trained holds them
-    all.
+    """Build an index of vectors that come in chunks. If the index must be trained, all vectors are in memory at once.
 
     Args:
         factory: FAISS factory string.
         dimension: D.
-        chunks: doc_ids and vectors.
+        chunks: doc_ids and vectors [N, D].
     """
     index = new_index(factory, dimension)
     doc_ids: list[str] = []
@@ -310,8 +315,8 @@ def build_shard(factory: str, dimension: int, chunks: Iterable[tuple[list[str], 
 def new_index(factory: str, dimension: int) -> Any:
     """Return the untrained FAISS index of a factory string, for inner products.
 
-    FAISS would also order the codes of product quantization for filtering by Hamming distance (polysemous codes). That is
-    most of the training, 1.6 seconds of a core per code byte, and no search here filters so.
+    Polysemous training, which FAISS adds to product quantization for filtering by Hamming distance, is turned off. It
+    is most of the training time (1.6 seconds of a core per code byte), and no search here filters so.
     """
     index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     with contextlib.suppress(RuntimeError):  # not an IVF index
@@ -323,7 +328,7 @@ def new_index(factory: str, dimension: int) -> Any:
 
 
 def num_training_rows(index: Any, num_rows: int) -> int:
-    """Return how many of so many vectors an index is trained on: 64 a list and 65,536 at least, and what fits one task."""
+    """Return how many vectors to train an index on: 64 per list, at least 65,536, at most what fits one task."""
     lists = faiss.try_extract_index_ivf(index)
     num_lists = int(lists.nlist) if lists is not None else 0
     wanted = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * num_lists)
@@ -331,7 +336,7 @@ def num_training_rows(index: Any, num_rows: int) -> int:
 
 
 def training_rows(index: Any, num_rows: int) -> NDArray[np.int64]:
-    """Return the rows that an index is trained on: runs of 128, since neighbouring rows are read together."""
+    """Return the rows to train an index on, in runs of 128 rows, since neighbouring rows are read together."""
     size = num_training_rows(index, num_rows)
     if size == num_rows:
         return np.arange(num_rows)
@@ -342,7 +347,7 @@ def training_rows(index: Any, num_rows: int) -> NDArray[np.int64]:
 
 
 def training_sample(vectors: NDArray[np.float32], index: Any) -> NDArray[np.float32]:
-    """Return what an index is trained on: 64 vectors a list, and 65,536 at least, where there are so many."""
+    """Return a random sample of vectors to train an index on, as many as `num_training_rows` says."""
     size = num_training_rows(index, len(vectors))
     if len(vectors) == size:
         return vectors

@@ -1,7 +1,8 @@
-"""Filter searches by columns that a corpus has beside doc_id, title and text.
+"""Filter searches by columns that a corpus has besides doc_id, title and text.
 
-Enters: the files of the passages, and the doc_ids of some vectors. Leaves: the columns in the order of these, null where
-there is no passage. Memory holds the columns of these passages, and while they are read the columns of a million others.
+In: the files of the passages, and the doc_ids of some vectors. Out: the columns in the order of these doc_ids, null for
+a doc_id without a passage. Memory holds the columns of these passages, and while reading the columns of a million
+others.
 """
 
 import contextlib
@@ -29,22 +30,22 @@ _KEPT_MASKS = 16
 
 @dataclass(frozen=True)
 class Condition:
-    """What a column must hold: one of some values, or a value within bounds. A null never passes."""
+    """A filter on one column: its value must be one of some values, or within bounds. A null never passes."""
 
     column: str
     one_of: tuple[Value, ...] | None = None
     bounds: tuple[tuple[Bound, Value], ...] = ()
     kinds: tuple[type, ...] = field(init=False)
-    """Types of the values: to Python 1, 1.0 and True are equal, to a column they are not."""
+    """Types of the values, so that 1, 1.0 and True make different conditions, though they are equal in Python."""
 
     def __post_init__(self) -> None:
-        """Note the types."""
+        """Store the types of the values."""
         values = (*(self.one_of or ()), *(value for _, value in self.bounds))
         object.__setattr__(self, "kinds", tuple(map(type, values)))
 
 
 def kept_columns(files: Sequence[Location]) -> dict[str, pa.DataType]:
-    """Return the columns of a corpus that searches can be filtered by, with their types."""
+    """Return the columns, with their types, by which searches in a corpus can be filtered."""
     if not files:
         return {}
     with files[0].open_input() as stream:
@@ -53,7 +54,7 @@ def kept_columns(files: Sequence[Location]) -> dict[str, pa.DataType]:
 
 
 def _is_comparable(kind: pa.DataType) -> bool:
-    """Return whether a type is a value that filters can compare, or a list of such values."""
+    """Return whether filters can compare values of a type, or elements of a list type."""
     kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     return _is_text(kind) or _is_number(kind) or pa.types.is_boolean(kind) or pa.types.is_temporal(kind)
 
@@ -67,20 +68,20 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 class KeptColumns:
-    """The columns of some passages.
+    """The filterable columns of some passages.
 
     Args:
-        table: the columns; a row per passage.
+        table: the columns; one row per passage.
     """
 
     def __init__(self, table: pa.Table) -> None:
         self._table = table
         self.passing = functools.lru_cache(maxsize=_KEPT_MASKS)(self._passing)
-        """As `_passing`; the last results are kept, since many searches have the same filter."""
+        """Return which rows pass, as `_passing`. The last 16 results are cached, since many searches share a filter."""
 
     @classmethod
     def read(cls, files: Sequence[Location], doc_ids: Sequence[str]) -> "KeptColumns":
-        """Read the columns of these passages from the files of a corpus."""
+        """Read the columns of the passages with these doc_ids from the files of a corpus."""
         names = list(kept_columns(files))
         if not names:
             return cls(pa.table({}))
@@ -96,14 +97,14 @@ class KeptColumns:
         return cls(pa.concat_tables(parts).take(pa.array(place, mask=place < 0)).combine_chunks())
 
     def part(self, start: int, num_rows: int) -> "KeptColumns":
-        """Return some rows that follow each other."""
+        """Return `num_rows` rows from row `start`."""
         return KeptColumns(self._table.slice(start, num_rows))
 
     def _passing(self, conditions: tuple[Condition, ...]) -> NDArray[np.bool_]:
-        """Return for each row whether all conditions hold.
+        """Return for each row whether all conditions hold, bool [N].
 
         Raises:
-            InputError: there is no such column, or it holds no such values.
+            InputError: a column does not exist, or a value does not fit its type.
         """
         masks = [_mask(self._column(each.column), each) for each in conditions]
         return _all([np.ones(len(self._table), bool), *masks])
@@ -116,7 +117,7 @@ class KeptColumns:
 
 
 def _tables(files: Sequence[Location], columns: list[str]) -> Iterator[pa.Table]:
-    """Yield these columns of all files, about a million rows at a time."""
+    """Read columns of all files, about a million rows at a time."""
     read: list[pa.Table] = []
     for number, file in enumerate(files, start=1):
         with file.open_input() as stream:
@@ -130,7 +131,7 @@ def _mask(column: pa.ChunkedArray, condition: Condition) -> NDArray[np.bool_]:
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return _mask_of_values(column, condition)
-    # A list passes if one of its values does.
+    # A list passes if at least one of its values does.
     array = column.combine_chunks()
     rows = pc.list_parent_indices(array).to_numpy()
     passing = np.zeros(len(array), bool)
@@ -140,7 +141,7 @@ def _mask(column: pa.ChunkedArray, condition: Condition) -> NDArray[np.bool_]:
 
 def _mask_of_values(column: Any, condition: Condition) -> NDArray[np.bool_]:
     kind = column.type
-    # Arrow compares no float16.
+    # Arrow cannot compare float16.
     compared = pa.float32() if pa.types.is_float16(kind) else kind
     column, passing = column.cast(compared), []
     if condition.one_of is not None:
@@ -171,7 +172,7 @@ def _typed(value: Value, kind: pa.DataType, column: str) -> pa.Array:
 
 
 def _parsed(values: pa.Array, kind: pa.DataType) -> pa.Array:
-    """Return values in the column's type; a time without a zone is in UTC, in a column that has one."""
+    """Cast values to the column's type. If the column has a time zone, a time without one is UTC."""
     if not pa.types.is_timestamp(kind) or kind.tz is None:
         return values.cast(kind)
     try:

@@ -1,7 +1,7 @@
-"""Merge what parts of a corpus found, by row number: ids are looked up once, when all parts have answered.
+"""Merge the search results of parts of a corpus by row number, so that doc_ids are looked up only once at the end.
 
-In: scores and row numbers [Q, K] of each part. Out: the k best of each query, and whatever ties with the last of them,
-since ties go by doc_id. Memory is 12 bytes per query and result, twice.
+In: scores and row numbers [Q, K] of each part. Out: the k best of each query, and all results that tie with the k-th,
+since ties are broken by doc_id later. Memory is 12 bytes per query and result, twice.
 """
 
 from collections.abc import Iterable
@@ -18,20 +18,20 @@ class RankedRows:
     """The best rows of Q queries, by falling score."""
 
     scores: NDArray[np.float32]
-    """[Q, K]; -inf for none."""
+    """[Q, K], falling; -inf for an empty place."""
     rows: NDArray[np.int64]
-    """[Q, K]; -1 for none."""
+    """[Q, K], row numbers; -1 for an empty place."""
 
 
 def merge_rows(
     parts: Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]], num_queries: int, top_k: int
 ) -> RankedRows:
-    """Merge the findings of parts, in any order.
+    """Merge the results of parts, which may come in any order.
 
-    Each part has resolved its own ties, so at most k of its rows are kept however many tie.
+    Each part must have broken its own ties by doc_id, so that at most k rows of a part are needed.
 
     Returns:
-        The k best of each query, and columns for those that tie with the k-th.
+        The k best of each query, with more columns if others tie with the k-th.
     """
     scores, rows = np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
     for more_scores, more_rows in parts:
@@ -49,13 +49,13 @@ def merge_rows(
 def ordered_ties(
     scores: NDArray[np.float32], codes: NDArray[np.int64], names: pa.Array, top_k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Leave the k best of each query in an order that does not depend on which part was merged first: ties go by doc_id.
+    """Sort ties by doc_id, and keep the k best of each query, so that the order of parts has no influence.
 
-    Fusion by rank and the merging of passages to documents go by this order.
+    Fusion by rank and the merging of passages to documents depend on this order. `codes` is changed in place.
 
     Args:
         scores: [Q, K], falling.
-        codes: [Q, K], places in `names`.
+        codes: [Q, K], indices into `names`.
         names: distinct doc_ids.
         top_k: results per query.
     """

@@ -1,6 +1,7 @@
-"""Merge results to documents by their best passages, if ingest split documents.
+"""Merge ranked passages to ranked documents, if ingest split the documents into passages.
 
-A corpus that was split says so in its manifest (`split`), and so do its vectors and indexes.
+A document ranks as its best passage. The manifest of a split corpus says so (`split`), as do those of its vectors and
+indexes.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from readapt_ray.sources.splitting import PIECE, parent_of
 
 
 def first_of_each(doc_ids: Iterable[str], top_k: int) -> list[int]:
-    """Return the places of the best passages of the first k documents, in a list of passages, best first."""
+    """Return the index of the best passage of each of the first k documents, in a list of passages, best first."""
     places: dict[str, int] = {}
     for place, doc_id in enumerate(doc_ids):
         places.setdefault(parent_of(doc_id), place)
@@ -24,10 +25,10 @@ def first_of_each(doc_ids: Iterable[str], top_k: int) -> list[int]:
 
 
 def merged_to_documents(table: pa.Table, top_k: int) -> pa.Table:
-    """Merge passages to documents, k per query.
+    """Merge passages to documents by their best passage, and keep k documents per query.
 
     Args:
-        table: query_id, doc_id and score, the rows of a query together, best first.
+        table: query_id, doc_id and score; the rows of a query are consecutive, best first.
         top_k: documents per query.
     """
     doc_ids = pc.replace_substring_regex(table["doc_id"], pattern=PIECE, replacement="")
@@ -49,6 +50,6 @@ def ranks(table: pa.Table) -> NDArray[np.int64]:
 
 
 def counts_of(table: pa.Table, query_ids: Sequence[str]) -> NDArray[np.int64]:
-    """Return how many rows each query has."""
+    """Return how many rows each query has, in the order of `query_ids`."""
     found = dict(zip(*(each.to_pylist() for each in table["query_id"].value_counts().flatten()), strict=True))
     return np.array([found.get(query_id, 0) for query_id in query_ids])

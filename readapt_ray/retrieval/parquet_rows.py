@@ -1,6 +1,6 @@
-"""Parquet files of one folder, read by row number as if they were one, without their dead rows.
+"""Read the Parquet files of a folder by row number as if they were one file, without their dead rows.
 
-Only the row groups that hold the rows are read. Memory: the rows asked for and one row group.
+Only the row groups with these rows are read. Memory: the rows that are read and one row group.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ RowCounts = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class ParquetRows:
-    """The rows of many files, numbered through."""
+    """The live rows of the files of a folder, numbered from 0 over all files."""
 
     folder: Location
     counts: RowCounts
 
     @property
     def num_rows(self) -> int:
-        """Return the rows of all files."""
+        """Return the number of rows in all files."""
         return sum(count for _, count in self.counts)
 
     def take(self, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Return some rows in the order asked for; read only the row groups that hold them.
+        """Read some rows, in the order of `rows`; only the row groups with these rows are read.
 
-        A column that no file has is left out; one that some lack is null there.
+        A column that no file has is left out. If some files lack a column, it is null in their rows.
 
         Raises:
             CorruptFileError: a file was cut short or altered, is gone, or has fewer rows.
@@ -62,7 +62,7 @@ class ParquetRows:
 
 
 def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
-    """Read live rows `start` to `start + num_rows`; only the row groups that hold them are read.
+    """Read live rows `start` to `start + num_rows` of a file; only the row groups with these rows are read.
 
     Columns that the file does not have are left out.
 
@@ -73,14 +73,14 @@ def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[s
 
 
 def scan_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
-    """Read as `read_rows` does, for who reads a few columns of all rows: an object of a few megabytes is read at once."""
+    """Read like `read_rows`, for scans of a few columns: a small object is fetched whole in one request."""
     return _read(location, range(start, start + num_rows), columns, max_bytes=MAX_SCANNED_BYTES)
 
 
 def _read(
     location: Location, rows: range | NDArray[np.int64], columns: Sequence[str], *, max_bytes: int = 0
 ) -> pa.Table:
-    """Read rising live rows of one file; a row group in memory at a time if they are no range."""
+    """Read live rows, rising, of one file. If they are not a range, one row group is in memory at a time."""
     with explain_damage(location), dead_rows.opened(location, max_bytes=max_bytes) as file:
         due = int(rows[-1]) + 1 if len(rows) else 0
         if due > file.num_rows:
@@ -90,7 +90,7 @@ def _read(
 
 @contextlib.contextmanager
 def explain_damage(location: Location) -> Iterator[None]:
-    """Raise our error for a file that is damaged or gone; a failure of the disk or network stays what it is."""
+    """Raise CorruptFileError for a file that is damaged or gone; let errors of disk and network pass."""
     try:
         yield
     except FileNotFoundError as error:

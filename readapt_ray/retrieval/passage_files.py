@@ -1,6 +1,6 @@
-"""Read some passages, or all, from the Parquet files of an ingested corpus.
+"""Read passages from the Parquet files of an ingested corpus.
 
-Enters: the files. Leaves: their rows, a batch at a time; nothing of a corpus stays in memory.
+In: the files. Out: their rows, a batch at a time, so that the corpus is never in memory as a whole.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _BATCH_ROWS = 16384
 
 
 def read_batches(file: Location, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Yield these columns of a file, some thousand rows at a time.
+    """Read columns of a file, up to 16,384 rows at a time.
 
     Raises:
         CorruptFileError: the file is damaged or gone, or lacks one of TEXT_COLUMNS.
@@ -49,24 +49,24 @@ def opened(file: Location) -> Iterator[pq.ParquetFile]:
 
 @dataclass(frozen=True)
 class PassageFiles:
-    """The files of an ingested corpus, which are read once per question; `PassageStore` is for many questions."""
+    """The files of an ingested corpus. Each method reads all of them; use `PassageStore` for many lookups."""
 
     files: list[Location]
     is_split: bool = False
-    """Whether the passages are parts of documents; the id of a document then also names its first passage."""
+    """Whether the passages are parts of documents; the id of a document then also finds its first passage."""
 
     @classmethod
     def open(cls, corpus: str) -> "PassageFiles":
         """Open the output of `ingest`.
 
         Raises:
-            ArtifactMissingError: `corpus` is not one, or it is unfinished.
+            ArtifactMissingError: `corpus` is not an ingest artifact, or it is unfinished.
         """
         artifact = open_artifact(corpus, "ingest")
         return cls((artifact.location / "passages").files(".parquet"), "split" in artifact.manifest.details)
 
     def missing(self, doc_ids: Iterable[str]) -> list[str]:
-        """Return the given doc_ids that the corpus does not have, each once, in their order.
+        """Return the doc_ids that the corpus lacks, each once, in the order given.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -79,7 +79,7 @@ class PassageFiles:
         return [str(each) for each in missing.to_pylist()]
 
     def documents_of(self, ids: Iterable[str]) -> dict[str, str]:
-        """Return the document of each id: of a passage of a document that was split, else the id itself.
+        """Return the document of each id: for a passage of a split document its parent, else the id itself.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -97,7 +97,7 @@ class PassageFiles:
         return found | {each: each for each in documents}
 
     def has_any(self, passage_ids: Iterable[str]) -> bool:
-        """Return whether one of these is the id of a passage; the id of a document that was split is not.
+        """Return whether at least one of the ids is the id of a passage. The id of a split document is not.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -106,7 +106,7 @@ class PassageFiles:
         return bool(len(wanted)) and any(pc.any(pc.is_in(ids, wanted)).as_py() for ids in self._ids())
 
     def find(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        """Return the passages of these doc_ids.
+        """Return the passages with these doc_ids, by doc_id. A doc_id that the corpus lacks is left out.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -126,7 +126,7 @@ class PassageFiles:
         return found
 
     def pieces_of(self, doc_ids: Iterable[str]) -> dict[str, list[Passage]]:
-        """Return all passages of each of these documents, in order; the id of a passage gives that passage alone.
+        """Return all passages of each document, in order, by its id. The id of a passage gives that passage alone.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -146,7 +146,7 @@ class PassageFiles:
         return {each: found[each] for each in wanted.to_pylist() if each in found}
 
     def passage_ids(self, ids: Iterable[str]) -> frozenset[str]:
-        """Return these ids with all passages of a document in place of its own.
+        """Replace each id of a split document by the ids of all its passages; other ids stay.
 
         Raises:
             CorruptFileError: a file cannot be read.

@@ -1,10 +1,10 @@
-"""Passages by doc_id, from a copy of an ingested corpus that all processes of a node map into memory.
+"""Look up passages by doc_id, in a copy of an ingested corpus that all processes of a node map into memory.
 
-The copy is an entry of the node's cache (`catalog/cache_entries.py`): `passages.arrow` has titles and texts, uncompressed;
-`keys.npy` and `rows.npy` have the row of each doc_id by its hash. The first process makes it, the others wait for it. What
-searches read stays in the operating system's page cache, and nothing of the corpus is held by a process. A copy goes when
-the last store of it is dropped; the copy of a process that ended is removed when another store is opened, or when the same
-one uses it again.
+The copy is an entry of the node's cache (`catalog/cache_entries.py`). `passages.arrow` has titles and texts,
+uncompressed; `keys.npy` and `rows.npy` map the hash of each doc_id to its row. The first process makes the copy; the
+others wait for it. Pages that searches read stay in the operating system's page cache; the process itself holds nothing
+of the corpus. A copy is removed when the last store of it is dropped. If a process ended without that, the copy is
+removed when another store is opened, or used again by a store of the same corpus.
 """
 
 import logging
@@ -30,41 +30,41 @@ logger = logging.getLogger("readapt_ray")
 
 _TEXTS, _KEYS, _ROWS = "passages.arrow", "keys.npy", "rows.npy"
 _BYTES_PER_ROW = 16
-"""Of keys and rows."""
+"""Bytes per passage in `keys.npy` and `rows.npy`."""
 _BATCH_BYTES = 32 << 20
-"""Of a batch of the copy: few enough to open a hundred million passages, small enough to make."""
+"""Bytes per batch of the copy: large, so that a corpus of 100 million passages has few batches to open."""
 
 
 class PassageStore:
-    """Titles and texts of a corpus.
+    """Titles and texts of a corpus, found by doc_id.
 
     Args:
-        entry: the folder of its copy.
-        use: keeps the copy until it is closed.
-        is_split: whether the passages are parts of documents; the id of a document then also names its first passage.
+        entry: the folder of the copy.
+        use: an open lock file; the copy is kept until it is closed.
+        is_split: whether the passages are parts of documents; the id of a document then also finds its first passage.
     """
 
     def __init__(self, entry: Path, use: IO[str], *, is_split: bool = False) -> None:
         self.is_split = is_split
-        weakref.finalize(self, _drop, entry, use).atexit = False  # the next start uses the copy again
+        weakref.finalize(self, _drop, entry, use).atexit = False  # keep the copy at exit, for the next start
         table = pa.ipc.open_file(pa.memory_map(str(entry / _TEXTS))).read_all()
         self.columns = {field.name: str(field.type) for field in table.schema if field.name not in TEXT_COLUMNS}
-        """The columns that were kept, by which searches can be filtered, with the type of each."""
+        """Name and Arrow type of each column by which searches can be filtered."""
         self._batches = table.to_batches()
         self._starts = np.cumsum([0, *(len(each) for each in self._batches)])
         self._lookup = IdLookup(*(np.load(entry / name, mmap_mode="r") for name in (_KEYS, _ROWS)))
 
     @classmethod
     def open(cls, corpus: str, fingerprint: str | None = None) -> "PassageStore":
-        """Open the passages of an `ingest` artifact; copy them to this node first, unless they are there.
+        """Open the passages of an `ingest` artifact; copy them to this node first, unless a copy exists.
 
         Args:
             corpus: its folder.
-            fingerprint: of the one that is meant; None takes what is there.
+            fingerprint: the fingerprint that the artifact must have; None accepts any.
 
         Raises:
-            ArtifactMissingError: `corpus` is not one, or it is unfinished.
-            FingerprintMismatchError: it is another one.
+            ArtifactMissingError: `corpus` is not an ingest artifact, or it is unfinished.
+            FingerprintMismatchError: it has another fingerprint.
             CorruptFileError: a file of it cannot be read.
             StorageError: the disk of the cache has no room for the copy.
         """
@@ -75,7 +75,7 @@ class PassageStore:
             use = cache_entries.in_use(entry)
             if not _is_whole(entry):
                 _copy(files, entry, artifact)
-                _open_corpus(corpus, artifact.fingerprint)  # nobody made it again in the meantime
+                _open_corpus(corpus, artifact.fingerprint)  # refuse a corpus that was made again meanwhile
                 _note(entry)
         cache_entries.remove_unused("passages")
         return cls(entry, use, is_split="split" in artifact.manifest.details)
@@ -85,7 +85,7 @@ class PassageStore:
         return int(self._starts[-1])
 
     def find(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        """Return the passages of these doc_ids, without those that the corpus does not have."""
+        """Return the passages with these doc_ids, by doc_id. A doc_id that the corpus lacks is left out."""
         wanted = list(doc_ids)
         found = dict(self._found(wanted))
         if self.is_split:
@@ -100,19 +100,19 @@ class PassageStore:
             number = int(np.searchsorted(self._starts, row, side="right")) - 1
             batch, place = self._batches[number], row - self._starts[number]
             passage_id, title, text = (batch[name][place].as_py() for name in TEXT_COLUMNS)
-            if passage_id == doc_id:  # and not another one with the same hash
+            if passage_id == doc_id:  # not another doc_id with the same hash
                 columns = {name: batch[name][place].as_py() for name in self.columns}
                 yield doc_id, Passage(doc_id, title, text, columns or None)
 
 
 def _drop(entry: Path, use: IO[str]) -> None:
-    """Remove a copy unless another store has it."""
+    """Remove a copy, unless another store uses it."""
     use.close()
     cache_entries.remove_unless_used(entry)
 
 
 def _open_corpus(corpus: str, fingerprint: str | None) -> Artifact:
-    """Open an `ingest` artifact; refuse another one than is meant."""
+    """Open an `ingest` artifact; refuse one with another fingerprint."""
     artifact = open_artifact(corpus, "ingest")
     if fingerprint not in (None, artifact.fingerprint):
         raise FingerprintMismatchError(
@@ -123,7 +123,7 @@ def _open_corpus(corpus: str, fingerprint: str | None) -> Artifact:
 
 
 def _is_whole(entry: Path) -> bool:
-    """Return whether the files of a copy have the sizes that were noted when it was done."""
+    """Return whether the files of a copy have the sizes that were stored when it was complete."""
     noted = cache_entries.noted_files(entry)
     return bool(noted) and all(
         (entry / name).is_file() and (entry / name).stat().st_size == each["size_bytes"] for name, each in noted.items()
@@ -139,7 +139,7 @@ def _copy(files: list[Location], entry: Path, corpus: Artifact) -> None:
     """Write the files of a copy. Call it inside `cache_entries.locked`."""
     cache_entries.remove_files(entry)
     num_bytes = _planned_bytes(files)
-    # No file has 0 bytes, so the copy counts as whole only once its real sizes are noted.
+    # No file has 0 bytes, so the copy counts as complete only after `_note` stored its real sizes.
     cache_entries.reserve(entry, {_TEXTS: num_bytes, _KEYS: 0, _ROWS: 0}, f"a copy of the texts of {corpus.uri}")
     logger.info("copying the texts of %s to %s (about %.1f GB)", corpus.uri, entry, num_bytes / 1e9)
     keys = []
@@ -156,7 +156,7 @@ def _copy(files: list[Location], entry: Path, corpus: Artifact) -> None:
 
 
 def _planned_bytes(files: list[Location]) -> int:
-    """Return about how many bytes a copy will have, by the footers of the corpus."""
+    """Estimate the bytes of a copy from the footers of the corpus."""
     num_bytes = 0
     for file in files:
         with opened(file) as parquet:
@@ -167,7 +167,7 @@ def _planned_bytes(files: list[Location]) -> int:
 
 
 def _large_batches(files: list[Location], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield all passages in batches of some megabytes; titles and texts that are null are empty."""
+    """Yield all passages in batches of some 32 MiB; null titles and texts become empty."""
     gathered: list[pa.RecordBatch] = []
     for file in files:
         for batch in read_batches(file, schema.names):

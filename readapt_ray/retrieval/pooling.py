@@ -1,7 +1,7 @@
-"""From the hidden states of all tokens to one vector a text.
+"""Pool the hidden states of all tokens of a text to one vector.
 
 Padding may be on either side, or on both: only the mask says which tokens are real. Sums and
-norms are made in float32 whatever the type of the hidden states.
+norms are computed in float32, whatever the dtype of the hidden states.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
 
     Args:
         hidden: hidden states [B, T, H], any floating type.
-        mask: [B, T], not 0 where a token is real; every row needs one.
-        pooling: `last` takes the last real token, `cls` the first, `mean` their mean.
+        mask: [B, T], not 0 for real tokens; every row needs at least one.
+        pooling: `last` takes the last real token, `cls` the first, `mean` the mean of the real tokens.
 
     Returns:
         float32 [B, H].
@@ -32,7 +32,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
     real = mask != 0
     if pooling == "mean":
         weights = real.unsqueeze(-1).to(torch.float32)
-        # A padded position may hold anything, even NaN: where() keeps it out, a product would not.
+        # A padded position may hold anything, even NaN. where() removes it; multiplying by 0 would not.
         kept = torch.where(real.unsqueeze(-1), hidden, torch.zeros((), dtype=hidden.dtype, device=hidden.device))
         return kept.sum(dim=1, dtype=torch.float32) / weights.sum(dim=1).clamp(min=1.0)
     if pooling == "cls":
@@ -50,7 +50,7 @@ def pool_packed(hidden: torch.Tensor, lengths: Sequence[int], pooling: Pooling) 
     Args:
         hidden: hidden states [T, H] of all tokens.
         lengths: tokens of each of the B texts, at least 1; their sum is T.
-        pooling: as `pool`.
+        pooling: as in `pool`.
 
     Returns:
         float32 [B, H].

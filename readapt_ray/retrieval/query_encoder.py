@@ -1,7 +1,7 @@
-"""Find what encodes queries for given vectors, and refuse what would mix two models.
+"""Choose how to encode queries for given vectors, and refuse a model whose queries do not fit them.
 
-Queries are encoded by the model that made the vectors; by a model for queries alone that names it; or by a new model whose
-queries a bridge maps to these vectors.
+Queries can be encoded by the model that made the vectors; by a query model that was made for it; or by a new model, if
+a bridge maps its queries to these vectors.
 """
 
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from readapt_ray.retrieval.bridge import Bridge
 
 @dataclass(frozen=True)
 class QueryEncoder:
-    """A model for queries, as it fits given vectors."""
+    """A model, its encoding and perhaps a bridge, that together encode queries for given vectors."""
 
     model: OpenModel
     encoding: Encoding
     description: dict[str, Any]
-    """Its fingerprint, model, dtype and encoding, as in manifests."""
+    """Fingerprint, model, dtype and encoding of the encoder, as in manifests."""
     bridge: Bridge | None = None
 
     @property
     def fingerprint(self) -> str:
-        """Return a fingerprint of all that decides the vector of a query."""
+        """Return a fingerprint of everything that decides the vector of a query."""
         return self.bridge.query_fingerprint if self.bridge else str(self.description["fingerprint"])
 
 
 def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
-    """Return what a vector file and a manifest say of the model that made them."""
+    """Return the description of an encoder that vector files and manifests store."""
     from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 
     return {
@@ -46,16 +46,17 @@ def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[s
 def query_encoder(
     model: OpenModel, made: Artifact, *, encoding: Encoding | None = None, bridge: Bridge | None = None
 ) -> QueryEncoder:
-    """Return what encodes queries for these vectors.
+    """Return the encoder of queries for given vectors, after checking that it fits them.
 
     Args:
         model: encodes the queries.
         made: the vectors, or an index of them.
-        encoding: given by the user; None takes what the vectors, the model for queries or the bridge say.
+        encoding: given by the user; None takes the one of the vectors, the query model or the bridge.
         bridge: maps the queries, if another model made the vectors.
 
     Raises:
-        FingerprintMismatchError: the model did not make these vectors, and neither it nor the bridge belongs to them.
+        FingerprintMismatchError: the model did not make these vectors, and is no query model for them; or the bridge
+            does not belong to this model and these vectors.
     """
     recorded, passages = made.manifest.details["encoder"], passages_model(model)
     if bridge is not None:
@@ -92,10 +93,10 @@ def _of_query_model(
 
 
 def _check(model: OpenModel, encoding: Encoding, recorded: dict[str, Any], made: Artifact) -> None:
-    """Refuse what this model with this encoding would not have made: vectors, an index of them, or a bridge to others.
+    """Refuse vectors, an index or a bridge that another model or encoding made.
 
     Raises:
-        FingerprintMismatchError: another model or encoding made them.
+        FingerprintMismatchError: the fingerprints differ; the message says in what.
     """
     from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 

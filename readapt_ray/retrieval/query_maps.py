@@ -1,10 +1,10 @@
-"""Fit maps from a new model's query vectors to vectors that rank an old model's passages as the new model would.
+"""Fit maps for query vectors of a new model, so that they can search the passage vectors of an old model.
 
-Enters: vectors of the same passages by both models. Leaves: maps (Drift-Adapter, arXiv 2509.23471), for the caller to
-choose from by recall. The paper predicts old vectors from new ones. Here new vectors of passages are predicted from old
-ones, p_new = S p_old, and the query takes the transpose: q_new · (S p_old) = (S' q_new) · p_old. So the map fits the
+In: vectors of the same passages by both models. Out: several maps (Drift-Adapter, arXiv 2509.23471); the caller chooses
+one by recall. The paper predicts old vectors from new ones. Here new passage vectors are predicted from old ones,
+p_new = S p_old, and a query is multiplied by the transpose: q_new · (S p_old) = (S' q_new) · p_old. So the map fits the
 scores of the new model, not the vector that the old model would have given the query. On Cranfield (1,118 passages to
-fit; from a model of 256 dimensions to all-MiniLM-L6-v2) it finds 0.29 of the new model's ten best, and the paper's
+fit; from a model of 256 dimensions to all-MiniLM-L6-v2) this finds 0.29 of the new model's ten best, and the paper's
 direction 0.11. An orthogonal map is the same in both directions. 16,000 vectors of 4,096 numbers take 0.5 GB for both
 models, and as much for their products.
 """
@@ -23,8 +23,9 @@ from readapt_ray.seeds import derive_seed
 Matrix = NDArray[np.float32]
 
 _RIDGES = (1e-3, 1e-2, 1e-1)
-"""Strengths to try, as parts of the mean variance of the old vectors. Small samples want more: with as many passages as dimensions (SmolLM2 and its
-adapted form, Cranfield) 1e-3 finds .70 of the ten best, 1e-1 .79."""
+"""Ridge strengths to try, as fractions of the mean variance of the old vectors. Small samples need a stronger ridge:
+with as many passages as dimensions (SmolLM2 and its adapted form, Cranfield) 1e-3 finds .70 of the ten best, 1e-1
+.79."""
 _RANK_SHARES = (0.5, 0.25)
 _HIDDEN = 256
 _NUM_EPOCHS = 20
@@ -36,21 +37,21 @@ _LEAST_LENGTH = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class QueryMap:
-    """Maps query vectors of the new model: x -> x matrix + gelu(x inward + bias) outward."""
+    """A map of query vectors of the new model: x -> x matrix + gelu(x inward + bias) outward."""
 
     name: str
     """orthogonal, affine (with its ridge or rank) or residual."""
     matrix: Matrix
     """[D_new, D_old]."""
     inward: Matrix | None = None
-    """[D_new, H]; None for a map that is a matrix alone."""
+    """[D_new, H]; None for a map without the residual network."""
     bias: Matrix | None = None
     """[H]."""
     outward: Matrix | None = None
     """[H, D_old]."""
 
     def __call__(self, queries: Matrix) -> Matrix:
-        """Map queries [Q, D_new] to float32 [Q, D_old] of length 1, so that scores among normalised vectors are cosines."""
+        """Map queries [Q, D_new] to float32 [Q, D_old] of length 1; scores with normalised vectors are cosines."""
         mapped = queries @ self.matrix
         if self.inward is not None and self.bias is not None and self.outward is not None:
             mapped += functional.gelu(torch.from_numpy(queries @ self.inward + self.bias)).numpy() @ self.outward
@@ -68,13 +69,17 @@ class QueryMap:
 
 
 def fit_maps(new: Matrix, old: Matrix, *, seed: int, recall: Callable[[QueryMap], float]) -> Iterator[QueryMap]:
-    """Yield an orthogonal map, affine maps that are held near it by several ridges, the best of these at lower ranks, and a residual map.
+    """Fit candidate maps, and yield one after the other.
+
+    They are an orthogonal map, affine maps that several ridges pull towards it, the best affine map at lower ranks, and
+    a residual map, which adds a small network to the best of these.
 
     Args:
-        new: [N, D_new], of N passages by the new model.
-        old: [N, D_old], of the same passages by the old one.
+        new: [N, D_new], vectors of N passages by the new model.
+        old: [N, D_old], vectors of the same passages by the old model.
         seed: of the residual map's training.
-        recall: of a map on passages that are not among these; chooses the ridge, and says when the residual map's training is best.
+        recall: returns the recall of a map on passages that are not among the N. It chooses the ridge, and the epoch of
+            the residual map.
     """
     centred_new, centred_old = new - new.mean(axis=0), old - old.mean(axis=0)
     across = (centred_old.T @ centred_new).astype(np.float64)
@@ -93,18 +98,18 @@ def fit_maps(new: Matrix, old: Matrix, *, seed: int, recall: Callable[[QueryMap]
 
 
 def _as_matrix(predicting: NDArray[np.float64]) -> Matrix:
-    """Return the map of queries [D_new, D_old] that belongs to a map of passages [D_old, D_new]."""
+    """Transpose a map of passages [D_old, D_new] to the map of queries [D_new, D_old]."""
     return np.ascontiguousarray(predicting.T, dtype=np.float32)
 
 
 def orthogonal(across: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Solve the orthogonal Procrustes problem; unlike dimensions give a matrix of orthonormal rows or columns.
+    """Solve the orthogonal Procrustes problem. If the dimensions differ, rows or columns are orthonormal.
 
     Args:
         across: old'new [D_old, D_new], of centred vectors.
 
     Returns:
-        float64 [D_old, D_new], the R of that form for which old R is nearest to new (Schönemann, 1966).
+        float64 [D_old, D_new], the R of this kind for which old R is nearest to new (Schönemann, 1966).
     """
     left, _, right = np.linalg.svd(across, full_matrices=False)
     result: NDArray[np.float64] = left @ right
@@ -114,13 +119,13 @@ def orthogonal(across: NDArray[np.float64]) -> NDArray[np.float64]:
 def ridge_regression(
     across: NDArray[np.float64], within: NDArray[np.float64], start: NDArray[np.float64], ridge: float
 ) -> NDArray[np.float64]:
-    """Return the regression [D_old, D_new] of new vectors on old ones, drawn towards a map.
+    """Fit the ridge regression [D_old, D_new] of new vectors on old ones, pulled towards a given map.
 
     Args:
         across: old'new [D_old, D_new], of centred vectors.
         within: old'old [D_old, D_old].
-        start: [D_old, D_new], the map where the ridge is endless.
-        ridge: strength, of the mean variance of the old vectors.
+        start: [D_old, D_new], the map that an infinite ridge would give.
+        ridge: strength, as a fraction of the mean variance of the old vectors.
     """
     found: NDArray[np.float64] = start + np.linalg.solve(_with_ridge(within, ridge), across - within @ start)
     return found
@@ -129,12 +134,15 @@ def ridge_regression(
 def lower_ranks(
     within: NDArray[np.float64], whole: NDArray[np.float64], ridge: float
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Yield a ridge regression at half and a quarter of its rank (reduced-rank regression; Izenman, 1975).
+    """Reduce a ridge regression to half and a quarter of its rank (reduced-rank regression; Izenman, 1975).
 
     Args:
         within: old'old [D_old, D_old], of centred vectors.
-        whole: [D_old, D_new], what `ridge_regression` gives.
-        ridge: its strength.
+        whole: [D_old, D_new], the result of `ridge_regression`.
+        ridge: the strength it was fitted with.
+
+    Yields:
+        The rank, and the map [D_old, D_new] of that rank.
     """
     directions = np.linalg.eigh(whole.T @ _with_ridge(within, ridge) @ whole)[1][:, ::-1]
     for share in _RANK_SHARES:
@@ -150,10 +158,10 @@ def _with_ridge(within: NDArray[np.float64], ridge: float) -> NDArray[np.float64
 
 
 def _residual(new: Matrix, old: Matrix, start: QueryMap, *, seed: int, recall: Callable[[QueryMap], float]) -> QueryMap:
-    """Train a small network beside a matrix, so that scores of old and new vectors have the same distribution.
+    """Train a small network beside a matrix, so that mapped queries score old vectors as queries score new ones.
 
-    Each passage is a query in turn; the loss is the Kullback-Leibler divergence of the softmax over other passages. Of all
-    epochs the best by recall is returned, since many of them overfit some thousand passages.
+    Each passage serves as a query; the loss is the Kullback-Leibler divergence of the softmax over other passages. The
+    epoch of highest recall is returned, since many epochs overfit some thousand passages.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     random = torch.Generator().manual_seed(derive_seed(seed, "residual map"))
@@ -188,7 +196,7 @@ def _residual(new: Matrix, old: Matrix, start: QueryMap, *, seed: int, recall: C
 
 
 def _divergence(wanted: torch.Tensor, scores: torch.Tensor, itself: torch.Tensor) -> torch.Tensor:
-    """Return how far the scores of passages [Q, N] are from those wanted, a query's own passage left out."""
+    """Return the divergence of scores [Q, N] from the wanted ones, with each query's own passage masked."""
     found, target = (
         functional.log_softmax((each / _TEMPERATURE).masked_fill(itself, -1e9), dim=1) for each in (scores, wanted)
     )

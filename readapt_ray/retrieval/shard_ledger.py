@@ -1,7 +1,7 @@
-"""What is known of each data shard that was written: its file, and what making it took.
+"""Record which shards of vectors are written, with counts and times of each, so that a run can resume.
 
-The files are their own ledger: a file is written whole, with what made it in its footer. `shards.parquet` beside them
-repeats what the footers say, so that resuming takes one listing: only files that it does not list are opened.
+Each file of vectors is written whole, and its footer says what made it. `shards.parquet` (the ledger) beside them
+repeats the footers, so that resuming takes one listing of the folder: only files that the ledger lacks are opened.
 """
 
 import json
@@ -41,33 +41,37 @@ COUNTS = (
     "num_lost",
     "num_dead",
 )
+"""Integer figures per file. num_copied: vectors taken from earlier ones; num_lost: tokens cut by truncation."""
 SECONDS = ("encode_s", "wait_s")
+"""Times per file: encoding, and waiting for input."""
 _FIGURES = np.dtype([*((name, np.int64) for name in COUNTS), *((name, np.float64) for name in SECONDS)])
 _SECONDS_KEY = b"seconds"
-"""Times are in the metadata, so that the rows of two runs are equal."""
+"""Times are kept in the metadata, so that two runs write equal rows."""
 _ROWS_KEY = b"rows_per_shard"
 _PLAN_KEY = b"plan"
 _FILES = ("vectors/part-#.parquet", "vectors/part-#-partly.parquet", "vectors/_part-#-partly.dead", LEDGER_NAME)
 
 
 class Origin(NamedTuple):
-    """Parts of the corpus and earlier file that the vectors of a file come from."""
+    """Where the vectors of a file come from: parts of the corpus, and perhaps an earlier file."""
 
     sources: tuple[str, ...]
-    """Digests of the parts of the corpus that hold its passages; empty if they are not known."""
+    """Digests of the parts of the corpus that hold its passages; empty if unknown."""
     kept: str
-    """Name of the same file among the earlier vectors; empty if it was written anew."""
+    """Name that the file has in the earlier artifact that shares it; empty if the file was written anew."""
 
 
 class ShardLedger:
-    """The shards of a run, and figures of those that are written: some 600 bytes per shard, and as much again to save them.
+    """The shards of a run, and the figures of those that are written.
+
+    Memory: some 600 bytes per shard, twice that while saving.
 
     Args:
-        shards: all of them, numbered from 0.
+        shards: all shards of the run, numbered from 0.
         output: folder of the artifact.
-        made_by: fingerprint of the encoder; a file that another one made is not ours.
-        rows_per_shard: for `begun_rows_per_shard`.
-        plan: fingerprint of the plan on earlier vectors; empty without these.
+        made_by: fingerprint of the encoder; a file made by another encoder counts as not written.
+        rows_per_shard: passages per shard, stored for `begun_rows_per_shard`.
+        plan: fingerprint of the plan that reuses earlier vectors; empty if it reuses none.
     """
 
     def __init__(
@@ -79,28 +83,30 @@ class ShardLedger:
 
     @property
     def pending(self) -> list[DataShard]:
-        """Return the shards that have no file yet."""
+        """Return the shards that are not written yet."""
         return [shard for shard in self.shards if not self.figures["num_bytes"][shard.number]]
 
     @property
     def num_vectors(self) -> int:
-        """Return the vectors that are written."""
+        """Return how many vectors are written."""
         return int(self.figures["num_rows"].sum())
 
     @property
     def num_done(self) -> int:
-        """Return the passages that are done: those with a vector, and those that have no usable one."""
+        """Return how many passages are done: with a vector written, or without a usable vector."""
         return self.num_vectors + int(self.figures["num_left_out"].sum())
 
     def begin(self, previous: str | None, *, may_clear: bool) -> None:
-        """Note the plan before the first file is written. The numbers of files mean other passages in another plan.
+        """Store the plan before the first file is written.
+
+        Under another plan, a file of the same number holds other passages, so files of another plan cannot be used.
 
         Args:
-            previous: the earlier vectors, as the user calls them.
-            may_clear: remove the files of another plan.
+            previous: the earlier vectors, as the user named them; None without any. Used in the message.
+            may_clear: remove files of another plan instead of refusing.
 
         Raises:
-            ArtifactConflictError: there are some, and they may not be removed.
+            ArtifactConflictError: there are files of another plan, and `may_clear` is False.
         """
         table = _read_ledger(self._output)
         begun = (table.schema.metadata or {}).get(_PLAN_KEY, b"").decode() if table is not None else ""
@@ -118,7 +124,7 @@ class ShardLedger:
         self._write(np.zeros(0, np.int64))
 
     def find(self) -> None:
-        """Take in what is written: one listing, and the footers of files that the ledger does not know."""
+        """Find which shards are written: one listing, and the footers of files that `shards.parquet` lacks."""
         sizes = self._sizes()
         self._load(sizes)
         unknown = [shard for shard in self.pending if shard.name in sizes]
@@ -127,11 +133,11 @@ class ShardLedger:
                 self.record(shard.number, figures)
 
     def record(self, number: int, figures: Mapping[str, Any]) -> None:
-        """Note that a shard is written."""
+        """Record the figures of a shard that is written."""
         self.figures[number] = tuple(figures[name] for name in _FIGURES.names or ())
 
     def save(self) -> None:
-        """Write `shards.parquet`, unless nothing is done yet."""
+        """Write `shards.parquet`, unless no shard is written yet."""
         numbers = np.flatnonzero(self.figures["num_bytes"])
         if len(numbers):
             self._write(numbers)
@@ -151,12 +157,12 @@ class ShardLedger:
             pq.write_table(table.replace_schema_metadata(said), stream)
 
     def left_out(self) -> list[str]:
-        """Return the doc_ids of passages without a usable vector; only footers that name some are read."""
+        """Return the doc_ids of passages without a usable vector. Only footers that name any are read."""
         files = [self._file(self.shards[number]) for number in np.flatnonzero(self.figures["num_left_out"]).tolist()]
         return [doc_id for footer in at_once(read_footer, files) for doc_id in footer.left_out]
 
     def check_there(self) -> None:
-        """Check that no file was removed since; one listing, no file is opened.
+        """Check that the file of every shard still exists. Takes one listing and opens no file.
 
         Raises:
             CorruptFileError: files that were written are gone.
@@ -173,7 +179,7 @@ class ShardLedger:
         return {name: int(info.size) for name, info in (self._output / "vectors").listing(".parquet")}
 
     def _load(self, sizes: Mapping[str, int]) -> None:
-        """Take from `shards.parquet` what the listing confirms: a file of that name and size."""
+        """Load the rows of `shards.parquet` that the listing confirms: the file has that name and size."""
         table = _read_ledger(self._output)
         said = (table.schema.metadata or {}) if table is not None else {}
         if table is None or said.get(b"encoder") != self._made_by.encode():
@@ -198,12 +204,13 @@ class ShardLedger:
 
 
 def open_vectors(artifact: Artifact) -> ParquetRows:
-    """Open the vectors that `embed` wrote, and check that one encoder made them all and that none is missing.
+    """Open the vectors that `embed` wrote; check that one encoder made them all and that none is missing.
 
-    Files that `shards.parquet` and the listing agree on are not opened.
+    A file is not opened if `shards.parquet` and the listing agree on its size.
 
     Raises:
-        CorruptFileError: a file was cut short or altered, is gone, or was made by another encoder than the manifest says.
+        CorruptFileError: a file was cut short or altered, is gone, or was made by another encoder than the manifest
+            says.
     """
     folder, encoder = artifact.location / "vectors", artifact.manifest.details["encoder"]
     sizes = {name: int(info.size) for name, info in folder.listing(".parquet")}
@@ -228,31 +235,31 @@ def open_vectors(artifact: Artifact) -> ParquetRows:
 
 
 def known_files(artifact: Location) -> dict[str, dict[str, int]]:
-    """Return the counts of each file of vectors by its name, as far as `shards.parquet` says."""
+    """Return the counts of each file of vectors, by name, from `shards.parquet`; empty if it cannot be read."""
     return files_and_origins(artifact)[0]
 
 
 def files_and_origins(artifact: Location) -> tuple[dict[str, dict[str, int]], dict[str, Origin]]:
-    """Return the counts of each file of vectors by its name, and where its vectors are from, as far as `shards.parquet` says."""
+    """Return counts and origin of each file of vectors, by name, from `shards.parquet`; empty if it lacks them."""
     table = _read_ledger(artifact)
     if table is None:
         return {}, {}
     counts = dict(_by_name(table))
-    if "sources" not in table.column_names:  # of an older release
+    if "sources" not in table.column_names:  # written by an older release
         return counts, {}
     pairs = zip(table["sources"].to_pylist(), table["kept"].to_pylist(), strict=True)
     return counts, {name: Origin(tuple(sources), kept) for name, (sources, kept) in zip(counts, pairs, strict=True)}
 
 
 def shared_files(artifact: Location) -> frozenset[str]:
-    """Return the files whose vectors are all earlier ones, as far as `shards.parquet` says."""
+    """Return the names of files whose vectors were all taken from earlier ones, according to `shards.parquet`."""
     return frozenset(
         name for name, figures in known_files(artifact).items() if figures["num_copied"] == figures["num_rows"]
     )
 
 
 def write_compacted(source: Location, target: Location) -> int:
-    """Write the ledger of an artifact whose files are those of another without dead rows; return the bytes of all."""
+    """Write the ledger of a compacted artifact, whose files are copies without dead rows; return their total bytes."""
     table = _read_ledger(source)
     sizes = {name: int(info.size) for name, info in (target / "vectors").listing(".parquet")}
     if table is not None:
@@ -270,7 +277,7 @@ def write_compacted(source: Location, target: Location) -> int:
 
 
 def _by_name(table: pa.Table) -> Iterator[tuple[str, dict[str, int]]]:
-    """Yield the name and the counts of each file that is written."""
+    """Yield name and counts of each file that is written."""
     columns = {name: values.tolist() for name, values in _counts_of(table).items()}
     for row, number in enumerate(table["number"].to_pylist()):
         figures = {name: values[row] for name, values in columns.items()}
@@ -279,20 +286,20 @@ def _by_name(table: pa.Table) -> Iterator[tuple[str, dict[str, int]]]:
 
 
 def _counts_of(table: pa.Table) -> dict[str, NDArray[np.int64]]:
-    """Return the counts of a ledger; zeros for those that an older release did not note."""
+    """Return the counts of a ledger; zeros for counts that an older release did not store."""
     none = np.zeros(table.num_rows, np.int64)
     return {name: table[name].to_numpy() if name in table.column_names else none for name in COUNTS}
 
 
 def shared_figures(kept: KeptFile, dimension: int) -> dict[str, Any]:
-    """Return the figures of a shard whose file is shared."""
+    """Return the figures of a shard that shares an earlier file, so that nothing was encoded."""
     figures = dict.fromkeys(COUNTS, 0) | dict.fromkeys(SECONDS, 0.0)
     figures |= {name: getattr(kept, name) for name in ("num_rows", "num_bytes", "num_dead")}
     return figures | {"num_copied": kept.num_rows, "dimension": dimension}
 
 
 def read_figures(file: Location, *, num_rows: int, made_by: str) -> dict[str, Any] | None:
-    """Return what the file of a shard says; None where it is damaged, or not the whole shard by this encoder."""
+    """Read the figures of a shard from its file; None if it is damaged, incomplete, or of another encoder."""
     try:
         footer = read_footer(file)
     except CorruptFileError as error:
@@ -308,13 +315,13 @@ def read_figures(file: Location, *, num_rows: int, made_by: str) -> dict[str, An
 
 
 def begun_rows_per_shard(output: Location) -> int | None:
-    """Return the passages per shard of what was written before; None where nothing says."""
+    """Return the passages per shard that an earlier run into this folder used; None if it left no ledger."""
     table = _read_ledger(output)
     return int(table.schema.metadata[_ROWS_KEY]) if table is not None else None
 
 
 def _read_ledger(output: Location) -> pa.Table | None:
-    """Read `shards.parquet`; None where there is none yet, or it is damaged: the footers say the same."""
+    """Read `shards.parquet`; None if it is missing or damaged, since the footers say the same."""
     try:
         with (output / LEDGER_NAME).open_input() as stream:
             return pq.read_table(stream)

@@ -1,7 +1,7 @@
-"""Data shards: which passages are encoded as one unit of work, planned from the sizes of files alone.
+"""Plan data shards: cut a corpus into ranges of rows that are encoded as one unit of work.
 
-Enters: name and number of rows of each passages file. Leaves: shards, each a range of consecutive rows. No passage is
-read for the plan, so it takes seconds and memory of some 460 bytes per shard at any size of corpus.
+In: name and number of rows of each passages file. Out: shards, each a range of consecutive rows. The plan reads no
+passage, so it takes seconds at any size of corpus, and some 460 bytes of memory per shard.
 """
 
 import hashlib
@@ -26,68 +26,69 @@ _MOST_SMALL = 32
 
 @dataclass(frozen=True)
 class Contents:
-    """What identifies the rows of a corpus, or of its vectors."""
+    """Hashes of doc_id and content of each row of a corpus, or of its vectors."""
 
     ids: NDArray[np.int64]
-    """[N], of the doc_ids; comparable within one process."""
+    """[N], Python hashes of the doc_ids; comparable only within one process."""
     hashes: NDArray[np.uint64]
-    """[N, 2], of title and text."""
+    """[N, 2], content hashes of title and text, 16 bytes each; zeros if unknown."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """Return the number of rows."""
         return len(self.ids)
 
 
 @dataclass(frozen=True)
 class KeptFile:
-    """A file of earlier vectors that is shared as it is."""
+    """A file of earlier vectors that the new artifact shares, without writing it again."""
 
     name: str
     num_bytes: int
     num_rows: int
-    """Rows that live."""
+    """Live rows."""
     num_dead: int
+    """All dead rows: those of the earlier artifact, and `dead`."""
     dead: NDArray[np.int64]
-    """Of the dead rows those that lived in the earlier artifact, numbered through."""
+    """Rows that become dead now: their numbers among the rows that were live in the earlier artifact."""
 
 
 @dataclass(frozen=True)
 class DataShard:
-    """A numbered range of the corpus, the unit of work and of commit; rows are in the order of the corpus."""
+    """A numbered range of rows of the corpus, whose vectors are computed as one task and written as one file."""
 
     number: int
     first: int
-    """Number of its first row in the corpus."""
+    """Row number, in the corpus, of its first row."""
     ranges: tuple[RowRange, ...]
-    """The same rows by file."""
+    """Its rows, by file; in the order of the corpus."""
     num_drawn: int | None = None
-    """How many of the rows it has vectors of; None for all of them. In samples they are drawn at random, else they are those
-    that no kept file has."""
+    """How many of the rows get a vector; None for all. In a sample they are drawn at random; otherwise they are those
+    without a vector in a kept file."""
     kept: KeptFile | None = None
-    """The file that it shares; it has no range then."""
+    """The earlier file that it shares; `ranges` is empty then. None for a shard that is encoded."""
     sources: tuple[str, ...] = ()
-    """Digests of the parts of the corpus that its passages are in; empty if they are not known."""
+    """Digests of the parts of the corpus that hold its passages; empty if unknown."""
 
     @property
     def name(self) -> str:
-        """Name of the file of its vectors."""
+        """Return the name of the file with its vectors."""
         name = shard_name(self.number)
         return partly_name(name) if self.kept and self.kept.num_dead else name
 
     @property
     def num_rows(self) -> int:
-        """Return the rows of its range."""
+        """Return the number of rows in its ranges."""
         return sum(each.num_rows for each in self.ranges)
 
     def __len__(self) -> int:
-        """Return passages that it has vectors of."""
+        """Return how many passages it has vectors of."""
         if self.kept:
             return self.kept.num_rows
         return self.num_rows if self.num_drawn is None else self.num_drawn
 
 
 def shard_name(number: int) -> str:
-    """Return the name of the file of a shard's vectors."""
+    """Return the name of the file with the vectors of a shard, if no row of it is dead."""
     return f"part-{number:05d}.parquet"
 
 
@@ -105,16 +106,18 @@ def files_to_keep(
     lives: NDArray[np.bool_],
     rows_per_shard: int,
 ) -> list[KeptFile]:
-    """Return which files of earlier vectors are shared, with their dead rows.
+    """Choose the files of earlier vectors to share, and find their dead rows.
 
-    A file is not kept once MAX_DEAD of its rows are dead. Of more than twice the files that a fresh run writes, and 32, the
-    smaller half is not kept, so that small files do not add up.
+    A file is not kept if more than MAX_DEAD of its rows are dead, so that its live rows are written again. If more
+    files would be kept than twice what a fresh run writes plus 32, the smaller half is not kept, so that small files do
+    not accumulate.
 
     Args:
-        counts: of the earlier files.
-        known: what the ledger says of them; a file that it lacks is not kept, nor one that names passages without a vector.
-        lives: for all earlier rows, whether a passage has its doc_id and content.
-        rows_per_shard: of a fresh run.
+        counts: name and number of live rows of each earlier file.
+        known: counts of each earlier file in its ledger. A file that is missing there, or that has passages without a
+            usable vector, is not kept.
+        lives: for each earlier row, whether the corpus still has a passage with its doc_id and content.
+        rows_per_shard: passages per shard of a fresh run.
     """
     kept, first = [], 0
     for name, count in counts:
@@ -139,13 +142,16 @@ def plan_rest(
     *,
     number: int,
 ) -> list[DataShard]:
-    """Cut the passages that no kept file has into shards of at most so many: few are one shard, more are eight at least.
+    """Cut the passages without a vector in a kept file into shards of at most `rows_per_shard` passages.
+
+    A shard has an eighth of these passages, so that several workers have work, but at least 4,096 and at most
+    `rows_per_shard`. The last shard may be smaller.
 
     Args:
-        counts: of the passages.
-        rows_per_shard: as for `plan_shards`.
-        left: first rows of pieces of the corpus, and which of their rows are left.
-        number: of the first shard.
+        counts: name and number of rows of each passages file.
+        rows_per_shard: most passages per shard.
+        left: pairs: the first row of a piece of the corpus, and the rows without a vector, counted from that row.
+        number: number of the first shard.
     """
     rows = np.concatenate([np.zeros(0, np.int64), *(first + places for first, places in left)])
     size = min(rows_per_shard, max(_LEAST_ROWS, -(-len(rows) // 8)))
@@ -158,10 +164,10 @@ def plan_rest(
 
 
 def plan_fingerprint(shards: Iterable[DataShard], earlier: str) -> str:
-    """Return a fingerprint of a plan on earlier vectors: which file each shard shares, which passages the others have.
+    """Return a fingerprint of a plan that reuses earlier vectors: the file or the passages of each shard.
 
     Args:
-        shards: all of them.
+        shards: all shards of the plan.
         earlier: fingerprint of the earlier vectors.
     """
     found = hashlib.blake2b(earlier.encode(), digest_size=16)
@@ -174,7 +180,7 @@ def plan_fingerprint(shards: Iterable[DataShard], earlier: str) -> str:
 
 
 def ranges_between(counts: Sequence[tuple[str, int]], first: int, last: int) -> Iterator[RowRange]:
-    """Return rows `first` to `last` of all files, by file."""
+    """Yield rows `first` to `last` (exclusive), numbered over all files, as one range per file."""
     begin = 0
     for name, num_rows in counts:
         start, end = max(first, begin), min(last, begin + num_rows)
@@ -184,7 +190,7 @@ def ranges_between(counts: Sequence[tuple[str, int]], first: int, last: int) -> 
 
 
 def scan_vectors(folder: Location, counts: Sequence[tuple[str, int]]) -> Contents:
-    """Return which passages have vectors; a file that does not say has none that can be used again."""
+    """Read doc_id and content hash of each vector. A file without content hashes gives zeros, which match nothing."""
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     hashes = [b""]
     for name, count in counts:
@@ -196,7 +202,7 @@ def scan_vectors(folder: Location, counts: Sequence[tuple[str, int]]) -> Content
 
 
 def hashes_of(table: pa.Table) -> NDArray[np.uint64]:
-    """Return the content hashes of rows, [N, 2]; zeros, which match nothing, where there are none."""
+    """Return the content hashes of rows, [N, 2]; a row without a hash gets zeros, which match nothing."""
     if "content_hash" not in table.column_names:
         return np.zeros((table.num_rows, 2), np.uint64)
     column = table["content_hash"]
@@ -211,12 +217,12 @@ def hashes_of(table: pa.Table) -> NDArray[np.uint64]:
 
 
 def packed_hashes(digests: Iterable[bytes | None]) -> bytes:
-    """Concatenate content hashes; zeros, which match nothing, if there is none."""
+    """Concatenate content hashes, 16 bytes each; None becomes zeros, which match nothing."""
     return b"".join(digest or bytes(_HASH_BYTES) for digest in digests)
 
 
 def first_rows(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each row the first row of the same content, [N]."""
+    """Return for each row the first row with the same content hash, [N]."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     ordered = hashes[order]
     begins = np.ones(len(order), bool)
@@ -228,7 +234,7 @@ def first_rows(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def matching_rows(hashes: NDArray[np.uint64], there: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each row a row of `there` of the same content, or -1: [N]."""
+    """Return for each row the first row of `there` with the same content hash, or -1: [N]."""
     first = first_rows(np.concatenate([there, hashes]))[len(there) :]
     known = (first < len(there)) & there[np.minimum(first, len(there) - 1)].any(axis=1) if len(there) else first < 0
     return np.where(known, first, -1)

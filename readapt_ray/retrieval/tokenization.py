@@ -1,10 +1,9 @@
-"""Turn text into token ids: templates, special tokens and truncation are applied here, none by the tokenizer.
+"""Turn texts into token ids. This module applies templates, special tokens and truncation, not the tokenizer.
 
-Enters: texts (and titles) and the `Encoding` of a retriever. Leaves: one list of token ids a
-text, no longer than the encoding allows, with BOS (CLS) and EOS (SEP) where it wants them. A
-tokenizer that silently drops its EOS costs a last-token retriever most of its quality (mteb issue
-5237: nDCG 0.374 to 0.065), so the first and last id of every text are verified.
-About 15,000 passages of 100 tokens a second on one core.
+In: texts, titles and the `Encoding` of a retriever. Out: one list of token ids per text, at most as long as the
+encoding allows, with BOS (CLS) and EOS (SEP) if it wants them. A tokenizer that silently drops its EOS costs a
+last-token retriever most of its quality (mteb issue 5237: nDCG 0.374 to 0.065), so the first and last id of every text
+are verified. About 15,000 passages of 100 tokens per second on one core.
 """
 
 import functools
@@ -23,16 +22,16 @@ _FIELDS = ("text", "title", "task")
 
 
 def fill_query(encoding: Encoding, text: str) -> str:
-    """Return the text of a query as the retriever wants it."""
+    """Fill the query template of a retriever with a text; lower-case the result if the encoding says so."""
     filled = _fill(encoding.query_template, text=text, title="", task=encoding.task)
     return filled.lower() if encoding.lower_case else filled
 
 
 def fill_passage(encoding: Encoding, title: str, text: str) -> str:
-    """Return the text of a passage as the retriever wants it, stripped. Without a title no second space is left.
+    """Fill the passage template of a retriever with a title and a text, and strip the result.
 
-    `passage: {title} {text}` with an empty title gives `passage: text`, not `passage:  text`. A passage without text is
-    encoded by its title, also by a template that has no title.
+    An empty title leaves no second space: `passage: {title} {text}` gives `passage: text`, not `passage:  text`. If the
+    text is empty and the template has no title, the title takes the place of the text.
     """
     if not text and "title" not in {field for _, field in _parts(encoding.passage_template)}:
         text = title
@@ -53,7 +52,7 @@ def _fill(template: str, **values: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _parts(template: str) -> tuple[tuple[str, str | None], ...]:
-    """Return a template as literals, each with the field that follows it."""
+    """Split a template into literals, each with the field that follows it (None after the last)."""
     allowed = ", ".join(f"{{{field}}}" for field in _FIELDS)
     try:
         parsed = list(string.Formatter().parse(template))
@@ -70,15 +69,15 @@ def _parts(template: str) -> tuple[tuple[str, str | None], ...]:
 
 
 class TextTokenizer:
-    """Fills a retriever's templates and tokenises the result.
+    """A tokenizer that first fills the templates of a retriever.
 
     Args:
         tokenizer: a transformers tokenizer; it is not changed.
-        encoding: how the retriever wants its text.
+        encoding: templates, special tokens and maximum lengths of the retriever.
 
     Raises:
-        ModelError: the encoding wants a BOS or EOS that the tokenizer does not have, or the
-            tokenizer adds one where it was asked not to.
+        ModelError: the encoding wants a BOS or EOS that the tokenizer lacks, or the tokenizer adds one although it
+            was told not to.
         InputError: a template or a maximum length cannot be used.
     """
 
@@ -109,7 +108,7 @@ class TextTokenizer:
         return limits[kind] - self._num_specials
 
     def texts(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[str]:
-        """Return the filled templates.
+        """Fill the templates with texts and titles.
 
         Raises:
             InputError: a text is not a string, titles are given for queries, or their number differs.
@@ -134,13 +133,13 @@ class TextTokenizer:
     def ids_and_losses(
         self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None
     ) -> tuple[list[list[int]], list[int]]:
-        """Return the token ids of each text, specials included, and how many tokens truncation took from each.
+        """Return the token ids of each text, special tokens included, and how many tokens truncation cut from each.
 
-        What is longer than the encoding allows is cut before the EOS. A text of no tokens gives
-        only the specials, and no id at all where there are none.
+        A text that is longer than the encoding allows is cut before the EOS. A text without tokens gives only the
+        special tokens, or an empty list if there are none.
 
         Raises:
-            InputError: as `texts`, or a text holds half a surrogate pair and so is not Unicode.
+            InputError: as in `texts`, or a text is not valid Unicode, since it holds half a surrogate pair.
         """
         room = self._room(kind)
         head = [] if self._bos is None else [self._bos]
@@ -170,7 +169,7 @@ class TextTokenizer:
 
 
 def _backend_copy(tokenizer: Any) -> Any:
-    """Return the Rust tokenizer, neither cutting nor padding; None where there is only a Python one."""
+    """Copy the Rust tokenizer, without truncation and padding; None if there is only a Python one."""
     if not getattr(tokenizer, "is_fast", False):
         return None
     from tokenizers import Tokenizer

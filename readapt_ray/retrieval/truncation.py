@@ -1,6 +1,6 @@
-"""Say what truncation took from texts that are longer than a model's maximum length.
+"""Report how many tokens truncation cut from texts that are longer than a model's maximum length.
 
-In: counts of shards or files. Out: one record for the manifest, and one sentence for log and report.
+In: counts of shards or files. Out: a record for the manifest, and a sentence for log and report.
 """
 
 import logging
@@ -12,13 +12,13 @@ from readapt_ray.progress import amount
 logger = logging.getLogger("readapt_ray")
 
 _WARNED_SHARE = 0.05
-"""Above this share of lost tokens, it is a warning."""
+"""Above this share of lost tokens, a warning is logged."""
 
 
 def truncation(
     *, num_texts: int, num_truncated: int, num_tokens: int, num_lost: int, max_tokens: int
 ) -> dict[str, Any]:
-    """Return the record of what truncation took.
+    """Return a record of truncation for the manifest.
 
     Args:
         num_texts: texts that were tokenised.
@@ -38,7 +38,7 @@ def truncation(
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """Return what was truncated: "12 of 300 passages truncated to 512 tokens, 3.4% of the tokens lost"."""
+    """Describe truncation in words: "12 of 300 passages truncated to 512 tokens, 3.4% of the tokens lost"."""
     if not found["num_truncated"]:
         return f"no passage is longer than {found['max_tokens']:,} tokens"
     return (
@@ -53,7 +53,7 @@ def warn_of_loss(stage: str, found: Mapping[str, Any], advice: str) -> None:
     Args:
         stage: the stage that truncated.
         found: a record of `truncation`.
-        advice: what keeps more of the texts.
+        advice: how to keep more of the texts; ends the message.
     """
     if found["lost_share"] > _WARNED_SHARE:
         logger.warning("%s: %s; %s", stage, sentence(found), advice)

@@ -1,8 +1,8 @@
-"""Which parts of a corpus, and which files of its earlier vectors, need not be read, since nothing in them changed.
+"""Find the parts of a corpus, and the files of its earlier vectors, that are unchanged and need not be read.
 
-A part of passages is known by the digest of its rows, and a file of vectors by the digests of the parts that hold its
-passages. If all of these are in the corpus as it is now, each of its vectors belongs to a passage that is there. In memory:
-the digests.
+A part of passages is identified by the digest of its rows. A file of vectors lists the digests of the parts that hold
+its passages. If the present corpus has all of these parts, every vector of the file belongs to a present passage. Only
+digests are in memory.
 """
 
 from collections.abc import Mapping, Set
@@ -14,35 +14,35 @@ from readapt_ray.retrieval.shard_ledger import Origin
 
 @dataclass(frozen=True)
 class EarlierVectors:
-    """Vectors of an earlier state of a corpus."""
+    """The vectors of an earlier state of a corpus, and their ledger."""
 
     rows: ParquetRows
     known: Mapping[str, Mapping[str, int]]
-    """The counts of each file, as far as `shards.parquet` says."""
+    """Counts of each file, by name, as far as `shards.parquet` has them."""
     origins: Mapping[str, Origin]
-    """Where the vectors of each file come from, as far as `shards.parquet` says."""
+    """Origin of the vectors of each file, by name, as far as `shards.parquet` has it."""
 
 
 @dataclass(frozen=True)
 class ToRead:
-    """The passages and the earlier vectors that are to be compared, and what is known of the others."""
+    """The passages and earlier vectors that must be read and compared; all others are unchanged."""
 
     passages: ParquetRows
-    """Parts that changed, and those that have vectors in one file with them."""
+    """Parts that changed, and parts whose vectors share a file with a changed part."""
     earlier: ParquetRows
-    """Files of vectors that have passages in these parts."""
+    """Files of vectors that have passages in these parts, or in parts that are gone."""
     whole: frozenset[str]
-    """Files of vectors each of whose passages is there as it was; some of them are to be read for the parts that they touch."""
+    """Files of vectors all of whose passages are unchanged. Some are in `earlier` too, if they touch such parts."""
 
 
 def to_read(passages: ParquetRows, digests: Mapping[str, str], earlier: EarlierVectors) -> ToRead:
-    """Return what is to be read to find which passages have an earlier vector.
+    """Choose what must be read to find which passages have an earlier vector.
 
-    All of it is read unless every earlier file says where its passages are, and every passage had a vector.
+    Everything must be read unless each earlier file lists its parts and had a usable vector for every passage.
 
     Args:
-        passages: of the corpus as it is now.
-        digests: of the rows of its parts, by name; empty for a part without one.
+        passages: passages of the present corpus.
+        digests: digest of the rows of each of its parts, by name; empty for a part without one.
         earlier: the earlier vectors.
     """
     rows, known = earlier.rows, earlier.known

@@ -1,7 +1,7 @@
-"""Which files of vectors differ from those of the earlier vectors that they were made on.
+"""Find which files of vectors differ from the earlier vectors that `embed --previous` reused.
 
-A file that is shared with the earlier artifact, with the same dead rows, has the same vectors, so what was made of the earlier
-ones need not read it. In: two ledgers. Out: the other files, before and now.
+A file that both artifacts share, with equal dead rows, has the same vectors, so an update of an index need not read it.
+In: two ledgers. Out: the other files, before and now.
 """
 
 from dataclasses import dataclass, replace
@@ -17,21 +17,24 @@ from readapt_ray.storage import Location
 
 @dataclass(frozen=True)
 class ChangedFiles:
-    """The files of vectors that are not the same before and now."""
+    """The files of vectors that differ between the earlier and the present artifact."""
 
     before: ParquetRows
     now: ParquetRows
     rows: NDArray[np.int64]
-    """Number of each row of `now` among all present vectors."""
+    """Number of each row of `now` among the rows of all present vectors."""
 
 
 def changed_files(artifact: Artifact, vectors: ParquetRows, fingerprint: str) -> ChangedFiles | None:
-    """Return the files that differ; None if the vectors were not made on those of a fingerprint, or these are not there any more.
+    """Return the files that differ from the earlier vectors; None if the two cannot be compared by their ledgers.
+
+    That is so if the vectors were not made with these earlier ones as `previous`, or if those are gone or were made
+    again.
 
     Args:
         artifact: the present vectors.
         vectors: all of their files.
-        fingerprint: of the earlier vectors.
+        fingerprint: fingerprint of the earlier vectors.
     """
     earlier = artifact.manifest.config.get("previous")
     if not earlier or artifact.manifest.details.get("previous") != fingerprint:

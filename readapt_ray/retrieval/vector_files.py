@@ -1,9 +1,8 @@
-"""Vectors as Parquet files: written whole, known again, and read a range of rows at a time.
+"""Write vectors to Parquet files, and read them back, a range of rows at a time.
 
-Enters and leaves: `doc_id` string, `vector` fixed_size_list (int8 with a `scale`) and `content_hash`, readable
-by plain pyarrow. Each file carries in its metadata what made it, and its rows are in the order of their
-doc_ids, so that the statistics of its row groups find one. Memory: the rows asked for; reading
-gives some 400 MB of vectors a second on one core.
+Columns: `doc_id` string, `vector` fixed_size_list (int8 with a `scale`) and `content_hash`; plain pyarrow reads them.
+The metadata of each file says what made it. Rows are sorted by doc_id, so that the statistics of row groups lead to a
+doc_id. Memory: the rows that are read. One core reads some 400 MB of vectors per second.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ from readapt_ray.storage import Location
 
 METADATA_KEY = b"readapt"
 SHARD_BYTES = 512 << 20
-"""Bytes of float32 vectors that one task holds, where the options do not say."""
+"""Bytes of float32 vectors that one task holds, unless the options say otherwise."""
 VECTOR_COLUMNS = ("doc_id", "vector", "scale")
 _ROW_GROUP_ROWS = 1024
 _CHUNK_ROWS = 16384
@@ -43,32 +42,32 @@ class RowRange:
 
 @dataclass(frozen=True)
 class Footer:
-    """What the end of a Parquet file says: live rows, schema, size, and our own metadata (empty in a foreign file)."""
+    """The footer of a Parquet file: live rows, schema, size, and our own metadata (empty for a file of others)."""
 
     num_rows: int
     schema: pa.Schema
     num_bytes: int
     metadata: dict[str, Any]
     digest: str
-    """Stands for sizes and statistics of its first row group: equal for a copy of the file."""
+    """Hash of the sizes and statistics of its first row group. Copies of a file have equal digests."""
     num_dead: int = 0
-    """Rows besides that are dead."""
+    """Dead rows, which `num_rows` does not count."""
 
     @property
     def dimension(self) -> int:
-        """Numbers in a vector."""
+        """Return the number of dimensions of a vector."""
         return int(self.schema.field("vector").type.list_size)
 
     @property
     def left_out(self) -> list[str]:
-        """The doc_ids whose vector cannot be searched, so that they have no row."""
+        """Return the doc_ids that have no row, since their vector cannot be searched (NaN, infinite or zero)."""
         return list(self.metadata.get("left_out", []))
 
 
 def cut(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[list[RowRange]]:
     """Cut the rows of files into shards of equal size, the last one smaller.
 
-    Files a (5 rows) and b (3 rows) at 4 rows a shard: [a 0-4], [a 4-5, b 0-3].
+    Files a (5 rows) and b (3 rows) at 4 rows per shard: [a 0-4], [a 4-5, b 0-3].
 
     Args:
         counts: each file's name and number of rows, in order.
@@ -90,10 +89,10 @@ def cut(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[list[Row
 
 
 def read_footer(location: Location) -> Footer:
-    """Return what a Parquet file says of itself; only its end is read.
+    """Read the footer of a Parquet file, and nothing else of it.
 
     Raises:
-        CorruptFileError: it was cut short or altered.
+        CorruptFileError: the file was cut short or altered, or is gone.
     """
     with explain_damage(location), dead_rows.opened(location) as file:
         stored = (file.schema.metadata or {}).get(METADATA_KEY, b"{}")
@@ -107,19 +106,19 @@ def read_footer(location: Location) -> Footer:
 def stored_vectors(
     doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]], dtype: str, *, max_left_out: int = 0
 ) -> pa.Table:
-    """Return vectors as they are stored: the column `vector`, and for int8 `scale`.
+    """Convert vectors to the columns that are stored: `vector`, and for int8 also `scale`.
 
-    int8 is symmetric: the largest number of a vector becomes 127 or -127.
+    int8 is symmetric: the number of largest magnitude in a vector becomes 127 or -127.
 
     Args:
-        doc_ids: of the N vectors; for the message of an error.
+        doc_ids: of the N vectors; used in the error only.
         vectors: [N, D].
         dtype: float32, float16 or int8.
-        max_left_out: so many vectors may be null, since they are not finite in `dtype`, or zero; `write_stored` leaves
-            their rows out.
+        max_left_out: how many vectors may be unusable: not finite in `dtype`, or zero. They become null, and
+            `write_stored` leaves their rows out.
 
     Raises:
-        CorpusError: more vectors are not finite in `dtype`, or zero; the message names the first doc_id.
+        CorpusError: more vectors than that are unusable; the message names the first doc_id.
     """
     with np.errstate(over="ignore"):
         cast = np.ascontiguousarray(vectors, dtype="float32" if dtype == "int8" else dtype)
@@ -148,10 +147,10 @@ def write_vectors(
     dtype: str,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write a file of vectors; it is there whole or not at all.
+    """Write a file of vectors, which appears complete or not at all.
 
     Args:
-        vectors: [N, D]; stored as `stored_vectors` says.
+        vectors: [N, D]; converted by `stored_vectors`.
         dtype: float32, float16 or int8.
         metadata: JSON values, kept under the key `readapt` of the Parquet metadata.
 
@@ -165,13 +164,16 @@ def write_vectors(
 def write_stored(
     location: Location, doc_ids: Sequence[str], stored: pa.Table, hashes: pa.Array, *, metadata: Mapping[str, Any]
 ) -> int:
-    """Write vectors that are already as they are stored, but for rows whose vector is null: the footer names those.
+    """Write vectors that `stored_vectors` converted. Rows with a null vector are left out; the footer names them.
 
     Args:
         doc_ids: of the N rows.
         stored: the columns `vector` and, for int8, `scale`.
-        hashes: 16 bytes a passage, of its content.
+        hashes: 16 bytes per passage, the hash of its content.
         metadata: as in `write_vectors`.
+
+    Returns:
+        Bytes of the file.
     """
     table = stored.add_column(0, "doc_id", pa.array(doc_ids, pa.string())).append_column("content_hash", hashes)
     element = table.schema.field("vector").type
@@ -187,7 +189,7 @@ def write_stored(
 
 
 def write_live(source: Location, target: Location) -> None:
-    """Write a part of vectors again, without its dead rows."""
+    """Copy a file of vectors without its dead rows."""
     _write(target, dead_rows.read_table(source))
 
 
@@ -205,13 +207,13 @@ def _write(location: Location, table: pa.Table) -> int:
 
 
 def is_usable(vectors: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
-    """Return which vectors can be searched: those that are finite, and not zero. bool [N]."""
+    """Return which vectors can be searched, bool [N]: finite, and not all zeros."""
     usable: NDArray[np.bool_] = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
     return usable
 
 
 def find_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> str:
-    """Return what is wrong with the first vector that cannot be searched, named by doc_id; empty where all are well."""
+    """Say what is wrong with the first vector that cannot be searched, with its doc_id; empty if all can be."""
     usable = is_usable(vectors)
     if usable.all():
         return ""
@@ -221,7 +223,7 @@ def find_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> st
 
 
 def matrix_of(table: pa.Table, where: object) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the doc_ids and vectors (float32 [N, D]) of a table of vectors.
+    """Return doc_ids and vectors (float32 [N, D]) of a table that was read from a file of vectors.
 
     Raises:
         CorruptFileError: a vector is missing, not finite, or zero; `where` and the doc_id are named.
@@ -244,10 +246,10 @@ def matrix_of(table: pa.Table, where: object) -> tuple[list[str], NDArray[np.flo
 def iterate_vectors(
     folder: Location, ranges: Sequence[RowRange], *, chunk_rows: int = _CHUNK_ROWS
 ) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-    """Yield doc_ids and vectors of the ranges, in chunks of at most `chunk_rows` rows.
+    """Read doc_ids and vectors of row ranges, in chunks of at most `chunk_rows` rows.
 
     Raises:
-        CorruptFileError: as `read_rows` and `matrix_of`.
+        CorruptFileError: as in `read_rows` and `matrix_of`.
     """
     for each in ranges:
         location = folder / each.name

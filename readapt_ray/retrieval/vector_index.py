@@ -1,4 +1,4 @@
-"""The index of an artifact: its shards are loaded and searched one at a time, as if they were one index."""
+"""Search the index of an artifact: load its shards one at a time, and search them as if they were one index."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,49 +16,49 @@ from readapt_ray.storage import Location
 
 @dataclass(frozen=True)
 class VectorIndex:
-    """The index of an artifact, its shards still on disk."""
+    """The index of an artifact, with its shards on disk."""
 
     artifact: Artifact
 
     @classmethod
     def open(cls, uri: str) -> "VectorIndex":
-        """Return the complete index in a folder.
+        """Open the index in a folder.
 
         Raises:
-            ArtifactMissingError: there is none.
+            ArtifactMissingError: there is no complete index.
         """
         return cls(open_artifact(uri, "index"))
 
     @property
     def records(self) -> list[ShardRecord]:
-        """What the manifest says of each shard."""
+        """Return the entry of each shard in the manifest."""
         return [ShardRecord(**each) for each in self.artifact.manifest.details["shards"]]
 
     @property
     def encoder(self) -> dict[str, Any]:
-        """What made the vectors: fingerprint, model, dimension, dtype, encoding."""
+        """Return the description of the encoder of the vectors: fingerprint, model, dimension, dtype, encoding."""
         return dict(self.artifact.manifest.details["encoder"])
 
     @property
     def words(self) -> dict[str, str]:
-        """SHA-256 of the BM25 scores of each shard, by its name; empty for an index without BM25."""
+        """Return the SHA-256 of the BM25 file of each shard, by name; empty for an index without BM25."""
         return dict(self.artifact.manifest.details.get("bm25", {}))
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in all shards that are found."""
+        """Return the number of vectors in all shards, without deleted ones."""
         return sum(record.num_vectors - record.num_deleted for record in self.records)
 
     @property
     def folder(self) -> Location:
-        """Folder of the shards."""
+        """Return the folder of the shards."""
         return self.artifact.location / "shards"
 
     def shards(self) -> Iterator[IndexShard]:
-        """Yield the shards, loaded and verified one at a time."""
+        """Load and verify the shards, one at a time."""
         for record in self.records:
             yield read_shard(self.folder, record)
 
     def search(self, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """Return the k best of each query [Q, D], a shard in memory at a time."""
+        """Return the k best passages of each query [Q, D], with one shard in memory at a time."""
         return search_shards(self.shards(), queries, top_k)

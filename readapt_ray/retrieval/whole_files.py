@@ -1,8 +1,8 @@
-"""Compute the checksum of a local file once per node: marks in the cache say which files were found whole.
+"""Verify the checksum of a local file once per node: marks in the cache say which files were verified.
 
-A mark is for the file itself, by device, inode, size and time of change, so a hard link to it in another artifact needs no
-second look. Processes that want the same file wait for the one that reads it. Marks are empty but for one letter, and go
-after a month without use.
+A mark identifies the file by device, inode, size and modification time, so a hard link to it in another artifact is not
+read again. Processes that want the same file wait for the one that reads it. A mark is a file of one letter, and is
+removed after a month without use.
 """
 
 import fcntl
@@ -21,15 +21,15 @@ _KEPT_S = 30 * 86_400
 
 
 def check_whole(file: Path, sha256: str, *, name: str = "") -> None:
-    """Check that a file is the one that was written; its content is read once per node.
+    """Check the SHA-256 of a file, whose content is read once per node.
 
     Args:
         file: on this machine.
         sha256: of its content.
-        name: what errors call it, if it is a copy.
+        name: name of the original, for errors, if the file is a copy.
 
     Raises:
-        CorruptFileError: it is gone, cut short or altered.
+        CorruptFileError: the file is gone, cut short or altered.
     """
     try:
         state = file.stat()
