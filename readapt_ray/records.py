@@ -14,7 +14,7 @@ class Passage(NamedTuple):
     title: str
     text: str
     columns: Mapping[str, Any] | None = None
-    """Values of the source's columns that ingest keeps (`keep_columns`), by name. None if it keeps none."""
+    """Values of the source's columns that ingest keeps (its option `keep`), by name. None if it keeps none."""
 
 
 class Query(NamedTuple):
