@@ -112,7 +112,7 @@ def _is_ray_gone() -> bool:
 
 def _is_unread() -> bool:
     """Return whether the reader of stdout has closed it. If so, discard all further output."""
-    with contextlib.suppress(OSError, ValueError):  # stdout may be no file
+    with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         if poll.poll(0):

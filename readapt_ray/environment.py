@@ -59,7 +59,7 @@ def num_cpus() -> int | None:
 
 
 def num_gpus() -> int | None:
-    """Return READAPT_NUM_GPUS: how many GPUs Ray's autoscaler can add. None (not set) means only the running nodes count.
+    """Return READAPT_NUM_GPUS: how many GPUs the cluster may grow to by Ray's autoscaler. None (not set): it does not grow.
 
     Raises:
         InputError: the value is not a whole number of 1 or more.

@@ -46,7 +46,7 @@ class ModelError(InputError):
 
 
 class WeightMismatchError(ModelError):
-    """Two checkpoints that must have the same tensors differ in names, shapes or values."""
+    """Two models that must belong together do not: their tensors or tokenizers differ in names, shapes or content."""
 
 
 class FingerprintMismatchError(InputError):

@@ -141,7 +141,7 @@ def _s3_client(region: str, scheme: str, endpoint: str | None, key_id: str | Non
         endpoint_override=endpoint,
         request_timeout=_S3_SILENT_S,
         connect_timeout=_S3_CONNECT_S,
-        allow_delayed_open=True,  # a small object is one request
+        allow_delayed_open=True,  # so a small object takes one request
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
     )
 

@@ -1,4 +1,4 @@
-"""Keep what Ray, DeepSpeed and Hugging Face's libraries log off the terminal, and write it to files.
+"""Keep the log lines of Ray, DeepSpeed and Hugging Face's libraries off the terminal, and write them to files.
 
 `silence` removes their handlers that write to the terminal. Their log lines go to the files of `written_to`, if any.
 Output that does not use Python's logging (the C++ parts of Ray) is not changed.

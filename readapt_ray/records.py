@@ -18,7 +18,7 @@ class Passage(NamedTuple):
 
 
 class Query(NamedTuple):
-    """A text to search for."""
+    """A query: a text with which to search the corpus."""
 
     query_id: str
     text: str

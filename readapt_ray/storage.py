@@ -194,7 +194,7 @@ class Location:
             return bytes(file.read())
 
     def read_text(self) -> str:
-        """Return the content of the file as UTF-8."""
+        """Return the content of the file, decoded as UTF-8."""
         return self.read_bytes().decode("utf-8")
 
     def read_json(self) -> Any:

@@ -62,7 +62,7 @@ _stop = _Stop()
 
 
 def end_as_ctrl_c_does(give_up: Callable[[], None] | None = None, *, is_vain: Callable[[], bool] | None = None) -> None:
-    """From now on raise `Terminated` in the main thread on SIGTERM, and never lose a SIGTERM or Ctrl-C.
+    """Raise `Terminated` in the main thread on SIGTERM, from now on in this process, and never lose a SIGTERM or Ctrl-C.
 
     Args:
         give_up: ends the process. It is called in a thread if the process still runs 20 s after a signal, and on a second

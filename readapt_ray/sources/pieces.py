@@ -1,6 +1,6 @@
 """Split a source of rows into pieces that tasks read independently: byte ranges of text files, row groups of Parquet.
 
-In: the files of a `TableSource`. Out: pieces of 4 to 512 MB, in the order of the rows. Small files share a piece. The
+In: the files of a `TableSource`. Out: pieces of about 4 to 512 MB, in the order of the rows. Small files share a piece. The
 pieces depend only on the files, not on the cluster. A line belongs to the range that contains its first byte. A compressed
 file is never split.
 """
@@ -25,7 +25,7 @@ from readapt_ray.storage import Location, state_of
 logger = logging.getLogger("readapt_ray")
 
 MIN_PIECE_BYTES = 4 << 20
-"""Pieces are not smaller than this, except the last. If anything in a piece changes, all of it is read again."""
+"""Smallest target size of a piece. Pieces are small because a piece is read again as a whole if anything in it changes."""
 _MAX_PIECE_BYTES = 512 << 20
 _WANTED_PIECES = 1000
 _THREADS = 32

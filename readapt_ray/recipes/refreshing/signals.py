@@ -126,7 +126,7 @@ def drift(new: NDArray[np.float32], kept_parts: Sequence[NDArray[np.float32]]) -
     """
     kept = np.concatenate(kept_parts)
     if min(len(new), len(kept)) < MIN_PASSAGES:
-        return None  # some have no vector
+        return None  # some passages have no vector
     apart = float(np.square(new.mean(0, dtype=np.float64) - kept.mean(0, dtype=np.float64)).sum())
     spread = [float(each.var(0, ddof=1, dtype=np.float64).sum()) for each in (new, kept)]
     means = np.stack([each.mean(0, dtype=np.float64) for each in kept_parts])
@@ -136,7 +136,7 @@ def drift(new: NDArray[np.float32], kept_parts: Sequence[NDArray[np.float32]]) -
 
 
 def new_words(new: list[str], kept: list[str]) -> float:
-    """Return the fraction of words in new texts that are in no kept text, minus the same between two halves of the kept."""
+    """Return the fraction of words in new texts that no kept text has, minus that fraction between halves of kept texts."""
     known = {word for text in kept[::2] for word in _WORD.findall(text.lower())}
     return max(0.0, _unknown_share(new, known) - _unknown_share(kept[1::2], known))
 
