@@ -1,6 +1,6 @@
-"""Adapt an LLM retriever to a private corpus from unlabelled text alone, re-embed it and serve it, on Ray.
+"""Adapt an LLM retriever to a private corpus without labelled queries, embed the corpus again, and serve it, on Ray.
 
-A run, or each stage by itself, returns the artifact that it made:
+Each stage is a function that returns the artifact it made. `run` runs all stages and returns their artifacts by name:
 
     import readapt_ray as ra
 
@@ -8,8 +8,8 @@ A run, or each stage by itself, returns the artifact that it made:
     corpus = ra.ingest(source="notes/", output="run/corpus")
     adapter = ra.train(pretrained="mistralai/Mistral-7B-v0.1", corpus=corpus, output="run/adapter")
 
-Ray is joined where `RAY_ADDRESS` names a cluster or a notebook has started it, and started on this
-machine otherwise. The core floors (`sources`, `training`, `weights`, `retrieval`) are plain functions.
+If `RAY_ADDRESS` names a cluster, or the notebook has already started Ray, that Ray is used. Otherwise Ray is started on
+this machine. The lower packages (`sources`, `training`, `weights`, `retrieval`) are plain functions without Ray.
 """
 
 import importlib
@@ -34,7 +34,7 @@ _FROM_CONFIGS = (
     ),
     *("compare", "paper", "serve", "refresh", "find", "clean"),
 )
-"""Functions whose parameters are the options of a config."""
+"""Public functions whose parameters are the options of a config class."""
 _HOMES: dict[str, str] = {
     **dict.fromkeys(_FROM_CONFIGS, "python.functions"),
     **dict.fromkeys(("run", "status", "quiet"), "python.functions"),
@@ -66,13 +66,13 @@ _HOMES: dict[str, str] = {
     "TuneConfig": "stages.tune",
     "ExportConfig": "stages.export",
 }
-"""The public names, and the module of each. `__init__.pyi` is made from it (`make stub`)."""
+"""The module of each public name. `make stub` generates `__init__.pyi` from this table."""
 
 __all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name where it is first used, so that `import readapt_ray` costs nothing."""
+    """Import a public name when it is first used, so that `import readapt_ray` is fast."""
     if name == "__version__":
         from importlib.metadata import version
 

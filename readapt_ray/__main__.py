@@ -1,4 +1,4 @@
-"""The command `readapt`, as `python -m readapt_ray`."""
+"""Run the command `readapt` as `python -m readapt_ray`."""
 
 import sys
 

@@ -1,10 +1,13 @@
-"""Tell which files in an output folder are ours, by what its record says.
+"""Find and remove the files in an output folder that a stage wrote, and no others.
 
-In: the folder of an artifact, and its record. Out: what is in the way, or what was removed. A manifest lists the names
-of its files; consecutive numbers take one entry, so a record of 244,000 files takes a line. A lease lists patterns of
-what the work writes: paths relative to the artifact in which `*` matches anything but a slash and `#` matches digits. Of
-what matches, files that changed after the work had ended are not ours. Nothing else is ever removed. It costs one
-listing of the folder, and on an object store a few requests for each file that is removed, 32 at a time.
+In: the folder of an artifact, and its record (manifest or lease). Out: files that are in the way, or were removed.
+
+- A manifest lists file names. Consecutive numbers take one entry, so the names of 244,000 files fit on one line.
+- A lease lists patterns of the files that the stage writes: paths relative to the artifact, in which `*` matches
+  anything but a slash and `#` matches digits. A matching file that changed after the process had ended is not ours.
+
+Only files that the record covers are ever removed. The cost is one listing of the folder, and on an object store a few
+requests per removed file, 32 at a time.
 """
 
 import os
@@ -41,15 +44,16 @@ _NUM_THREADS = 32
 _NUM_NAMED = 4
 _NUMBER = re.compile("[0-9]+")
 _LAST_WRITES_S = 120.0
-"""Tasks on other machines may write for so long after the last heartbeat of a driver that was killed, clocks included."""
+"""For how many seconds after a killed driver's last heartbeat its tasks on other machines may still write files. This
+includes the difference between the machines' clocks."""
 
 Names = Sequence[str | Sequence[str]]
-"""Names of files as a record keeps them: a name, or `[before, first, last, after]` for consecutive numbers."""
+"""File names as a record stores them: a name, or `[before, first, last, after]` for consecutive numbers."""
 
 _TOKENIZER = (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)
 _WEIGHTS = (CONFIG_NAME, SINGLE_NAME, "model-#-of-#.safetensors", INDEX_NAME)
 RAY_TRAIN = ("workers/.validate_storage_marker", "workers/checkpoint_manager_snapshot.json")
-"""What Ray Train keeps in its `storage_path` while workers run; they report no checkpoints to it."""
+"""Files that Ray Train writes to its `storage_path` while workers run. Our workers report no checkpoints to it."""
 _TRAINED = (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -162,24 +166,25 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),
     "subset": (SUBSET_NAME,),
 }
-"""What each stage writes beside its records, at its end or on the way there. A run of `search` is one file, its output."""
+"""Patterns of the files that each stage writes, final or temporary, without its records. `search` writes one file, its
+output."""
 STAGE_FILES["headed"] = ("head.safetensors", "body-*.safetensors", *STAGE_FILES["merge"])
 
 
 def record_of(location: Location, name: str) -> Location:
-    """Return the location of the manifest or the lease of an artifact."""
+    """Return the location of an artifact's manifest or lease. `name` is MANIFEST_NAME or LEASE_NAME."""
     return location.beside(f".{name}") if is_single_file(location) else location / name
 
 
 def is_single_file(location: Location) -> bool:
-    """Return whether an output is one file, with its records beside it."""
+    """Return whether an output is a single `.trec` file, with its records beside it, and not a folder."""
     return location.name.endswith(SINGLE_FILE_SUFFIX)
 
 
 def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Return the names that match a pattern, and the others.
+    """Split names into those that match a pattern and those that match none.
 
-    A temporary file of an unfinished write belongs to whom the whole file would belong.
+    A temporary file of an unfinished write is matched by its final name.
     """
     known = _compiled(patterns)
     own: list[str] = []
@@ -190,7 +195,7 @@ def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[
 
 
 def packed(names: Iterable[str]) -> list[str | list[str]]:
-    """Return names as a record keeps them.
+    """Shorten a list of file names for a record: consecutive numbers become one entry.
 
     Example:
         packed(["a", "part-08", "part-09", "part-10"]) == ["a", ["part-", "08", "10", ""]]
@@ -212,7 +217,7 @@ def packed(names: Iterable[str]) -> list[str | list[str]]:
 
 
 def unpacked(names: Names) -> Iterator[str]:
-    """Yield each name of a record."""
+    """Yield every file name of a record: the inverse of `packed`."""
     for each in names:
         if isinstance(each, str):
             yield each
@@ -223,9 +228,9 @@ def unpacked(names: Names) -> Iterator[str]:
 
 
 def own_files(location: Location, record: Mapping[str, Any]) -> set[str]:
-    """Return which files of a folder are ours by its manifest or lease, with temporary files of unfinished writes.
+    """Return the files of a folder that are ours according to its manifest or lease, temporary files included.
 
-    If the lease itself is late, the folder was copied as a whole or clocks differ, so that times say nothing.
+    If the lease itself changed late, the folder was copied as a whole or the clocks differ. Then times are ignored.
     """
     if is_single_file(location):
         return set()
@@ -238,10 +243,10 @@ def own_files(location: Location, record: Mapping[str, Any]) -> set[str]:
 
 
 def late_files(location: Location, names: Collection[str], lease: Mapping[str, Any]) -> set[str]:
-    """Return the files that changed after the process of a lease had ended.
+    """Return the files that changed more than 120 s after the last heartbeat of a lease. Our process wrote none of them.
 
-    On a disk this is when the inode changed: a copy that keeps the time of its original cannot set it. The inode of a file
-    that artifacts share changes with each name that it gets or loses, so one that has other names is not late.
+    On a local disk the inode's change time is used, because a copy that preserves modification times cannot set it. A
+    hard link changes the inode's time too, so a file with several names (shared between artifacts) is never late.
     """
     if not names:
         return set()
@@ -256,35 +261,35 @@ def late_files(location: Location, names: Collection[str], lease: Mapping[str, A
 
 
 def is_late(file: Location, lease: Mapping[str, Any]) -> bool:
-    """Return whether a file changed after the process of a lease had ended."""
+    """Return whether a file changed more than 120 s after the last heartbeat of a lease."""
     changed_s = os.lstat(file.path).st_ctime if file.is_local else (file.info().mtime_ns or 0) / 1e9
     return bool(changed_s > lease["heartbeat"] + _LAST_WRITES_S)
 
 
 def matching_files(location: Location, patterns: Iterable[str]) -> set[str]:
-    """Return the whole files of a folder that match a pattern."""
+    """Return the files of a folder that match a pattern, without temporary ones."""
     found = [] if is_single_file(location) else split_by_owner(location.entries()[0], patterns)[0]
     return {name for name in found if whole_name(name) == name}
 
 
 def tidied_files(location: Location, patterns: Iterable[str]) -> set[str]:
-    """Remove the temporary files of killed writers among the files that match a pattern, and return the whole ones."""
+    """Remove temporary files of killed writers that match a pattern, and return the complete files that match."""
     found = set() if is_single_file(location) else {*split_by_owner(location.entries()[0], patterns)[0]}
     remove_temporary(location, found)
     return {name for name in found if whole_name(name) == name}
 
 
 def whole_name(name: str) -> str:
-    """Return the name that a file has, or would have after its write."""
+    """Return the final name of a temporary file; the name itself for any other file."""
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{name_when_whole(last) or last}"
 
 
 def remove(location: Location, names: Iterable[str]) -> None:
-    """Remove files of a folder, and the folders that are empty then.
+    """Remove files from a folder, and the subfolders that become empty.
 
     Raises:
-        StorageError: a file may not be removed.
+        StorageError: permission to remove a file is missing.
     """
     gone = list(names)
     with ThreadPoolExecutor(1 if location.is_local else _NUM_THREADS) as pool:
@@ -294,22 +299,22 @@ def remove(location: Location, names: Iterable[str]) -> None:
 
 
 def clear(location: Location, patterns: Collection[str]) -> None:
-    """Remove the files of work under way that match a pattern, temporary ones too, and the folders that are empty then.
+    """Remove the files that match a pattern, temporary ones too, and the subfolders that become empty.
 
     Raises:
-        StorageError: a file may not be removed.
+        StorageError: permission to remove a file is missing.
     """
     remove(location, split_by_owner(location.entries()[0], patterns)[0])
     remove_empty_folders(location, patterns)
 
 
 def remove_temporary(location: Location, names: Iterable[str]) -> None:
-    """Remove those files among `names` that killed writers left: they never got their name."""
+    """Remove the temporary files among `names`, which killed writers left."""
     remove(location, [name for name in names if whole_name(name) != name])
 
 
 def remove_empty_folders(location: Location, patterns: Iterable[str]) -> None:
-    """Remove the folders that hold nothing and would hold files that match a pattern."""
+    """Remove the empty subfolders that were made for files that match a pattern."""
     parents = _compiled(_parents(patterns))
     for name in reversed(location.entries()[1]):
         if parents.fullmatch(name):
@@ -317,24 +322,29 @@ def remove_empty_folders(location: Location, patterns: Iterable[str]) -> None:
 
 
 def would_collide(location: Location, own: Collection[str], planned: Sequence[str]) -> list[str]:
-    """Return what is in the place of planned files, and is not in `own`.
+    """Return the files that have the name of a planned file and are not in `own`.
 
-    Work that resumes from the files it finds would take such a file for its own. A link in the place of a folder
-    leads to files that are not removed, so it collides, too.
+    A stage that resumes would mistake such a file for its output. A link that has the name of a planned folder is
+    returned too: the files that it leads to are never removed.
+
+    Args:
+        location: the folder.
+        own: names of the files that are ours.
+        planned: patterns of the files that will be written.
     """
     foreign = [name for name in location.entries()[0] if name not in own]
     return split_by_owner(foreign, {*planned, *_parents(planned)})[0]
 
 
 def in_the_way(location: Location, *, but: Collection[str]) -> list[str]:
-    """Return the entries of a folder, folders with a slash behind their names.
+    """List the entries of a folder that prevent its use as an output. Folders have a slash behind their names.
 
-    Temporary files of our writes do not count. On an object store a folder without files does not count either: it
-    is only a mark that deleted files left.
+    Temporary files of our writes are left out. On an object store, folders without files are left out too: they are
+    only markers that remain after files are deleted.
 
     Args:
         location: the folder.
-        but: names of files that do not count.
+        but: names of files to leave out.
     """
     files, folders = location.entries(recursive=False)
     found = [f"{name}/" for name in folders if location.is_local or _holds_a_file(location / name)]
@@ -342,7 +352,7 @@ def in_the_way(location: Location, *, but: Collection[str]) -> list[str]:
 
 
 def named(names: Sequence[str]) -> str:
-    """Return the first few of some names as text, and how many more there are."""
+    """Join the first four names for a message, and say how many more there are: "a, b, c, d and 7 more"."""
     shown = [name.encode(errors="backslashreplace").decode() for name in names[:_NUM_NAMED]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more:,} more" if more else "")
@@ -354,7 +364,7 @@ def _holds_a_file(folder: Location) -> bool:
 
 
 def _parents(patterns: Iterable[str]) -> set[str]:
-    """Return the folders, as patterns, in which matching files may be at any depth."""
+    """Return the parent folders, at every depth, of each pattern."""
     parts = [each.split("/") for each in patterns]
     return {"/".join(each[:depth]) for each in parts for depth in range(1, len(each))}
 

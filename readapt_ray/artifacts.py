@@ -1,18 +1,19 @@
-"""Produce and open artifacts: folders whose `manifest.json`, written last, says that they are complete.
+"""Produce and open artifacts: output folders with a `manifest.json`. It is written last, so it marks them as complete.
 
-A stage calls `produce` with its config, the fingerprints of its inputs and the work to do.
+A stage calls `produce` with its config, the fingerprints of its inputs and the work to do. What happens depends on what
+the output folder holds:
 
-    manifest there, same fingerprint      nothing is done, and it says so
-    manifest there, other fingerprint     refused, unless told to overwrite
-    `building.json` there, same           an earlier process was killed: the work resumes
-    `building.json` there, other          refused, unless told to overwrite
-    anything else there                   refused, also when told to overwrite
+    manifest, same fingerprint          nothing is done, and a log line says so
+    manifest, other fingerprint         refused, unless `overwrite` is set
+    `building.json`, same fingerprint   an earlier process was killed: the work resumes
+    `building.json`, other fingerprint  refused, unless `overwrite` is set
+    anything else                       refused, even if `overwrite` is set
 
-An output is ours only if a manifest or a lease of ours is there. It says which files are ours (`artifact_files.py`);
-overwriting removes these, and keeps all other files of the folder.
+A folder counts as our output only if it holds a manifest or a lease that a stage wrote. This record says which files
+are ours (`artifact_files.py`). Overwriting removes only these files and keeps all others in the folder.
 
-An output that ends with `.trec` is an artifact of one file, its records beside it under its name
-(`base.trec.manifest.json`).
+An output whose name ends with `.trec` is an artifact of a single file. Its records are beside it, with its name in
+front (`base.trec.manifest.json`).
 
 During the work, `building.json` holds a lease (`leases.py`).
 """
@@ -63,25 +64,25 @@ _VERSIONED_PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Describe a complete artifact; the content of `manifest.json`."""
+    """The content of `manifest.json`: how a complete artifact was made, and which files it has."""
 
     stage: str
     fingerprint: str
-    """Hex digest of the stage, its options and its inputs: equal means the same content."""
+    """Hex digest of the stage, its options and its inputs. Artifacts with equal fingerprints have the same content."""
     config: dict[str, Any]
     inputs: dict[str, str]
-    """The fingerprint of each input, by the name of its option."""
+    """The fingerprint of each input. The key is the option that names the input, such as "corpus"."""
     counts: dict[str, int]
-    """Rows, tokens, bytes and the like."""
+    """Numbers of rows, tokens, bytes and the like, by name."""
     details: dict[str, Any]
-    """What else the stage has to say."""
+    """Other facts that the stage records, by name."""
     seconds: float
     created: str
     versions: dict[str, str]
     files: Names = ()
-    """Names of its files; consecutive numbers as `[before, first, last, after]`."""
+    """Names of the files. Files with consecutive numbers take one entry: `[before, first, last, after]`."""
     hardware: dict[str, Any] = field(default_factory=dict)
-    """The driver's machine and the cluster; empty in artifacts of releases that did not say."""
+    """The driver's machine and the cluster. Empty in artifacts of older releases, which did not record it."""
     format_version: int = FORMAT_VERSION
 
 
@@ -94,18 +95,18 @@ class Artifact:
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of its options and inputs."""
+        """The hash of the stage, its options and its inputs."""
         return self.manifest.fingerprint
 
     @property
     def uri(self) -> str:
-        """The location as text."""
+        """The location as a path or URI."""
         return self.location.uri
 
 
 @dataclass
 class Workspace:
-    """The folder that a stage fills; `counts` and `details` go into the manifest."""
+    """The output folder that a stage fills. The stage's `counts` and `details` go into the manifest."""
 
     location: Location
     fingerprint: str
@@ -119,18 +120,18 @@ class Workspace:
 
 
 def fingerprint(content: Any) -> str:
-    """Hash a JSON-like value to 32 hex characters, whatever the order of its keys."""
+    """Hash a JSON-like value to 32 hex characters. The order of keys makes no difference."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
 def read_manifest(uri: str | Location) -> Manifest | None:
-    """Return the manifest of the artifact in a folder, or None where no complete artifact is.
+    """Return the manifest of the artifact in a folder, or None if the folder holds no complete artifact.
 
-    A `manifest.json` of another program is none.
+    A `manifest.json` that another program wrote is ignored.
 
     Raises:
-        CorruptFileError: a manifest of ours cannot be read.
+        CorruptFileError: a stage wrote the manifest, but it cannot be parsed.
     """
     location = record_of(uri if isinstance(uri, Location) else Location(uri), MANIFEST_NAME)
     try:
@@ -142,7 +143,7 @@ def read_manifest(uri: str | Location) -> Manifest | None:
     try:
         values = json.loads(content)
     except ValueError as error:
-        start = b"".join(content.replace(b"\0", b"").split())  # a machine that crashed leaves zeros, or nothing
+        start = b"".join(content.replace(b"\0", b"").split())  # after a crash a file may be empty, or hold zeros
         if not _MANIFEST_START.startswith(start[: len(_MANIFEST_START)]):
             return None
         raise CorruptFileError(
@@ -155,11 +156,11 @@ def read_manifest(uri: str | Location) -> Manifest | None:
 
 
 def names_under(root: Location) -> list[str]:
-    """Return the artifacts under a folder, complete or not, by their paths relative to it; `.` is the folder itself.
+    """Return the relative paths of all artifacts under a folder, complete or unfinished; `.` is the folder itself.
 
-    The content of an artifact is not listed, so a root with millions of files takes a few requests. Records are
-    told by what they say: a `manifest.json` of another program makes no artifact. A link to a folder is followed if it leads
-    away from the root, once: else an artifact would be listed, and cleaned, under a second name.
+    Files inside an artifact are not listed, so a root with millions of files takes a few requests. The content of a
+    record is checked: a `manifest.json` of another program makes no artifact. A link to a folder outside the root is
+    followed once; other links are not followed. Otherwise an artifact would be listed, and cleaned, under two names.
     """
     found = []
     seen: set[str] = set()
@@ -182,7 +183,7 @@ def names_under(root: Location) -> list[str]:
 
 
 def _leads_back(folder: Location, root: Location, seen: set[str]) -> bool:
-    """Return whether a folder is a link into the root, above it, or to a place that was seen."""
+    """Return whether a folder is a link into the root, to a parent of the root, or to a folder already seen."""
     if not folder.is_local or not os.path.islink(folder.path):
         return False
     there, own = os.path.realpath(folder.path), os.path.realpath(root.path)
@@ -195,14 +196,14 @@ def _is_artifact(location: Location) -> bool:
     try:
         return read_manifest(location) is not None or read_lease(location) is not None
     except CorruptFileError:
-        return True  # one of ours that was cut short
+        return True  # a stage wrote this manifest, but a crash cut it short
 
 
 def open_artifact(uri: str, stage: str) -> Artifact:
-    """Open the complete artifact of a stage; of any stage if none is named.
+    """Open the complete artifact in a folder. It must be an output of `stage`, unless `stage` is empty.
 
     Raises:
-        ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
+        ArtifactMissingError: there is no artifact, it is unfinished, or another stage made it.
     """
     location = Location(uri)
     manifest = read_manifest(location)
@@ -228,7 +229,7 @@ def identify(
     identity: Mapping[str, Any] | None = None,
     known: Container[str] | None = None,
 ) -> str:
-    """Return the fingerprint of an artifact. See `produce` for the arguments, and `StageConfig.identity` for `known`."""
+    """Compute the fingerprint of an artifact. See `produce` for the arguments, and `StageConfig.identity` for `known`."""
     content = {"stage": stage, "format": FORMAT_VERSION, "inputs": dict(inputs), "also": dict(identity or {})}
     return fingerprint({**content, "config": config.identity(known)})
 
@@ -241,26 +242,26 @@ def produce(
     work: Callable[[Workspace], None],
     identity: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Make the artifact of a stage, unless it is complete already.
+    """Make the artifact of a stage in `config.output`, unless it is already complete.
 
     Args:
         stage: the stage's name.
-        config: its options; those that decide the content are fingerprinted.
-        inputs: the fingerprint of each input.
-        work: fills the workspace. It finds there what a killed process left, and resumes from it.
-        identity: what else decides the content (a resolved default, say).
+        config: the stage's options. The options that decide the content go into the fingerprint.
+        inputs: the fingerprint of each input, by the name of its option.
+        work: fills the workspace. If a killed process left files there, `work` resumes from them.
+        identity: other values that decide the content, such as a resolved default.
 
     Raises:
-        ArtifactConflictError: the folder holds something else, or another process is at it.
+        ArtifactConflictError: the folder holds something else, or another process is writing it.
     """
     location = Location(config.output)
     identified = identify(stage, config, inputs, identity)
     present, before = read_manifest(location), None
     if present is not None and identify(stage, config, inputs, identity, present.config) == present.fingerprint:
-        identified = present.fingerprint  # also where a release made it that lacked options which have their defaults
+        identified = present.fingerprint  # an older release made it: options it lacked have their defaults here
     if present is None or present.fingerprint != identified:
         before = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
-        present = read_manifest(location)  # a process that was waited for may have finished
+        present = read_manifest(location)  # the other process may have finished while we waited
     if present is not None and present.fingerprint == identified:
         logger.info("%s: already complete in %s", stage, config.output)
         return Artifact(location, present)
@@ -283,12 +284,13 @@ def produce(
 
 
 def produce_again(artifact: Artifact, output: str, work: Callable[[Workspace], None]) -> Artifact:
-    """Make an artifact of the same content in another folder, under the same fingerprint, unless it is there.
+    """Write an artifact with the same content and fingerprint into another folder, unless that folder already has it.
 
     Args:
-        artifact: the one that is there.
-        output: the other folder; what unfinished work left there is replaced.
-        work: fills the workspace with the same content in other files. It finds there what a killed process left.
+        artifact: the existing artifact.
+        output: the other folder. Unfinished work with another fingerprint there is replaced.
+        work: fills the workspace with the same content in other files. If a killed process left files there, `work`
+            resumes from them.
     """
     location, manifest = Location(output), artifact.manifest
     before = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
@@ -314,7 +316,7 @@ def _fill(
     there: Mapping[str, Any] | None,
     before: Mapping[str, Any] | None,
 ) -> Manifest:
-    """Do the work under a lease: resume what is there if its fingerprint is the same, else start from nothing."""
+    """Do the work under a lease. Resume if the fingerprint is the same; else clear the folder and start again."""
     stage, identified = ours["stage"], ours["fingerprint"]
     goes_on = there is not None and there["fingerprint"] == identified
     own = artifact_files.own_files(location, there) if there is not None else set()
@@ -348,7 +350,7 @@ def _fill(
 
 
 def _described(workspace: Workspace, ours: Mapping[str, Any], seconds: float) -> Manifest:
-    """Return the manifest of work that is done, and remove what killed writers left of it."""
+    """Return the manifest of finished work, and remove temporary files that killed writers left."""
     return Manifest(
         **{name: ours[name] for name in ("stage", "fingerprint", "config", "inputs")},
         files=artifact_files.packed(artifact_files.tidied_files(workspace.location, ours["patterns"])),
@@ -362,7 +364,7 @@ def _described(workspace: Workspace, ours: Mapping[str, Any], seconds: float) ->
 
 
 def read_lease(uri: str | Location) -> dict[str, Any] | None:
-    """Return what an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
+    """Return the lease of an unfinished artifact: stage, process, heartbeat (unix seconds), progress. None if none."""
     return leases.read_lease(record_of(uri if isinstance(uri, Location) else Location(uri), LEASE_NAME))
 
 
@@ -378,5 +380,5 @@ def _versions() -> dict[str, str]:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """Return counts as people say them: 300 passages, 1 shard, 81,920 bytes."""
+    """Return counts as text for people: "300 passages, 1 shard, 81,920 bytes"."""
     return ", ".join(amount(value, name.removeprefix("num_").replace("_", " ")) for name, value in counts.items())

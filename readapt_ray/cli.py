@@ -1,8 +1,8 @@
-"""The command `readapt`: every stage with its options as flags, and what ties stages together.
+"""The command `readapt`: one command per stage, with its options as flags, and commands that run several stages.
 
-Flags, types, defaults and help come from the stages' configs. Exit code 0 on success, 2 on bad input,
-1 on a failure, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more
-(`readapt ... | head`); a server that is told to stop ends with 0.
+Flags, types, defaults and help come from the stages' configs. Exit codes: 0 on success, 2 on bad input, 1 on a failure,
+130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of stdout has closed it (`readapt ... | head`). A server that is
+asked to stop exits with 0.
 """
 
 import argparse
@@ -36,11 +36,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("readapt_ray")
 
 _PROVENANCE = "## Where the runs are from"
-"""The part of a report (evaluation/report.py) that is for the file, not for the terminal."""
+"""Heading of the last part of a report (evaluation/report.py), which is in the file but is not printed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `readapt` with these arguments; the exit code."""
+    """Run the command `readapt` and return its exit code.
+
+    Args:
+        arguments: the command and its flags; None means those of this process.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else "--help"
     ending = _Ending(command)
@@ -75,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Ending:
-    """Say once that a signal ended a command, be it after the cleanup or because that takes too long."""
+    """Print once that a signal ended the command, after the cleanup or when the cleanup takes too long."""
 
     def __init__(self, command: str) -> None:
         self._command = command
@@ -83,7 +87,7 @@ class _Ending:
         self._code: int | None = None
 
     def tell(self, *, is_terminated: bool) -> int:
-        """Print the line, if it is not there yet; return the exit code."""
+        """Print the message if it was not printed yet, and return the exit code."""
         with self._lock:
             if self._code is None:
                 how = (
@@ -96,19 +100,19 @@ class _Ending:
         return self._code
 
     def give_up(self) -> None:
-        """End this process now; what it leaves behind is what a killed one leaves."""
+        """End this process now, without cleanup, as if it were killed."""
         os._exit(self.tell(is_terminated=termination.has_sigterm()))
 
 
 def _is_ray_gone() -> bool:
-    """Return whether Ray's processes, which this one started, have ended."""
+    """Return whether the Ray processes that this process started have ended."""
     connection = sys.modules.get("readapt_ray.cluster.connection")
     return connection is not None and connection.has_ended()
 
 
 def _is_unread() -> bool:
-    """Return whether nobody reads stdout any more; if so, drop what is still to be written to it."""
-    with contextlib.suppress(OSError, ValueError):  # stdout may be no file
+    """Return whether the reader of stdout has closed it. If so, discard all further output."""
+    with contextlib.suppress(OSError, ValueError):  # stdout may not be a real file
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)
         if poll.poll(0):
@@ -165,7 +169,7 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
 
 
 def _tell(artifact: "Artifact") -> None:
-    """Print what an artifact says beyond its counts: a report its verdicts and tables, a corpus what was left out."""
+    """Print the tables and verdicts of a report, or log how many rows of a corpus were left out."""
     if artifact.manifest.stage in ("evaluate", "drift"):
         lines = (artifact.location / "report.md").read_text().splitlines()
         print("\n".join(itertools.takewhile(lambda line: line != _PROVENANCE, lines)))
@@ -174,10 +178,10 @@ def _tell(artifact: "Artifact") -> None:
 
 
 def _end_by_requirements(made: Iterable["Artifact"]) -> None:
-    """End with 1 if a requirement of a report does not hold.
+    """Check the requirements of all reports, so that the command exits with 1 if one does not hold.
 
     Raises:
-        ReadaptError: one does not.
+        ReadaptError: a requirement does not hold.
     """
     checked = [each for artifact in made for each in artifact.manifest.details.get("requirements", ())]
     if failed := [each["sentence"] for each in checked if not each["holds"]]:
@@ -199,7 +203,7 @@ def _tell_left_out(details: dict[str, Any]) -> None:
 
 
 def _run_config(options: argparse.Namespace, problems: "Problems | None" = None) -> "chain.RunConfig":
-    """Return the config of a run; what is wrong with its options goes to `problems`, or is raised."""
+    """Return the config of a run. Wrong options are added to `problems`; without `problems` they are raised."""
     from readapt_ray.recipes import run_file
     from readapt_ray.recipes.problems import Problems
 
@@ -220,7 +224,7 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
     config = _run_config(options, problems)
     made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage, problems=problems)
     for name, artifact in made.items():
-        if name != run_end.GENERAL_REPORT or "report" not in made:  # the report has it in its own table
+        if name != run_end.GENERAL_REPORT or "report" not in made:  # the report contains its table
             _tell(artifact)
     print(run_end.closing(config, made))
     _end_by_requirements(made.values())

@@ -1,4 +1,4 @@
-"""Split the text of an option that takes a list at its commas."""
+"""Split the text of a list option at its commas."""
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
@@ -6,9 +6,9 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 def split_list(text: str) -> list[str]:
     """Split a text at its commas, except those in brackets or in double quotes.
 
-    `nDCG(gains={0:0,1:1})@10,R@100` has two items, and so has `"my,run.trec",other.trec`. Quotes count at the beginning of
-    an item or behind its `=`, and are removed; a bracket or a quote that is not closed is an ordinary character. Empty
-    items are left out.
+    `nDCG(gains={0:0,1:1})@10,R@100` has two items, and so has `"my,run.trec",other.trec`. Quotes are special only at the
+    beginning of an item or after its `=`, and are removed. A bracket or quote that is not closed is an ordinary
+    character. Empty items are left out.
     """
     return [item for item in items_with_empty(text) if item]
 
@@ -33,7 +33,7 @@ def items_with_empty(text: str) -> list[str]:
 
 
 def _closing(text: str, at: int) -> int:
-    """Return the index after the character at `at`: after its closing bracket, if it is a bracket that is closed."""
+    """Return the index after the character at `at`. For an opening bracket: after its closing bracket, if it has one."""
     expected = []
     for place in range(at, len(text)):
         if text[place] in _CLOSING:

@@ -1,6 +1,6 @@
-"""Define the commands of `readapt`, make a parser for each, and complete both in a shell.
+"""Define the commands of `readapt`, a parser for each, and the script that completes them in a shell.
 
-Flags, types, defaults and help come from the configs of stages, servers and plans.
+Flags, types, defaults and help come from the config classes.
 """
 
 import argparse
@@ -33,7 +33,7 @@ COMMANDS: dict[str, str] = {
 
 
 def parser_of(command: str) -> "flags.Parser":
-    """Return the parser of a command."""
+    """Return the argument parser of a command, such as "train"."""
     if command in _PARSERS:
         return _PARSERS[command]()
     from readapt_ray import flags
@@ -55,13 +55,13 @@ def parser_of(command: str) -> "flags.Parser":
 
 
 def completion(arguments: Sequence[str]) -> str:
-    """Return the script that completes commands and options in a shell.
+    """Return the shell script that completes commands and options with the Tab key.
 
     Args:
         arguments: one name: bash, zsh or fish.
 
     Raises:
-        InputError: another shell, or shtab is not installed.
+        InputError: the shell is unknown, or shtab is not installed.
     """
     if len(arguments) != 1 or arguments[0] not in _SHELLS:
         raise InputError(
@@ -127,7 +127,7 @@ def _pipeline_parser() -> "flags.Parser":
 
 
 def _sections() -> str:
-    """Describe the sections of a run's YAML file and their options, from the configs."""
+    """Return the help text about the options and sections of a run's YAML file, made from the configs."""
     from readapt_ray.config import default
     from readapt_ray.recipes import chain
 
@@ -228,5 +228,5 @@ _PARSERS: dict[str, Callable[[], "flags.Parser"]] = {
     "status": _status_parser,
     "quickstart": _quickstart_parser,
 }
-"""Parsers of commands that do not take the options of one config."""
+"""Parsers of the commands whose options do not come from a single config class."""
 _SHELLS = ("bash", "zsh", "fish")

@@ -1,7 +1,7 @@
-"""What all stage configs share: frozen, keyword-only, validated where they are made.
+"""Base classes of all stage configs: frozen, keyword-only, validated when they are made.
 
-A config is a pydantic model beside the stage that it configures, with a docstring under each
-field; the command line, the YAML file and a notebook all make the same object.
+A config is a pydantic model in the file of the stage that it configures. The docstring under each field is its help
+text. The command line, a YAML file and a notebook all make the same object.
 """
 
 import difflib
@@ -41,18 +41,18 @@ _ALLOWED = {
     "less_than": "less than {lt}",
     "less_than_equal": "{le} or less",
 }
-"""What a value must be, by pydantic's name for what is wrong with it."""
+"""For each pydantic error type: what the value must be."""
 
 
 UsedWith = Mapping[str, tuple[str, tuple[Any, ...]]]
 
 
 class OptionError(ValueError):
-    """Options that do not go together, for a validator to raise.
+    """An error that a validator raises if options do not go together.
 
     Args:
-        text: what is wrong; `{name}` is replaced by the option of that name as the user wrote it: `--top-k`, or `top_k`.
-        values: values for the other braces.
+        text: the message. `{name}` is replaced by that option as the user wrote it: `--top-k`, or `top_k`.
+        values: values for placeholders that are not options.
     """
 
     def __init__(self, text: str, **values: object) -> None:
@@ -61,12 +61,12 @@ class OptionError(ValueError):
         self._values = values
 
     def as_flags(self) -> str:
-        """Return the message with the options as the command line calls them."""
+        """Return the message with each option written as a flag: `--top-k`."""
         return self._text.format_map(_Names(self._values, flag))
 
 
 class _Names(dict[str, object]):
-    """A value for a placeholder in the message of an `OptionError`: what the user gave, or the name of an option."""
+    """The values for the placeholders of an `OptionError`: given values, else the option's name as `spelled` writes it."""
 
     def __init__(self, values: dict[str, object], spelled: Callable[[str], str] = str) -> None:
         super().__init__(values)
@@ -77,7 +77,7 @@ class _Names(dict[str, object]):
 
 
 def options_text(config_class: type[BaseModel]) -> str:
-    """Return the options of a config as the lines of a docstring: each with what it means and its default."""
+    """Return a docstring section that lists each option of a config with its meaning and default."""
     lines = ["Options:"]
     for name, field in config_class.model_fields.items():
         text = " ".join(f"{name}: {field.description or ''} {default(field)}".split())
@@ -93,7 +93,7 @@ def options_text(config_class: type[BaseModel]) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """Return the default of an option in brackets, or that it is required."""
+    """Return "(default: ...)" or "(required)" for an option; empty text if the default is empty."""
     if field.is_required():
         return "(required)"
     if field.default is None or field.default in ("", ()) or field.default_factory is not None:
@@ -105,21 +105,21 @@ def default(field: FieldInfo) -> str:
 
 
 class Config(BaseModel):
-    """A frozen set of options. Unknown options and wrong values are refused by name."""
+    """A frozen set of options. Unknown options and wrong values raise an error that names them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
     inputs: ClassVar[frozenset[str]] = frozenset()
-    """Options that name inputs: known by what they hold, not by where they are."""
+    """Options that name inputs. The fingerprint has the content of an input, not its path."""
     operational: ClassVar[frozenset[str]] = frozenset()
-    """Options that change how the work is done, and never what comes out."""
+    """Options that change how the work is done (speed, memory), but never the result."""
     may_change: ClassVar[frozenset[str]] = frozenset()
-    """Options that decide how much is done: an output with another value is resumed, not refused."""
+    """Options that decide how much work is done. An output made with another value is resumed, not refused."""
     safety: ClassVar[frozenset[str]] = frozenset()
-    """Options that say what is refused, replaced, retried or kept."""
+    """Options that decide what is refused, replaced, retried or kept."""
     used_with: ClassVar[UsedWith] = {}
-    """Options that do nothing by themselves: the option that each one is used with, and its values (any but the default if
-    there are none)."""
+    """Options that work only together with another option: (that option, its values that allow it). No values means
+    any value but the default."""
 
     def __init__(self, /, *given: Any, **values: Any) -> None:
         """Make a config from options by name.
@@ -137,7 +137,7 @@ class Config(BaseModel):
         except pydantic.ValidationError as error:
             raise self._refusal(error, type(self).__name__) from None
 
-    # So pydantic calls it for a config that a user makes, and not for one inside another, whose errors it collects.
+    # With this mark pydantic calls our __init__ only for the outermost config; it collects the errors of nested ones.
     vars(__init__)["__pydantic_base_init__"] = True
 
     @classmethod
@@ -146,7 +146,7 @@ class Config(BaseModel):
         cls.__doc__ = "\n\n".join((inspect.cleandoc(cls.__doc__ or cls.__name__), options_text(cls)))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse: what a stage was given stays as it is.
+        """Refuse every change: a config is frozen.
 
         Raises:
             InputError: always.
@@ -159,14 +159,14 @@ class Config(BaseModel):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _plain_values(cls, values: Any) -> Any:
-        """Make texts of paths, and lists of the texts of list options, whether from a flag, a file or Python."""
+        """Convert paths to text, and comma-separated text to lists for list options, from any source of values."""
         if not isinstance(values, dict):
             return values
         return {name: cls._plain(name, value) for name, value in values.items()}
 
     @pydantic.model_validator(mode="after")
     def _refuse_idle_options(self) -> Self:
-        """Refuse options that were given and would do nothing."""
+        """Refuse options that were given but have no effect."""
         for name, (other, values) in self.used_with.items():
             value = getattr(self, other)
             is_used = value in values if values else value != type(self).model_fields[other].get_default()
@@ -186,7 +186,7 @@ class Config(BaseModel):
     def _plain(cls, name: str, value: Any) -> Any:
         field = cls.model_fields.get(name)
         if isinstance(value, os.PathLike) and field is not None and is_only_list(field.annotation):
-            return [os.fspath(value)]  # with any comma in its name
+            return [os.fspath(value)]  # a comma in a path's name does not split it
         return cls._split_text(name, value) if isinstance(value, str) else _without_paths(value)
 
     @classmethod
@@ -206,8 +206,8 @@ class Config(BaseModel):
 
         Args:
             values: option names and values; text is converted to numbers where a number is expected.
-            where: what to name in the error: a file, or a command.
-            flags: whether errors call options as the command line does.
+            where: the file or command that errors name; empty means the name of the class.
+            flags: whether errors write options as flags (`--top-k`).
 
         Raises:
             InputError: one message that names every wrong option, its value and what is allowed.
@@ -239,10 +239,11 @@ class StageConfig(Config):
         return dict(self.model_dump(mode="json"))
 
     def identity(self, known: Container[str] | None = None) -> dict[str, Any]:
-        """Return the options that decide what comes out.
+        """Return the options that decide the result.
 
         Args:
-            known: the options that another release had; others are left out where they have their defaults.
+            known: names of the options that an older release had. Newer options with their default value are left out,
+                so that outputs of that release keep their fingerprint. None means all options.
         """
         left_out = {"output", "overwrite"} | self.inputs | self.operational
         if known is not None:
@@ -254,12 +255,12 @@ class StageConfig(Config):
         return {name: value for name, value in self.settings().items() if name not in left_out}
 
     def changed_back(self, options: Mapping[str, Any]) -> Self:
-        """Return the config with the options that may change as an earlier run had them."""
+        """Return the config with each `may_change` option set to its value in `options`, those of an earlier run."""
         return self.model_copy(update={name: options[name] for name in self.may_change if name in options})
 
 
 def _without_paths(value: Any) -> Any:
-    """Return the same value with the text of each path in place of the path."""
+    """Return the value with each path in it converted to text."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if type(value) in (list, tuple):
@@ -273,7 +274,7 @@ def is_list(annotation: Any) -> bool:
 
 
 def is_only_list(annotation: Any) -> bool:
-    """Return whether an option takes several values, and never one that is not in a list."""
+    """Return whether an option takes only a list, never a single value."""
     return all(typing.get_origin(each) in (tuple, list) for each in _alternatives(annotation))
 
 
@@ -285,14 +286,14 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def flag(option: str) -> str:
-    """Return an option as the command line calls it."""
+    """Return an option as a flag of the command line: `--top-k` for `top_k`."""
     return f"--{option.replace('_', '-')}"
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Return which of the known words was meant, as a question; empty where none is like it.
+    """Return a question that suggests the known word most like `word`; empty text if none is similar.
 
-    `embd` means `embed`, and `k` means `top_k` where no other option has a `k` between underscores.
+    `embd` suggests `embed`. `k` suggests `top_k`, unless another option has a part `k` between underscores.
     """
     by_lower = {each.lower(): each for each in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1)
@@ -304,14 +305,14 @@ def meant(word: str, known: Iterable[str]) -> str:
 
 class _Problem(typing.NamedTuple):
     option: str
-    """The option with its value; empty where none is to blame."""
+    """The option with its value; empty if the problem belongs to no single option."""
     text: str
     is_allowed: bool = False
-    """Whether the text is what the value must be, not what is wrong."""
+    """Whether the text says what is allowed ("a number"). Otherwise it says what is wrong."""
 
 
 def _join(problems: Iterable[_Problem]) -> str:
-    """Join problems, with one clause per value: an option that may be text or a list has a problem for each."""
+    """Join problems into one message. An option with several possible types has a problem per type: one clause."""
     clauses: dict[str, str] = {}
     for option, text, is_allowed in problems:
         if option in clauses:
@@ -322,7 +323,7 @@ def _join(problems: Iterable[_Problem]) -> str:
 
 
 def _known_at(config_class: type[Config], path: Sequence[Any]) -> list[str]:
-    """Return the options of a config, or of the config inside it that has the last part of a path."""
+    """Return the options of a config, or of the nested config that a path of option names leads to."""
     for part in path[:-1]:
         field = config_class.model_fields.get(str(part))
         inner = _alternatives(field.annotation) if field else []
@@ -334,7 +335,7 @@ def _known_at(config_class: type[Config], path: Sequence[Any]) -> list[str]:
 
 def _describe(problem: Any, config_class: type[Config], flags: bool) -> _Problem:
     known = _known_at(config_class, problem["loc"])
-    # pydantic puts the type that it tried last into the place of a value that may have several
+    # for a value of several possible types, pydantic adds the type that it tried to the path: leave it out
     path = ".".join(
         str(part) for part in problem["loc"] if part in config_class.model_fields or not _TYPE_NAME.fullmatch(str(part))
     )

@@ -1,7 +1,7 @@
-"""Tell a damaged file from a disk or network that failed for the moment.
+"""Distinguish a damaged file from a temporary failure of a disk or network.
 
-pyarrow tells both by the same exceptions: a Parquet file cut short and a busy object store are OSErrors without a
-number, and some answers of Google's store are plain ArrowExceptions.
+pyarrow raises the same exceptions for both: a Parquet file that is cut short and a busy object store are both OSErrors
+without an errno, and some answers of Google's store are plain ArrowExceptions.
 """
 
 import zlib
@@ -9,12 +9,12 @@ import zlib
 import pyarrow as pa
 
 READ_ERRORS = (pa.ArrowException, OSError, EOFError, ValueError, zlib.error)
-"""What reading a file raises, whatever is at fault."""
+"""All errors that reading a file can raise, for either reason."""
 _STORES = ("AWS Error", "google::cloud::Status", "UNAVAILABLE", "Azure Error")
 
 
 def is_damage(error: Exception) -> bool:
-    """Return whether one of `READ_ERRORS` is about the file's content, so that reading again would raise it again."""
+    """Return whether an error of `READ_ERRORS` means that the file's content is damaged, so that a retry cannot help."""
     if isinstance(error, MemoryError) or any(store in str(error) for store in _STORES):
         return False
     return not (isinstance(error, OSError) and error.errno is not None)

@@ -1,9 +1,9 @@
-"""Leave out the dead rows of Parquet files that are never changed.
+"""Read Parquet parts without their dead rows: rows that were deleted or changed after the file was written.
 
-A part of passages or vectors is written once. Where some of its rows were changed or deleted since, the next artifact
-shares the file under a name that says so, `part-00003-partly.parquet`, with the numbers of its dead rows beside it in
-`_part-00003-partly.dead`. What reads parts opens them here, and sees the live rows alone, numbered through; a part that is
-whole costs no request more. Plain pyarrow sees all rows.
+A part of passages or vectors is written once and never modified. If some of its rows are later changed or deleted, the
+next artifact shares the file under the name `part-00003-partly.parquet`. The row numbers of the dead rows are in a file
+beside it, `_part-00003-partly.dead`. A part that is opened here shows only its live rows, numbered consecutively from 0.
+A part without dead rows costs no extra request. Plain pyarrow sees all rows.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from readapt_ray.shared_files import share
 from readapt_ray.storage import Location
 
 MAX_DEAD = 0.2
-"""Share of the rows of a part above which its live rows are written again, without the dead ones."""
+"""If more than this fraction of a part's rows is dead, its live rows are written to a new part."""
 _MARK, _SUFFIX, _DEAD_SUFFIX = "-partly", ".parquet", ".dead"
 _DIGEST_BYTES = 8
 
@@ -30,25 +30,25 @@ _Rows = TypeVar("_Rows", pa.Table, pa.RecordBatch)
 
 
 def partly_name(name: str) -> str:
-    """Return the name of a part some of whose rows are dead, by that of a whole one."""
+    """Return the name that a part has once some of its rows are dead: `part-3.parquet` -> `part-3-partly.parquet`."""
     return f"{name.removesuffix(_SUFFIX)}{_MARK}{_SUFFIX}"
 
 
 def whole_name(name: str) -> str:
-    """Return the name that a part has when all its rows live."""
+    """Return the name of a part without dead rows: `part-3-partly.parquet` -> `part-3.parquet`."""
     return f"{name.removesuffix(_SUFFIX).removesuffix(_MARK)}{_SUFFIX}"
 
 
 def is_partly(name: str) -> bool:
-    """Return whether a part has dead rows, by its name."""
+    """Return whether the name of a part says that it has dead rows."""
     return name.endswith(f"{_MARK}{_SUFFIX}")
 
 
 def read_dead(file: Location) -> NDArray[np.int64]:
-    """Return the dead rows of a part, rising; none of a whole one.
+    """Return the row numbers of a part's dead rows as int64, ascending; empty if it has none.
 
     Raises:
-        CorruptFileError: they are gone or altered.
+        CorruptFileError: the file of dead rows is missing or was altered.
     """
     if not is_partly(file.name):
         return np.zeros(0, np.int64)
@@ -56,10 +56,10 @@ def read_dead(file: Location) -> NDArray[np.int64]:
 
 
 def read_rows(file: Location) -> NDArray[np.int64]:
-    """Return row numbers that `write_rows` wrote.
+    """Read the row numbers that `write_rows` wrote, as int64.
 
     Raises:
-        CorruptFileError: the file is gone or altered.
+        CorruptFileError: the file is missing or was altered.
     """
     try:
         content = file.read_bytes()
@@ -71,30 +71,30 @@ def read_rows(file: Location) -> NDArray[np.int64]:
 
 
 def write_rows(file: Location, rows: NDArray[np.int64]) -> None:
-    """Write rising row numbers, 4 bytes each, with a checksum before them."""
+    """Write ascending row numbers to a file: a checksum of 8 bytes, then 4 bytes per row."""
     content = rows.astype("<i4").tobytes()
     file.write_bytes(_digest(content) + content)
 
 
 def share_part(source: Location, folder: Location, name: str, dead: NDArray[np.int64]) -> str:
-    """Share a part with another artifact, without some of its live rows; return its name there.
+    """Share a part with another artifact in which some of its live rows are dead, and return its name there.
 
     Args:
         source: the part.
-        folder: of the parts there.
-        name: as a whole part has it.
-        dead: the live rows that are dead from now on, rising and numbered through.
+        folder: the other artifact's folder of parts.
+        name: the name to give it there, without the mark of dead rows.
+        dead: which of the live rows to mark as dead, ascending, as positions among the live rows.
     """
     before = read_dead(source)
     if len(before) + len(dead):
         name = partly_name(name)
         write_rows(_dead_file(folder / name), np.union1d(before, physical_rows(dead, before)))
-    share(source, folder / name)  # last: a part is there once its dead rows are
+    share(source, folder / name)  # last, so that a part never exists without its dead rows
     return name
 
 
 def physical_rows(rows: NDArray[np.int64], dead: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return where live rows, numbered through, stand in a file with dead rows.
+    """Convert positions among the live rows to row numbers in the file.
 
     Example:
         physical_rows([0, 1, 2], dead=[1, 2]) == [0, 3, 4]
@@ -103,12 +103,12 @@ def physical_rows(rows: NDArray[np.int64], dead: NDArray[np.int64]) -> NDArray[n
 
 
 class LiveRows:
-    """An open Parquet file without its dead rows.
+    """An open Parquet file that shows only its live rows.
 
     Args:
         parquet: the file.
-        dead: its dead rows, rising.
-        num_bytes: of the file.
+        dead: row numbers of its dead rows, ascending.
+        num_bytes: the size of the file.
     """
 
     def __init__(self, parquet: pq.ParquetFile, dead: NDArray[np.int64], num_bytes: int) -> None:
@@ -117,11 +117,17 @@ class LiveRows:
 
     @property
     def num_rows(self) -> int:
-        """Return the number of its live rows."""
+        """The number of live rows."""
         return int(self.parquet.metadata.num_rows) - len(self._dead)
 
     def read(self, rows: range | NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Read rising live rows; of a range the row groups at once, else one at a time. Unknown columns are left out."""
+        """Read some of the live rows.
+
+        Args:
+            rows: ascending positions among the live rows. The row groups of a range are read in one call, others one by
+                one.
+            columns: the columns to read. Columns that the file lacks are ignored.
+        """
         there = [name for name in columns if name in self.schema.names]
         if not len(rows):
             return self.parquet.read_row_groups([], columns=there)
@@ -141,14 +147,14 @@ class LiveRows:
         return pa.concat_tables(tables)
 
     def batches(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield all rows, at most `num_rows` at a time."""
+        """Yield all live rows in batches of at most `num_rows`."""
         first = 0
         for batch in self.parquet.iter_batches(num_rows, columns=None if columns is None else list(columns)):
             yield self._living(batch, first)
             first += batch.num_rows
 
     def _living(self, rows: _Rows, first: int) -> _Rows:
-        """Leave out the dead ones of rows that stand in the file from `first` on."""
+        """Remove the dead rows from consecutive rows of the file that start at row number `first`."""
         dead = self._dead[slice(*np.searchsorted(self._dead, (first, first + rows.num_rows)))]
         if not len(dead):
             return rows
@@ -159,14 +165,14 @@ class LiveRows:
 
 @contextlib.contextmanager
 def opened(file: Location, *, max_bytes: int = 0) -> Iterator[LiveRows]:
-    """Open a part.
+    """Open a part to read its live rows.
 
     Args:
         file: the part.
-        max_bytes: as for `Location.open_input`.
+        max_bytes: fetch an object of up to this size at once; see `Location.open_input`.
 
     Raises:
-        CorruptFileError: its dead rows are gone or altered.
+        CorruptFileError: the file of dead rows is missing or was altered.
     """
     dead = read_dead(file)
     with file.open_input(max_bytes=max_bytes) as stream, pq.ParquetFile(stream) as parquet:
@@ -175,13 +181,13 @@ def opened(file: Location, *, max_bytes: int = 0) -> Iterator[LiveRows]:
 
 
 def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a part as a whole."""
+    """Read all live rows of a part. `columns` None means all columns."""
     with opened(file) as part:
         return part.read(range(part.num_rows), part.schema.names if columns is None else columns)
 
 
 def _dead_file(file: Location) -> Location:
-    """Return the file of the dead rows of a part; pyarrow and Spark leave out such a name when they read a folder."""
+    """Return the file of a part's dead rows. Its name starts with `_`, so pyarrow and Spark ignore it in a folder."""
     return file.sibling(f"_{file.name.removesuffix(_SUFFIX)}{_DEAD_SUFFIX}")
 
 

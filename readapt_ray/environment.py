@@ -1,7 +1,4 @@
-"""Read the environment variables of readapt_ray.
-
-READAPT_API_KEYS, which is a small file in itself, is read in `serving/keys.py`.
-"""
+"""Read and check the environment variables of readapt_ray, except READAPT_API_KEYS (`serving/keys.py`)."""
 
 import math
 import os
@@ -15,10 +12,10 @@ _CACHE_GB = 100.0
 
 
 def log_level() -> str:
-    """Return READAPT_LOG_LEVEL: how much is logged; INFO unless it is set.
+    """Return the log level: READAPT_LOG_LEVEL, or INFO if it is not set.
 
     Raises:
-        InputError: it is not a level.
+        InputError: the value is not a log level.
     """
     level = os.environ.get("READAPT_LOG_LEVEL", "").upper() or "INFO"
     if level not in _LOG_LEVELS:
@@ -27,15 +24,15 @@ def log_level() -> str:
 
 
 def shows_tracebacks() -> bool:
-    """Return whether READAPT_DEBUG is set: an unexpected error then shows where it was raised."""
+    """Return whether READAPT_DEBUG is set. If so, an unexpected error prints its traceback."""
     return bool(os.environ.get("READAPT_DEBUG"))
 
 
 def cache_folder() -> Path:
-    """Return READAPT_CACHE: the folder for fetched models and for what servers copy; ~/.cache/readapt unless it is set.
+    """Return the cache folder for downloaded models and servers' local copies: READAPT_CACHE, or ~/.cache/readapt.
 
     Raises:
-        InputError: it is not a folder.
+        InputError: the path exists and is not a folder.
     """
     folder = Path(os.environ.get("READAPT_CACHE") or "~/.cache/readapt").expanduser()
     if folder.exists() and not folder.is_dir():
@@ -44,46 +41,46 @@ def cache_folder() -> Path:
 
 
 def cache_gb() -> float:
-    """Return READAPT_CACHE_GB: how many gigabytes READAPT_CACHE may hold; 100 unless it is set.
+    """Return the maximum size of the cache folder in gigabytes: READAPT_CACHE_GB, or 100 if it is not set.
 
     Raises:
-        InputError: it is not a number of 0 or more.
+        InputError: the value is not a number of 0 or more.
     """
     return _number("READAPT_CACHE_GB", _CACHE_GB, "in gigabytes")
 
 
 def num_cpus() -> int | None:
-    """Return READAPT_NUM_CPUS: the CPUs of a Ray that is started here; all of them unless it is set.
+    """Return READAPT_NUM_CPUS: the number of CPUs of a Ray that is started on this machine. None (not set) means all.
 
     Raises:
-        InputError: it is not a whole number from 1.
+        InputError: the value is not a whole number of 1 or more.
     """
     return _whole_number("READAPT_NUM_CPUS")
 
 
 def num_gpus() -> int | None:
-    """Return READAPT_NUM_GPUS: how many GPUs Ray's autoscaler may bring; None where the cluster is what is up.
+    """Return READAPT_NUM_GPUS: how many GPUs the cluster may grow to by Ray's autoscaler. None (not set): it does not grow.
 
     Raises:
-        InputError: it is not a whole number from 1.
+        InputError: the value is not a whole number of 1 or more.
     """
     return _whole_number("READAPT_NUM_GPUS")
 
 
 def num_nodes() -> int:
-    """Return READAPT_NUM_NODES: how many nodes a cluster must have before work starts; 1 unless it is set.
+    """Return how many nodes a cluster must have before work starts: READAPT_NUM_NODES, or 1 if it is not set.
 
     Raises:
-        InputError: it is not a whole number from 1.
+        InputError: the value is not a whole number of 1 or more.
     """
     return _whole_number("READAPT_NUM_NODES") or 1
 
 
 def wait_s() -> float:
-    """Return READAPT_WAIT_S: the seconds to wait for the nodes of a cluster; 900 unless it is set.
+    """Return how many seconds to wait for the nodes of a cluster: READAPT_WAIT_S, or 900 if it is not set.
 
     Raises:
-        InputError: it is not a number of 0 or more.
+        InputError: the value is not a number of 0 or more.
     """
     return _number("READAPT_WAIT_S", _WAIT_S, "in seconds")
 

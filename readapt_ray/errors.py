@@ -1,19 +1,19 @@
 """The exceptions of readapt_ray.
 
-Two families: `InputError` and `CorruptFileError` are for the user to correct (exit code 2; the message names the value,
-what is allowed and what to do); everything else is a failure of the work (exit code 1). All of them
-carry one message and survive pickling, so they cross Ray's process borders unchanged.
+There are two kinds. `InputError` and `CorruptFileError` are for the user to correct: the exit code is 2, and the message
+names the value, what is allowed and what to do. All others are failures of the work: the exit code is 1. Each error has
+one message and can be pickled, so it passes between Ray's processes unchanged.
 """
 
 
 class ReadaptError(Exception):
-    """A failure that readapt_ray recognised. `str(error)` is one clear message."""
+    """Base class of all errors that readapt_ray raises on purpose. `str(error)` is one clear message."""
 
     exit_code = 1
 
 
 class InputError(ReadaptError):
-    """What was given cannot be used: the message says what is allowed and what to do."""
+    """The user's input cannot be used. The message says what is allowed and what to do."""
 
     exit_code = 2
 
@@ -23,8 +23,8 @@ class ArtifactConflictError(InputError):
 
     Args:
         message: what is wrong and what to do.
-        output: the folder, as the stage's config names it; empty where overwriting is no way out.
-        difference: what is there and what is wanted.
+        output: the folder, as in the stage's config. Empty if `--overwrite` would not help.
+        difference: which options or inputs of the artifact in the folder differ from the wanted ones.
     """
 
     def __init__(self, message: str, *, output: str = "", difference: str = "") -> None:
@@ -38,27 +38,27 @@ class ArtifactMissingError(InputError):
 
 
 class CorpusError(InputError):
-    """A corpus is missing, empty, or does not have the columns or the text that it must."""
+    """A corpus is missing or empty, or lacks required columns or text."""
 
 
 class ModelError(InputError):
-    """A model cannot be found, is not one, or does not fit what it is used with."""
+    """A model cannot be found, is not a usable model, or does not fit the other model or data that it is used with."""
 
 
 class WeightMismatchError(ModelError):
-    """Two checkpoints that must agree tensor by tensor do not."""
+    """Two models that must belong together do not: their tensors or tokenizers differ in names, shapes or content."""
 
 
 class FingerprintMismatchError(InputError):
-    """Vectors, an index or a model of different making would be mixed."""
+    """Vectors, an index and a model do not belong together: their fingerprints differ, so they must not be mixed."""
 
 
 class PlacementError(InputError):
-    """The cluster cannot give what a stage asks for."""
+    """The cluster lacks the CPUs, GPUs or memory that a stage needs."""
 
 
 class StorageError(InputError):
-    """A disk is full, or a folder may not be written; what was written before stays, and the work can resume."""
+    """A disk is full, or permission to write a folder is missing. Earlier output stays, so the work can resume."""
 
 
 class CorruptFileError(ReadaptError):
@@ -68,26 +68,26 @@ class CorruptFileError(ReadaptError):
 
 
 class TrainingDivergedError(ReadaptError):
-    """The loss became NaN or infinite; the last good checkpoint is kept."""
+    """The loss became NaN or infinite. The last good checkpoint is kept."""
 
 
 class TargetError(ReadaptError):
-    """A vector database cannot be reached, or refuses what was sent."""
+    """A vector database cannot be reached, or rejects the rows that were sent."""
 
 
 class WorkerError(ReadaptError):
-    """A process of the cluster failed for a reason that is not the user's."""
+    """A process of the cluster failed, and the user's input is not the reason."""
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says."""
+    """Return the first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 UNREADABLE = (PermissionError, IsADirectoryError, NotADirectoryError)
-"""Errors of Python for a path that cannot be used as it is."""
+"""Python's errors for a path that cannot be read: no permission, or a folder where a file is expected."""
 
 
 def unreadable(error: Exception) -> InputError:
-    """Return the same as one message of ours."""
+    """Convert one of the `UNREADABLE` errors to an InputError."""
     return InputError(f"{' '.join(str(error).split())}; give a path that may be read")

@@ -1,7 +1,7 @@
 """Turn a path or URI into a pyarrow filesystem and the path in it.
 
-A client of an object store keeps connections and credentials, so each process has one client per store and set of
-options. A forked process makes its own, since connections cannot be shared.
+A client of an object store keeps connections and credentials. So each process has one client per store and set of
+options. A forked process makes new ones, because connections cannot be shared.
 """
 
 import functools
@@ -14,13 +14,13 @@ import pyarrow.fs as pafs
 from readapt_ray.errors import InputError
 
 _S3_ATTEMPTS = 10
-"""With the SDK's exponential backoff about a minute of 503 or lost connections."""
+"""With the SDK's exponential backoff, retries last about a minute of 503 answers or lost connections."""
 _S3_OPTIONS = ("region", "scheme", "endpoint_override")
 _S3_SILENT_S = 120
-"""A store may say nothing while it copies an object: 5 GiB at 45 MB/s. The SDK would give up after 3 s."""
+"""Seconds that a store may send nothing while it copies an object: 5 GiB at 45 MB/s. The SDK's default is 3 s."""
 _S3_CONNECT_S = 10
 _QUERY = re.compile(r"\?(\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
-"""The options at the end of a URI. Any other `?`, as any `#`, belongs to a name."""
+"""The options at the end of a URI. Any other `?`, and any `#`, is part of a file name."""
 _CREDENTIALS = re.compile(r"secret|password|token|signature|access_key|account_key|\bsig\b", re.IGNORECASE)
 
 
@@ -42,7 +42,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def extended(uri: str, tail: str) -> str:
-    """Return a local path or URI with `tail` behind its path; the options of a URI stay at its end."""
+    """Append `tail` to the path of a local path or URI. The options of a URI stay at its end."""
     if "://" not in uri:
         return f"{uri.rstrip('/')}{tail}"
     head, query = _split(uri)
@@ -53,7 +53,7 @@ def extended(uri: str, tail: str) -> str:
 
 
 def sibling(uri: str, name: str) -> str:
-    """Return a local path or URI with another last name; the options of a URI stay at its end."""
+    """Replace the last name in a local path or URI. The options of a URI stay at its end."""
     head, query = _split(uri) if "://" in uri else (uri, "")
     folder, slash, _ = head.rstrip("/").rpartition("/")
     other = f"{folder}{slash}{name}"
@@ -63,25 +63,25 @@ def sibling(uri: str, name: str) -> str:
 
 
 def check_uri(uri: str) -> None:
-    """Refuse a path or URI that is empty, or that holds credentials.
+    """Refuse a path or URI that is empty, or that contains credentials.
 
     Raises:
-        InputError: it is, or does.
+        InputError: it is empty, or contains credentials.
     """
-    if not uri:  # what is in it would be in the root of the disk: "" + "/corpus"
+    if not uri:  # "" + "/corpus" would be in the root of the disk
         raise InputError("a path is empty, as one from a variable that is not set; give a folder, a file or a URI")
     refuse_credentials(uri)
 
 
 def refuse_credentials(uri: str, *, variables: str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") -> None:
-    """Refuse a URI that holds credentials: they would appear in logs and manifests.
+    """Refuse a URI that contains credentials, because they would appear in logs and manifests.
 
     Args:
         uri: of a file, a folder or a server.
-        variables: the environment variables to set instead.
+        variables: the environment variables to set instead, for the message.
 
     Raises:
-        InputError: it does.
+        InputError: the URI contains credentials.
     """
     if "://" in uri and _holds_credentials(uri):
         raise InputError(
@@ -91,7 +91,7 @@ def refuse_credentials(uri: str, *, variables: str = "AWS_ACCESS_KEY_ID and AWS_
 
 
 def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of an `s3://` URI, which retries for longer than pyarrow's own, and the path in it.
+    """Return the filesystem of an `s3://` URI and the path in it. It retries for longer than pyarrow's default.
 
     Raises:
         ValueError: an option behind the `?` is unknown, or there is no bucket.
@@ -114,7 +114,7 @@ def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
-    """Return the filesystem of a URI of any other kind, and the path in it."""
+    """Return the filesystem of a URI that is not `s3://`, and the path in it."""
     head, query = _split(uri)
     scheme, _, rest = head.replace("#", "%23").replace("?", "%3F").partition("://")
     host, _, path = rest.partition("/")
@@ -125,23 +125,23 @@ def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 
 @functools.lru_cache
 def _client(root: str, pid: int) -> tuple[pafs.FileSystem, str]:
-    """Return the one client of this process for these options and host, and the path of its root."""
-    del pid  # a forked process gets its own
+    """Return this process's only client for these options and host, and the path of its root."""
+    del pid  # part of the cache key: a forked process gets another client
     filesystem, base = pafs.FileSystem.from_uri(root)
     return filesystem, str(base)
 
 
 @functools.lru_cache
 def _s3_client(region: str, scheme: str, endpoint: str | None, key_id: str | None, pid: int) -> pafs.S3FileSystem:
-    """Return the one client of this process for these options: each has connections and credentials of its own."""
-    del key_id, pid  # another user of the store and a forked process get their own
+    """Return this process's only S3 client for these options."""
+    del key_id, pid  # part of the cache key: another user of the store or a forked process gets another client
     return pafs.S3FileSystem(
         region=region,
         scheme=scheme,
         endpoint_override=endpoint,
         request_timeout=_S3_SILENT_S,
         connect_timeout=_S3_CONNECT_S,
-        allow_delayed_open=True,  # a small object is one request
+        allow_delayed_open=True,  # so a small object takes one request
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
     )
 
@@ -154,12 +154,12 @@ def _holds_credentials(uri: str) -> bool:
     scheme, _, rest = head.partition("://")
     authority = rest.partition("/")[0]
     if ":" in authority.rpartition("@")[0] or (scheme == "s3" and ":" in authority and "@" in rest):
-        return True  # the second: a secret key with a slash in it
+        return True  # the second condition finds a secret key that contains a slash
     return any(_CREDENTIALS.search(option.partition("=")[0]) for option in query.split("&"))
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """Split a URI into itself without options, and its options. A `?` at its end says that what looks like options is a name."""
+    """Split the options off a URI. If the URI ends with `?`, text that looks like options is part of the name."""
     if uri.endswith("?") and _QUERY.search(uri.rstrip("?")):
         return uri[:-1], ""
     found = _QUERY.search(uri)

@@ -1,4 +1,4 @@
-"""Flags of a command, from its config: types, defaults and help, and a YAML file under them."""
+"""Make the flags of a command from its config (types, defaults, help), and parse them over an optional YAML file."""
 
 import argparse
 import types
@@ -17,13 +17,13 @@ C = typing.TypeVar("C", bound=Config)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses in one line, as everything here does."""
+    """An argument parser that raises an InputError of one line, where argparse would print the usage and exit."""
 
     def __init__(self, command: str, description: str, **options: Any) -> None:
         super().__init__(prog=f"readapt {command}", description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Handle an error of argparse.
+        """Raise an error of argparse as an InputError.
 
         Raises:
             InputError: always.
@@ -31,10 +31,10 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}; `{self.prog} --help` shows the options")
 
     def parsed(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Return the options of a command line.
+        """Parse a command line.
 
         Raises:
-            InputError: an option is unknown or lacks its value; the message says which was meant.
+            InputError: an option is unknown or lacks its value. For an unknown one the message suggests a similar one.
         """
         known = [name for action in self._actions for name in action.option_strings]
         for name in (each.partition("=")[0] for each in arguments):
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Once(argparse.Action):
-    """Refuse an option with several values that is given again: the values that it had would be dropped."""
+    """Refuse a list option that is given twice: the second would silently replace the values of the first."""
 
     def __call__(
         self,
@@ -60,7 +60,7 @@ class _Once(argparse.Action):
 
 
 def parse(command: str, description: str, config_class: type[C], arguments: Sequence[str]) -> C:
-    """Parse flags into a config, over a YAML file if `--config` names one.
+    """Parse flags into a config. If `--config` names a YAML file, flags override its options.
 
     Raises:
         InputError: an option is unknown, missing or wrong.
@@ -71,7 +71,7 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
 
 
 def config_parser(command: str, description: str, config_class: type[Config]) -> Parser:
-    """Return the parser of a command that has the options of one config."""
+    """Return the parser of a command whose options are the fields of a config class."""
     parser = Parser(command, description, epilog=_notes(config_class))
     groups = add_flags(parser, config_class)
     groups[0].add_argument(
@@ -83,17 +83,17 @@ def config_parser(command: str, description: str, config_class: type[Config]) ->
 
 
 def given(config_class: type[Config], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of a config that were set."""
+    """Return the options of a config that the command line sets, by name."""
     found = {name: getattr(options, name, None) for name in config_class.model_fields}
     return {name: value for name, value in found.items() if value is not None}
 
 
 GROUPS = ("Input and output", "Settings", "Speed and memory", "Safety")
-"""The groups of options in --help, the ones to look at first at the top."""
+"""The groups of options in --help, most important first."""
 
 
 def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._ArgumentGroup]:
-    """Add a flag for each option of a config, by groups, and return the groups."""
+    """Add a flag per option of a config, and return the argument groups in the order of GROUPS."""
     groups = [parser.add_argument_group(title) for title in GROUPS]
     fields = sorted(config_class.model_fields.items(), key=lambda item: _rank(*item))
     required = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]
@@ -103,7 +103,7 @@ def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._Argu
         text = (field.description or "").replace("%", "%%")
         group = groups[_group_of(config_class, name)]
         if typing.get_origin(field.annotation) is dict:
-            continue  # a section of options, for the file
+            continue  # a section of options, which only a file can hold
         if field.annotation is bool or bool in typing.get_args(field.annotation):
             group.add_argument(
                 flag(name), action=argparse.BooleanOptionalAction, help=f"{text} {default(field)}".rstrip()
@@ -119,12 +119,12 @@ def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._Argu
 
 
 def _rank(name: str, field: FieldInfo) -> tuple[bool, bool]:
-    """Sort required options first, and of these the output last."""
+    """Return the sort key of an option: required options come first, `output` after its neighbours."""
     return not field.is_required(), name == "output"
 
 
 def _group_of(config_class: type[Config], name: str) -> int:
-    """Return the place in GROUPS of an option."""
+    """Return the index in GROUPS of an option's group."""
     if name in config_class.safety:
         return 3
     if name in config_class.operational:
@@ -133,7 +133,7 @@ def _group_of(config_class: type[Config], name: str) -> int:
 
 
 def _notes(config_class: type[Config]) -> str:
-    """Say what the list of options does not: how to quote, and what only a file can hold."""
+    """Return notes for the end of --help: how to quote commas, and which sections only a file can hold."""
     fields = config_class.model_fields
     sections = [name for name, field in fields.items() if typing.get_origin(field.annotation) is dict]
     notes = ["An item that contains a comma is quoted: '\"a,b\",c' has two items."] * any(
@@ -147,7 +147,7 @@ def _notes(config_class: type[Config]) -> str:
 
 
 def _has_several(annotation: Any) -> bool:
-    """Return whether an option takes several values, as a list or by name."""
+    """Return whether an option takes several values: a list, or values by name."""
     return is_list(annotation) or any(typing.get_origin(each) is dict for each in typing.get_args(annotation))
 
 
@@ -165,10 +165,10 @@ def _metavar(annotation: Any) -> str:
 
 
 def read_options(uri: str) -> dict[str, Any]:
-    """Return the options of a YAML file.
+    """Read the options of a command from a YAML file.
 
     Raises:
-        InputError: there is none, or it holds something else.
+        InputError: the file does not exist, or holds something else.
     """
     what = "the options of the command, one per line"
     return options_of(read_yaml(Location(uri), what), repr(uri), what)

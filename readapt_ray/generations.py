@@ -1,8 +1,8 @@
-"""Read and write the generations of a root: which artifacts make up each state of a corpus that changes.
+"""Read and write the generations of a root. A generation lists the artifacts of one state of a changing corpus.
 
-`refresh.json` under the root has an entry per generation, and the last one is the present. It is written whole, by one
-rename, after all artifacts of a generation are complete. A reader that takes its folders from one reading of it has one
-state of the corpus: the old one or the new one. An entry is some 2 KB.
+`refresh.json` under the root has an entry of some 2 KB per generation; the last entry is the present generation. The
+file is replaced atomically after all artifacts of a generation are complete. So a reader that reads it once gets one
+consistent state of the corpus, the old one or the new one.
 """
 
 import dataclasses
@@ -32,11 +32,11 @@ SECTIONS = ("ingest", "embed", "index", "export")
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One state of the corpus, and what was made of it."""
+    """One state of the corpus, and the artifacts that were made from it."""
 
     number: int
     what: str
-    """What made it: a run, a refresh, a compaction, or a return to an earlier generation."""
+    """What made this generation: a run, a refresh, a compaction, or a return to an earlier generation."""
     created: str
     seconds: float
     settings: dict[str, Any]
@@ -45,28 +45,30 @@ class Generation:
     artifacts: dict[str, str]
     """Folder of each artifact, relative to the root. Generations may share one."""
     counts: dict[str, int] = field(default_factory=dict)
-    """Passages that were added, changed, deleted and kept since the generation before."""
+    """Numbers of passages that were added, changed, deleted and kept since the previous generation."""
     signals: dict[str, float] = field(default_factory=dict)
-    """Figures that show whether to adapt the retriever again; see recipes/README.md."""
+    """Numbers that show whether the retriever should be adapted again; see recipes/README.md."""
     advice: str = ""
     turnover: float = 0.0
-    """Changes since the retriever was first used here, as a share of the passages."""
+    """Changed passages since the retriever was first used here, as a fraction of all passages."""
     index_changes: int = 0
-    """Vectors that were added to or deleted from the index since it was last built as a whole."""
+    """Number of vectors added to or deleted from the index since it was last built from scratch."""
     freed: bool = False
-    """Whether `readapt clean` removed the artifacts that no other generation needs."""
+    """Whether `readapt clean` removed the artifacts that only this generation needed."""
 
     def folder(self, root: Location, name: str) -> str:
-        """Return the URI of one of its artifacts."""
+        """Return the URI of an artifact of this generation. `name` is a key of `artifacts`, such as "corpus"."""
         return (root / self.artifacts[name]).uri
 
 
 def read(root: Location) -> list[Generation]:
-    """Return the generations under a root, oldest first. The artifacts of a run that was never refreshed are the first.
+    """Return the generations under a root, oldest first; an empty list if there are none.
+
+    Without `refresh.json`, the artifacts of a complete `readapt run` count as the first generation.
 
     Raises:
-        CorruptFileError: the file was cut short or altered.
-        InputError: another release wrote it, in a format that this one does not know.
+        CorruptFileError: `refresh.json` was cut short or altered.
+        InputError: another release wrote `refresh.json` in a format that this one does not know.
     """
     file = root / FILE_NAME
     names = {each.name for each in dataclasses.fields(Generation)}
@@ -92,7 +94,7 @@ def read(root: Location) -> list[Generation]:
 
 
 def write(root: Location, generations: Sequence[Generation]) -> None:
-    """Write the list; the last generation becomes the present one."""
+    """Write the list of generations. The last one becomes the present generation."""
     entries = [dataclasses.asdict(each) for each in generations]
     (root / FILE_NAME).write_text(
         json.dumps({"format_version": _FORMAT_VERSION, "generations": entries}, indent=1) + "\n"
@@ -100,15 +102,15 @@ def write(root: Location, generations: Sequence[Generation]) -> None:
 
 
 def now() -> str:
-    """Return the time as the entries have it."""
+    """Return the current time (UTC) in the format of `Generation.created`."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def as_of(root: Location, number: int | None) -> Generation:
-    """Return a generation by its number, or the present one for None.
+    """Return the generation with a number; None means the present one.
 
     Raises:
-        InputError: there is none of this number, or its parts were removed.
+        InputError: no generation has this number, or `readapt clean` removed its artifacts.
     """
     there = read(root)
     if not there:
@@ -126,14 +128,15 @@ def as_of(root: Location, number: int | None) -> Generation:
 
 
 def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """Return the values of a config with a generation's values for the options that are not given.
+    """Fill in the options of a config that are not given (retriever, corpus, ...) with the folders of a generation.
 
     Args:
-        values: with `root`, and perhaps `as_of`, the number of the generation.
-        options: of retriever, corpus, vectors and index those that the config takes from the generation.
+        values: the given values of the config. `root` is the root of `readapt refresh`; `as_of` is the number of the
+            generation, or None for the present one. Without `root`, the values are returned as they are.
+        options: which of retriever, corpus, vectors and index to fill in.
 
     Raises:
-        InputError: there is no such generation.
+        InputError: there is no such generation, or `as_of` is given without `root`.
     """
     given = {name: value for name, value in values.items() if value is not None}
     number = given.get("as_of")
@@ -142,7 +145,7 @@ def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str,
             raise InputError(f"as_of = {number!r} needs a root; give the root of `readapt refresh`, too")
         return dict(values)
     if not isinstance(given["root"], str | os.PathLike) or not re.fullmatch(r"None|[1-9]\d*", str(number)):
-        return dict(values)  # refused by the type of the option
+        return dict(values)  # a wrong type: validation of the config refuses it
     root = Location(os.fspath(given["root"]))
     generation = as_of(root, None if number is None else int(number))
     folders = {"retriever": generation.settings["retriever"]}
@@ -151,13 +154,13 @@ def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str,
 
 
 def absolute(name: str) -> str:
-    """Return the name of a model or source; a local path so that it does not depend on the current folder."""
+    """Return a model's or source's name; an existing local path is made absolute."""
     location = Location(name)
     return location.path if location.is_local and location.exists() else name
 
 
 def _of_run(root: Location) -> list[Generation]:
-    """Return what `readapt run` made under the root as a generation, if it is complete."""
+    """Return the artifacts of a complete `readapt run` as a list of one generation; else an empty list."""
     file = root / _RUN_NAME
     if not file.is_file():
         return []
@@ -181,7 +184,7 @@ def _of_run(root: Location) -> list[Generation]:
             **sections,
         }
     except (ValueError, KeyError, TypeError, AttributeError):
-        return []  # the run of another release
+        return []  # another release wrote run.json
     return [
         Generation(
             number=1,

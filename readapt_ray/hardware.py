@@ -1,4 +1,4 @@
-"""Describe the machine and the cluster, for manifests, heartbeats and the sizes of thread pools."""
+"""Describe the machine and the cluster (CPU, cores, memory), for manifests, memory estimates and thread pools."""
 
 import contextlib
 import functools
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 GPU_PROCESS_BYTES: Final = 1 << 30
-"""Memory of a GPU that a process takes once it uses torch there, before any tensor."""
+"""GPU memory that a process takes when it first uses torch, before any tensor."""
 GPU_USABLE_SHARE: Final = 0.94
-"""Part of the memory of a GPU that can be used; the rest is taken by the driver and by fragmentation."""
+"""Fraction of a GPU's memory that can be used. The driver and fragmentation take the rest."""
 _CGROUPS: Final = Path("/sys/fs/cgroup")
 _OWN_CGROUP: Final = Path("/proc/self/cgroup")
 _cluster: dict[str, Any] = {}
@@ -21,9 +21,11 @@ _BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")
 
 
 def note_cluster(*, num_nodes: int, num_cpus: int, gpus: dict[str, int]) -> None:
-    """Remember the cluster that this process joined.
+    """Remember the size of the cluster that this process joined, for `machine_info`.
 
     Args:
+        num_nodes: number of nodes.
+        num_cpus: number of CPUs of all nodes.
         gpus: number of GPUs by kind, such as `{"H100": 8}`.
     """
     _cluster.update(num_nodes=num_nodes, num_cpus=num_cpus, gpus=gpus)
@@ -36,19 +38,19 @@ def machine_info() -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """Return how many cores this process may use: those it may run on, and no more than its container's quota.
+    """Return how many cores this process may use: its CPU affinity, limited by its container's quota.
 
-    A pod with 8 CPUs on a host with 192 may run on all of them, for 8 CPU seconds per second: 192 threads would spend most
-    of their time waiting for each other.
+    A pod with 8 CPUs on a host with 192 cores may run on all of them, but only for 8 CPU seconds per second. 192 threads
+    would spend most of their time waiting for each other.
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *_quotas()]))
 
 
 def limit_threads() -> None:
-    """Let pyarrow, torch and FAISS use no more threads in this process than it has cores: alone they count the host's.
+    """Limit the threads of pyarrow, torch and FAISS in this process to `num_cores()`. By default they use all of the host's.
 
-    torch and FAISS are not loaded for this; call it again once they are.
+    torch and FAISS are limited only if they are already imported. Call this again after importing them.
     """
     import pyarrow as pa
 
@@ -60,9 +62,9 @@ def limit_threads() -> None:
 
 
 def _groups(controller: str) -> Iterator[tuple[Path, bool]]:
-    """Yield the folders of this process's control group and of those above it, and whether they are of version 1.
+    """Yield the folder of this process's control group and of each parent group, and whether it is cgroup version 1.
 
-    Files that are absent there say nothing: a container sees its own group as the root, whatever path /proc names.
+    A missing file means no limit is known: a container sees its own group as the root, whatever path /proc names.
     """
     try:
         lines = _OWN_CGROUP.read_text().splitlines()
@@ -87,7 +89,7 @@ def _quotas() -> Iterator[int]:
 
 
 def _quota_v2(folder: Path) -> int | None:
-    """Return the quota of `cpu.max`, which holds microseconds or "max", and a period."""
+    """Return the quota of `cpu.max` in cores. The file holds microseconds (or "max") and a period."""
     try:
         quota, period = (folder / "cpu.max").read_text().split()
         return None if quota == "max" else math.ceil(int(quota) / int(period))
@@ -96,7 +98,7 @@ def _quota_v2(folder: Path) -> int | None:
 
 
 def _quota_v1(folder: Path) -> int | None:
-    """Return the quota of `cpu.cfs_quota_us`, which is negative where there is none."""
+    """Return the quota of `cpu.cfs_quota_us` in cores. The file holds a negative number if there is no quota."""
     try:
         quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         return None if quota <= 0 else math.ceil(quota / period)
@@ -105,9 +107,9 @@ def _quota_v1(folder: Path) -> int | None:
 
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
-    """Yield the memory limits of this process's control groups in bytes, and what each group has left of it.
+    """Yield, per control group of this process, its memory limit and the memory that is left, in bytes.
 
-    What the kernel could drop of the file cache counts as left.
+    File cache that the kernel can drop counts as left.
     """
     for folder, is_v1 in _groups("memory"):
         limit, held, dropped = (
@@ -124,8 +126,8 @@ def _memory_limits() -> Iterator[tuple[int, int]]:
 def has_bfloat16_units() -> bool:
     """Return whether this CPU multiplies matrices faster in bfloat16 than in float32 (AMX or AVX512_BF16).
 
-    With AVX512_BF16 alone (AMD Zen 4, one core) all-MiniLM-L6-v2 encodes 1.8 times, and the quickstart's model trains
-    1.8 times as many tokens per second as in float32.
+    With AVX512_BF16 but no AMX (AMD Zen 4, one core), all-MiniLM-L6-v2 encodes 1.8 times as many tokens per second as in
+    float32, and the quickstart's model trains on 1.8 times as many.
     """
     import torch
 
@@ -135,7 +137,7 @@ def has_bfloat16_units() -> bool:
 
 @functools.cache
 def is_amd() -> bool:
-    """Return whether this CPU is AMD's."""
+    """Return whether this machine has an AMD CPU."""
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -143,14 +145,14 @@ def is_amd() -> bool:
 
 
 def memory_bytes() -> int:
-    """Return the memory of this machine in bytes, free or not, and no more than its container's limit."""
+    """Return the total memory of this machine in bytes, limited by its container."""
     import psutil
 
     return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _memory_limits())])
 
 
 def free_memory_bytes() -> int:
-    """Return the memory that this machine or its container has left, in bytes."""
+    """Return the free memory of this machine in bytes, limited by its container."""
     import psutil
 
     return min([int(psutil.virtual_memory().available), *(left for _, left in _memory_limits())])

@@ -1,11 +1,11 @@
-"""Leases: which process works on an artifact, and how far it is.
+"""Hold a lease on an artifact while a process writes it, so that two processes never write into one folder.
 
-While a stage works, its `building.json` holds the process, a heartbeat (unix seconds) and the progress,
-so that `readapt status` can tell running from dead, and two drivers do not write into one folder.
+While a stage works, its `building.json` says which process works, its last heartbeat (unix seconds) and the progress.
+`readapt status` reads it to show whether the process still runs.
 
-A process of this machine is looked up by its pid. Another is watched: it lives if its heartbeat changes,
-whatever the clocks say. Each reads its own lease before it writes it, and stops where it finds another's
-there, so of two that began at once, or took each other for dead, only one continues.
+Whether a process on this machine runs is found by its pid. A process on another machine counts as running if its
+heartbeat changes while we watch, whatever the clocks say. Before each heartbeat a process reads the lease again, and
+stops if another process owns it. So if two start at once, or each believes that the other is dead, only one continues.
 """
 
 import json
@@ -29,12 +29,12 @@ logger = logging.getLogger("readapt_ray")
 
 _HEARTBEAT_S = 5.0
 STALE_S = 30.0
-"""A heartbeat that is older, by this machine's clock, belongs to a process that ended."""
+"""A process whose heartbeat is older than this, by this machine's clock, is considered dead."""
 _FIELDS = {"stage", "owner", "pid", "heartbeat"}
 _FIRST_CHARACTERS = '{"stage": "'
 NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _SETTLE_S = 0.5
-"""What another driver may take from reading a lease to writing its own; who takes longer is found out at a beat."""
+"""How long another driver may need from reading a lease to writing its own. A slower one is noticed at the next beat."""
 
 
 def owner() -> dict[str, Any]:
@@ -49,7 +49,7 @@ def owner() -> dict[str, Any]:
 
 
 def read_lease(file: Location) -> dict[str, Any] | None:
-    """Return the content of a `building.json`; None if there is none or another program wrote it."""
+    """Return the content of a `building.json`; None if it does not exist or another program wrote it."""
     try:
         values = file.read_json()
     except (*NO_FILE, ValueError):
@@ -58,9 +58,10 @@ def read_lease(file: Location) -> dict[str, Any] | None:
 
 
 def is_cut_short(file: Location) -> bool:
-    """Return whether a file is the beginning of a lease that a killed process did not finish writing.
+    """Return whether a file is an incomplete lease: a process was killed while it wrote it.
 
-    On a local disk the first lease of an output is created in place, so a kill can leave its beginning, or nothing.
+    On a local disk the first lease of an output is not written atomically. A kill can leave a part of it, or an empty
+    file.
     """
     try:
         text = file.read_text()
@@ -73,23 +74,25 @@ def is_cut_short(file: Location) -> bool:
 
 
 def is_foreign(file: Location) -> bool:
-    """Return whether the path of the lease holds something that is neither a lease nor the beginning of one."""
+    """Return whether a file exists at the lease's path that is neither a lease nor an incomplete one."""
     if not file.exists() or is_cut_short(file):
         return False
-    return read_lease(file) is None and file.exists()  # another driver may have ended since
+    return read_lease(file) is None and file.exists()  # another driver may have ended meanwhile
 
 
 def is_alive(lease: Mapping[str, Any]) -> bool:
-    """Return whether the process of a lease seems to run, at one look: the clock of another machine is believed."""
+    """Return whether the process of a lease seems to run, without waiting. Another machine's clock is trusted."""
     known = _is_alive_here(lease)
     return abs(time.time() - float(lease["heartbeat"])) < STALE_S if known is None else known
 
 
 def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None:
-    """Return the lease of a process that worked on the artifact at `location` and has stopped, or None.
+    """Check that no process writes the artifact at `location`, and return the lease that a dead one left, or None.
+
+    A process on another machine is watched for up to 30 s.
 
     Raises:
-        ArtifactConflictError: it is still running.
+        ArtifactConflictError: the process of the lease is still running.
     """
     lease = read_lease(file)
     if lease is None:
@@ -104,7 +107,7 @@ def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None
 
 
 def _beats(file: Location, lease: Mapping[str, Any]) -> bool:
-    """Return whether a lease changes while it is watched."""
+    """Return whether the heartbeat or owner of a lease changes within 30 s."""
     end_s = time.monotonic() + STALE_S
     while time.monotonic() < end_s:
         time.sleep(_HEARTBEAT_S)
@@ -117,17 +120,17 @@ def _beats(file: Location, lease: Mapping[str, Any]) -> bool:
 
 
 class Lease:
-    """Hold the artifact at `location` for this process until the block ends.
+    """A context manager that holds the artifact at `location` for this process until the block ends.
 
-    After an error `building.json` stays, so that the work can resume; after success it is the caller's to delete.
-    A main thread that works while another process takes the artifact over is interrupted, as by Ctrl-C.
+    After an error `building.json` stays, so that the work can resume. After success the caller deletes it. If another
+    process takes the artifact over, the main thread is interrupted as by Ctrl-C (if the lease was made in it).
 
     Args:
         file: the artifact's `building.json`.
         location: the artifact.
-        reporter: knows how far the work is.
+        reporter: source of the progress that the lease shows.
         before: the lease of a process that stopped, as `wait_until_dead` returned it.
-        says: what the lease says beside its owner and the progress.
+        says: other fields to write into the lease, beside the owner and the progress.
     """
 
     def __init__(
@@ -170,23 +173,23 @@ class Lease:
             logger.debug("cannot write %s: %s", self._file, refused)  # `error` says what went wrong
 
     def seconds(self) -> float:
-        """Return how long the work has taken, earlier processes included."""
+        """Return how long the work has taken in seconds, including earlier processes that were stopped."""
         return float(round(self._says["seconds_before"] + time.monotonic() - self._started_s, 3))
 
     def say(self, **changes: Any) -> None:
-        """Change what the lease says.
+        """Change fields of the lease and write it.
 
         Raises:
-            ArtifactConflictError: another process took the artifact over; its lease stays as it is.
+            ArtifactConflictError: another process took the artifact over. Its lease is not changed.
         """
         self._says = {**self._says, **changes}
         self._renew()
 
     def confirm(self) -> None:
-        """Return if this process still holds the artifact.
+        """Check that this process still holds the artifact.
 
         Raises:
-            ArtifactConflictError: another process took it over, or removed it.
+            ArtifactConflictError: another process took the artifact over, or removed it.
         """
         latest = read_lease(self._file)
         if latest is not None and latest["owner"] == self._says["owner"]:
@@ -204,7 +207,7 @@ class Lease:
         if self._before is None and self._file.is_local:
             if self._file.create_text(self._text()):
                 return
-            time.sleep(_SETTLE_S)  # of what is created so, half may be seen
+            time.sleep(_SETTLE_S)  # this write is not atomic: let the other process finish it
         latest = read_lease(self._file)
         if latest is not None and latest["owner"] != (self._before or {}).get("owner"):
             raise _in_use(latest, self._location)
@@ -230,9 +233,10 @@ class Lease:
             signal.pthread_kill(main, signal.SIGINT)
 
     def _renew(self) -> None:
-        """Confirm that the lease is ours and write it, as one step among the threads of this process.
+        """Confirm that the lease is ours and write it, under a lock.
 
-        Else one thread would see that another process took over while a second one writes ours again, and both give way.
+        Without the lock, one thread could see that another process took over while a second thread writes our lease
+        again. Then both processes would stop.
         """
         with self._writing:
             self.confirm()
@@ -258,12 +262,12 @@ def _in_use(lease: Mapping[str, Any], location: Location) -> ArtifactConflictErr
 
 
 def _machine() -> dict[str, str]:
-    """Identify the machine on which a pid means the same process: containers may share host name and boot, not pids."""
+    """Identify the scope of a pid. Containers may share a host name and a boot id, but not their pids."""
     return {"host": socket.gethostname(), "boot": _boot_id(), "pid_namespace": _pid_namespace()}
 
 
 def _is_alive_here(lease: Mapping[str, Any]) -> bool | None:
-    """Return whether the process of a lease runs; None if it is on another machine, so that its pid says nothing."""
+    """Return whether the process of a lease runs; None if it is on another machine, where its pid cannot be checked."""
     if lease.get("is_over"):
         return False
     if any(lease.get(name) != value for name, value in _machine().items()):

@@ -1,7 +1,7 @@
-"""Keep what Ray, DeepSpeed and Hugging Face's libraries log off the terminal, and write it to files.
+"""Keep the log lines of Ray, DeepSpeed and Hugging Face's libraries off the terminal, and write them to files.
 
-`silence` takes their handlers that write to the terminal away; what they log goes to the files of `written_to`, if any. What
-they print without Python's logging (C++ parts of Ray) is not changed.
+`silence` removes their handlers that write to the terminal. Their log lines go to the files of `written_to`, if any.
+Output that does not use Python's logging (the C++ parts of Ray) is not changed.
 """
 
 import contextlib
@@ -17,16 +17,17 @@ _LIBRARIES = (
     "pypdf",
 )  # fmt: skip
 _LATE = "DeepSpeed"
-"""Adds its handler when it is imported, whatever is there: its records are caught before they reach it."""
+"""This library adds its handler whenever it is imported, so a filter catches its records before they reach the handler."""
 _FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
 
 _files: list[logging.Handler] = []
 
 
 class LogFile(logging.FileHandler):
-    """A log file whose lines are lost while its disk is full or its folder is gone.
+    """A log file that silently drops lines while its disk is full or its folder is missing.
 
-    logging's own prints a traceback for each such line, and raises when it is closed, which hides what the work itself says.
+    Python's FileHandler prints a traceback for each such line and raises when it is closed. That would hide the errors of
+    the work itself.
     """
 
     def __init__(self, file: Path, line_format: str) -> None:
@@ -35,22 +36,22 @@ class LogFile(logging.FileHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
-        with contextlib.suppress(OSError):  # the first one opens the file
+        with contextlib.suppress(OSError):  # the first record opens the file
             super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Say that a record cannot be written, unless the file cannot."""
+        """Report an error in a log record. Errors of the file system are ignored."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
     def close(self) -> None:
-        """Write what is left, if there is room, and close the file."""
+        """Write buffered lines if the disk has room, and close the file."""
         with contextlib.suppress(OSError):
             super().close()
 
 
 class _ToFiles(logging.Handler):
-    """Hand each record to all open files."""
+    """A log handler that writes each record to all open files."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -59,20 +60,20 @@ class _ToFiles(logging.Handler):
 
 
 class _Caught(logging.Filter):
-    """Hand each record to all open files, and to nothing else."""
+    """A log filter that writes each record to all open files and stops it there."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Write a record, and drop it."""
+        """Write a record to the files, and return False so that no other handler gets it."""
         _to_files.handle(record)
         return False
 
 
-_to_files = _ToFiles(logging.INFO)  # ray.data would fill the log of a run with what it does in each second
+_to_files = _ToFiles(logging.INFO)  # at DEBUG, ray.data would fill the log of a run
 _caught = _Caught()
 
 
 def silence() -> None:
-    """Take the libraries off the terminal; what they log goes to the files of `written_to`."""
+    """Stop libraries from logging to the terminal. Their lines go to the files of `written_to` and `add_file`."""
     for name in _LIBRARIES:
         logger = logging.getLogger(name)
         for handler in [each for each in logger.handlers if _writes_to_terminal(each)]:
@@ -84,9 +85,9 @@ def silence() -> None:
         logger.addHandler(_to_files)
 
 
-@functools.cache  # each change of the filters makes Python repeat warnings that it has shown
+@functools.cache  # every change of the filters makes Python show old warnings again
 def hush_notebooks() -> None:
-    """Keep tqdm and Ray from asking for ipywidgets in a notebook: they are imported for bars and tables that are not shown."""
+    """Suppress messages of tqdm and Ray that ask for ipywidgets in a notebook. Their bars and tables are not shown anyway."""
     warnings.filterwarnings("ignore", message="IProgress not found")
     logging.getLogger("ray.widgets").setLevel(logging.WARNING)
 
@@ -96,7 +97,7 @@ def _writes_to_terminal(handler: logging.Handler) -> bool:
 
 
 def add_file(file: Path) -> logging.Handler:
-    """Write what the libraries log to a file, too, until the process ends."""
+    """Write the libraries' log lines to a file until the process ends."""
     handler = LogFile(file, _FORMAT)
     _files.append(handler)
     return handler
@@ -104,7 +105,7 @@ def add_file(file: Path) -> logging.Handler:
 
 @contextlib.contextmanager
 def written_to(file: Path) -> Iterator[None]:
-    """Write what the libraries log to a file, too, inside the block."""
+    """Write the libraries' log lines to a file inside the `with` block."""
     handler = add_file(file)
     try:
         yield

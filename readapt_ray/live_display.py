@@ -1,7 +1,8 @@
-"""Show the work in progress as rows of one live display, on a terminal or in a notebook.
+"""Show progress as rows of one live display, on a terminal or in a notebook.
 
-All work of a process shares the display: the stages of a run, the stage at work, and what runs beside it. It begins with the
-first row and ends with the last one. Elsewhere there is none, and progress is logged in lines.
+All work of a process shares the display: a row for the whole run, one for the current stage, and one per background
+task. The display starts with the first row and ends when the last row is removed. Without a terminal or notebook there
+is no display, and progress is logged in lines.
 """
 
 import os
@@ -17,23 +18,30 @@ _NOTEBOOK_REFRESH_S = 0.5
 
 
 class Row:
-    """A row of the live display."""
+    """A row of the live display: one piece of work with its progress."""
 
     def __init__(self, display: "_Display", task: TaskID) -> None:
         self._display = display
         self._task = task
 
     def update(self, done: int, total: int | None, *, pace: str, note: str) -> None:
-        """Show how much is done, at which pace."""
+        """Show progress in the row.
+
+        Args:
+            done: units that are done.
+            total: units in all; None if unknown.
+            pace: rate and ETA as text.
+            note: text at the end of the row.
+        """
         self._display.update(self._task, completed=done, total=total, pace=pace, note=note)
 
     def remove(self) -> None:
-        """Remove the row; with the last one the display ends."""
+        """Remove the row. The display ends when no row is left."""
         self._display.remove(self._task)
 
 
 def add_row(label: str) -> Row | None:
-    """Return a new row; None where nothing can be shown: no terminal and no notebook."""
+    """Add a row to the live display and return it; None if there is neither a terminal nor a notebook."""
     if _display.progress is None and not is_terminal() and not is_notebook():
         return None
     return Row(_display, _display.add(label))
@@ -45,14 +53,14 @@ def is_terminal() -> bool:
 
 
 def is_notebook() -> bool:
-    """Return whether this process is the kernel of a notebook."""
+    """Return whether this process is the kernel of a Jupyter notebook."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return type(shell).__name__ == "ZMQInteractiveShell"
 
 
 class _Display:
-    """A rich display, which ends when it has no rows: drawn by a thread of rich's on a terminal, by us in a notebook."""
+    """The live display. On a terminal a thread of the library `rich` draws it; in a notebook `_draw` does."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -62,7 +70,7 @@ class _Display:
         self._refreshed_s = 0.0
 
     def add(self, label: str) -> TaskID:
-        """Add a row; the first one begins the display."""
+        """Add a row. The first row starts the display."""
         with self._lock:
             if self.progress is None:
                 self.progress = _started()
@@ -70,14 +78,14 @@ class _Display:
             return self.progress.add_task(label, total=None, pace="", note="")
 
     def update(self, task: TaskID, **values: Any) -> None:
-        """Change a row."""
+        """Change fields of a row."""
         with self._lock:
             if self.progress is not None:
                 self.progress.update(task, **values)
                 self._draw(self.progress)
 
     def remove(self, task: TaskID) -> None:
-        """Remove a row; the last one ends the display."""
+        """Remove a row. The display ends with the last one."""
         with self._lock:
             if self.progress is not None:
                 self.progress.remove_task(task)
@@ -87,7 +95,7 @@ class _Display:
                     self.progress = None
 
     def _draw(self, progress: Progress, *, is_last: bool = False) -> None:
-        """Draw the rows into the output of a notebook's cell, twice per second at most."""
+        """Draw the rows into the output of a notebook's cell, at most twice per second."""
         if not progress.disable or (not is_last and time.monotonic() - self._refreshed_s < _NOTEBOOK_REFRESH_S):
             return
         self._refreshed_s = time.monotonic()
@@ -101,7 +109,7 @@ class _Display:
 
 
 def _started() -> Progress:
-    """Start a display; a disabled one in a notebook, where rich's thread cannot draw."""
+    """Start a `rich` display. In a notebook it is disabled, because rich's thread cannot draw there."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),

@@ -1,4 +1,4 @@
-"""Send the package's log lines to the terminal of a command, or to the output of a script or notebook."""
+"""Write the package's log lines to stderr, for commands, scripts and notebooks."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ logger = logging.getLogger("readapt_ray")
 
 
 class _StderrHandler(logging.Handler):
-    """Write to what sys.stderr is at that moment: a live display takes its place, and moves out of the way of each line."""
+    """A handler that looks up sys.stderr for each line, because a live display replaces it to print lines above itself."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
@@ -20,10 +20,10 @@ class _StderrHandler(logging.Handler):
 
 
 def write_to_terminal() -> None:
-    """Write the log to stderr as lines with the time, from the level of READAPT_LOG_LEVEL on.
+    """Write log lines to stderr, with the time, from level READAPT_LOG_LEVEL on.
 
     Raises:
-        InputError: READAPT_LOG_LEVEL is not a level.
+        InputError: READAPT_LOG_LEVEL is not a log level.
     """
     handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
@@ -33,10 +33,10 @@ def write_to_terminal() -> None:
 
 
 def show_progress() -> None:
-    """Show progress in a script or notebook that set up no logging; a set-up of its own stays as it is.
+    """Show progress in a script or notebook. Does nothing if the script has configured logging itself.
 
     Raises:
-        InputError: READAPT_LOG_LEVEL is not a level.
+        InputError: READAPT_LOG_LEVEL is not a log level.
     """
     if not logger.hasHandlers():
         level = logger.level
@@ -46,5 +46,5 @@ def show_progress() -> None:
 
 
 def quiet() -> None:
-    """Show warnings only: no progress of the stages that are called from now on."""
+    """Log only warnings from now on: stages show no progress."""
     logger.setLevel(logging.WARNING)

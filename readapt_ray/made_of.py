@@ -1,4 +1,4 @@
-"""Open what an artifact was made of: at the place that its manifest names, or where both were moved or copied together."""
+"""Open the inputs of an artifact, also if artifact and inputs were moved or copied together."""
 
 import contextlib
 import os
@@ -9,21 +9,22 @@ from readapt_ray.storage import Location
 
 
 def open_input(made: Artifact, option: str, stage: str) -> Artifact:
-    """Open an input of an artifact.
+    """Open the input from which an artifact was made.
 
-    A folder of artifacts may have been moved, or made by a relative path in another current folder. Where nothing that has
-    the right fingerprint is at the recorded place, the input is looked for where it was relative to the artifact.
+    The folder of artifacts may have been moved since, or recorded by a path relative to another current folder. If the
+    path in the manifest holds no artifact with the right fingerprint, the same path relative to the artifact is tried.
 
     Args:
         made: the artifact.
-        option: of its stage, whose value was the input: "corpus".
-        stage: that made the input.
+        option: the option that named the input, such as "corpus".
+        stage: the stage that made the input.
 
     Returns:
-        The input. If it is at neither place, what is at the recorded one; its fingerprint is not that in the manifest then.
+        The input. If neither path has the right fingerprint, the artifact at the recorded path; compare its fingerprint
+        with the manifest's.
 
     Raises:
-        ArtifactMissingError: nothing is at the recorded place, and the input is not at the other.
+        ArtifactMissingError: neither path has the input, and the recorded path holds no artifact of the stage.
     """
     recorded = str(made.manifest.config[option])
     for place in (recorded, _moved(made, recorded)):
@@ -35,7 +36,7 @@ def open_input(made: Artifact, option: str, stage: str) -> Artifact:
 
 
 def _moved(made: Artifact, recorded: str) -> str:
-    """Return where a recorded path leads from the present place of an artifact, as it did from the recorded one."""
+    """Return the path that has the same position relative to the artifact now as `recorded` had when it was made."""
     output, then = Location(str(made.manifest.config["output"])), Location(recorded)
     if not output.filesystem.equals(then.filesystem):
         return recorded

@@ -1,8 +1,9 @@
-"""Read and write small objects of a store by one request each.
+"""Read and write small objects of an object store with one request each.
 
-What a stream into S3 sent when it ends early is seen as a whole object. So a small object is gathered in memory and put
-at once: it is seen whole or not at all. One of more than 4 MB goes to a temporary name while it is written, and the caller
-renames it, some six requests. Reading one column of a small file would take several requests of 25 ms, so it is read whole.
+If a stream into S3 ends early, the part that was sent becomes a complete object. So writes are made atomic: an object
+of up to 4 MB is collected in memory and put with one request. A larger one is written under a temporary name, and the
+caller renames it, which takes some six requests. A small file is also read with one request, because reading a single
+column of it would take several requests of 25 ms.
 """
 
 import contextlib
@@ -13,20 +14,21 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 _MAX_HELD_BYTES = 4 << 20
-"""S3 takes parts of 5 MB at least, so up to there a stream is one request."""
+"""The largest object that is put with one request. S3 takes parts of at least 5 MB."""
 _MAX_READ_BYTES = 512 << 10
-"""A larger object is read in ranges: sending it whole would take longer than another request."""
+"""The largest object that is read whole. For a larger one, the transfer takes longer than more requests for ranges."""
 MAX_SCANNED_BYTES = 4 << 20
-"""An object up to this size is read whole for two columns of all its rows: a Parquet file has a range per column and row group."""
+"""The largest object to read whole if two columns of all rows are needed: a Parquet file has a range per column and row
+group."""
 _CHUNK_BYTES = 8 << 20
 
 
 class Upload(io.RawIOBase):
-    """A writable stream that holds what is written until it is too much for one request.
+    """A writable stream that keeps up to 4 MB in memory, and writes a larger object to a temporary path.
 
     Args:
         filesystem: the store.
-        temporary: where a large object goes.
+        temporary: the path for a large object.
     """
 
     def __init__(self, filesystem: pafs.FileSystem, temporary: str) -> None:
@@ -37,13 +39,13 @@ class Upload(io.RawIOBase):
 
     @property
     def is_small(self) -> bool:
-        """Whether all written bytes are still in memory and none are in the store."""
+        """Whether all written bytes are in memory and none are in the store yet."""
         return self._stream is None
 
     def put(self, path: str) -> None:
-        """Write a small object."""
+        """Write a small object from memory to its final path, with one request."""
         with self._filesystem.open_output_stream(path, compression=None) as stream:
-            stream.write(bytes(self._held))  # it is sent when the stream is closed
+            stream.write(bytes(self._held))  # sent when the stream is closed
 
     def writable(self) -> bool:
         """Return True."""
@@ -54,7 +56,7 @@ class Upload(io.RawIOBase):
         return self._num_bytes
 
     def write(self, data: Any, /) -> int:
-        """Take bytes."""
+        """Write bytes, and return how many."""
         view = memoryview(data).cast("B")
         self._num_bytes += len(view)
         if self._stream is None and self._num_bytes <= _MAX_HELD_BYTES:
@@ -68,30 +70,30 @@ class Upload(io.RawIOBase):
         return len(view)
 
     def close(self) -> None:
-        """End the temporary object, if there is one."""
+        """Complete the temporary object of a large upload. A small one stays in memory."""
         if not self.closed and self._stream is not None:
             self._stream.close()
         super().close()
 
 
 def open_upload(filesystem: pafs.FileSystem, temporary: str) -> Any:
-    """Open a stream to write to a temporary name; into S3 only if it becomes large."""
+    """Open a stream that writes to a temporary path. On S3 the first 4 MB are kept in memory."""
     if filesystem.type_name == "s3":
         return Upload(filesystem, temporary)
     return filesystem.open_output_stream(temporary, compression=None)
 
 
 def is_held(stream: object) -> TypeGuard[Upload]:
-    """Return whether a stream holds a small object that is to be put."""
+    """Return whether a stream has a small object in memory that must be written with `put`."""
     return isinstance(stream, Upload) and stream.is_small
 
 
 def read_if_small(file: Any, max_bytes: int = 0) -> Any:
-    """Return a file of an object store as it is, or a small one from memory.
+    """Read an open file of an object store into memory if it is small (up to 512 KB); return a large one as it is.
 
     Args:
-        file: open for reading.
-        max_bytes: a larger one, up to so many bytes, is small, too: for who reads something in all of it.
+        file: the file, open for reading.
+        max_bytes: read files up to this size as well, for callers that need most of the file.
     """
     if file.size() > max(_MAX_READ_BYTES, max_bytes):
         return file
@@ -100,7 +102,7 @@ def read_if_small(file: Any, max_bytes: int = 0) -> Any:
 
 
 def move_through(filesystem: pafs.FileSystem, source: str, target: str) -> None:
-    """Move a large object through this machine; killed, it leaves nothing, since an upload ends with its last part."""
+    """Move a large object by copying it through this machine. If killed, it leaves no partial object at `target`."""
     try:
         with (
             filesystem.open_input_stream(source, compression=None) as read,

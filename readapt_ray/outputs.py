@@ -1,7 +1,7 @@
-"""Decide what may be written to an output, and clear it first.
+"""Check that an output may be written, and clear an earlier artifact from it.
 
-In: the output, the record (manifest or lease) that is there, and what a stage wants to write. Out: a refusal that
-names what is in the way, or a folder from which the files of an earlier artifact are gone.
+In: the output, the record (manifest or lease) in it, and what a stage wants to write. Out: an error that names what is
+in the way, or a folder without the files of the earlier artifact.
 """
 
 import json
@@ -18,16 +18,23 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 LEFTOVERS = ""
-"""Placeholder for the fingerprint while an artifact is being cleared. It matches none, so a half-cleared folder is never resumed."""
+"""Placeholder for the fingerprint while an artifact is being cleared. It matches no fingerprint, so a half-cleared folder
+is never resumed."""
 
 
 def refuse_what_is_there(
     location: Location, config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any] | None
 ) -> None:
-    """Raise an error that names what is in the way. `there` is a manifest or a lease.
+    """Refuse an output that holds something else, with an error that names what is in the way.
+
+    Args:
+        location: the output.
+        config: the stage's options; `overwrite` allows another artifact to be replaced.
+        ours: the record that the stage will write.
+        there: the manifest or lease in the output, or None.
 
     Raises:
-        ArtifactConflictError: another artifact that may not be replaced, or files that no stage made.
+        ArtifactConflictError: another artifact is there and may not be replaced, or files that no stage made.
     """
     if there is None:
         _refuse_foreign_files(location, config)
@@ -53,10 +60,12 @@ def refuse_what_is_there(
 
 
 def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) -> None:
-    """Refuse to replace results that are not ours: a JSON file without these keys, or files beside one that is missing.
+    """Refuse to replace result files that readapt did not write.
+
+    They are ours if the JSON file has these keys, or if neither it nor the files `beside` it exist.
 
     Raises:
-        ArtifactConflictError: such a file is there.
+        ArtifactConflictError: a file that is not ours is there.
     """
     try:
         values = None if file.is_folder() else json.loads(file.read_bytes())
@@ -72,7 +81,7 @@ def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) ->
 
 
 def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
-    """Refuse an output that holds files other than a lease of ours: it may be the root of a run, a home or a mount."""
+    """Refuse an output that holds any file but our lease: it may be the root of a run, a home or a mount."""
     lease = record_of(location, LEASE_NAME)
     is_ours = not leases.is_foreign(lease)
     if is_single_file(location):
@@ -82,7 +91,7 @@ def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
         raise ArtifactConflictError(f"{config.output!r} is a file; give an empty or new folder as the output")
     else:
         found = artifact_files.in_the_way(location, but=(LEASE_NAME,) if is_ours else ())
-    # Another driver may have begun since we looked; then its lease is found when we take ours.
+    # Another driver may have started since we looked. Its lease is found when we take ours.
     if found and leases.read_lease(lease) is None:
         new = "another output" if is_single_file(location) else "an empty or new folder as the output"
         raise ArtifactConflictError(
@@ -93,9 +102,9 @@ def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
 def _refuse_late_files(
     location: Location, config: StageConfig, patterns: Sequence[str], there: Mapping[str, Any]
 ) -> None:
-    """Refuse files that came after a killed process where the work would write, or take them for its own."""
+    """Refuse files that were added after a process was killed: resuming would overwrite them or take them as its own."""
     if "heartbeat" not in there or artifact_files.is_late(record_of(location, LEASE_NAME), there):
-        return  # complete, or copied as a whole, so that times say nothing
+        return  # complete; or copied as a whole, so that times mean nothing
     if is_single_file(location):
         late = {location.name} if location.is_file() and artifact_files.is_late(location, there) else set()
     else:
@@ -127,7 +136,7 @@ def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str
 
 
 def forget_if_empty(location: Location, patterns: Sequence[str]) -> None:
-    """Remove the lease of work that was refused before it wrote anything, so that corrected input can start afresh."""
+    """Remove the lease if the work wrote no file before its input was refused. Corrected input can then start anew."""
     if location.is_file():
         return
     artifact_files.remove_empty_folders(location, patterns)
@@ -136,18 +145,18 @@ def forget_if_empty(location: Location, patterns: Sequence[str]) -> None:
 
 
 def being_cleared(own: Collection[str]) -> dict[str, Any]:
-    """Return what a lease says while these files of an artifact are removed, so that a killed removal can resume."""
+    """Return the fields of a lease while these files of an artifact are removed, so that a killed removal can resume."""
     names = artifact_files.packed(name for name in own if name not in RECORDS)
     return {"fingerprint": LEFTOVERS, "files": names, "patterns": ()}
 
 
 def clear(location: Location, there: Mapping[str, Any], own: Collection[str]) -> None:
-    """Remove the files of an artifact; the manifest first, so that it never describes a part of the data.
+    """Remove the files of an artifact. The manifest goes first, so that it never describes incomplete data.
 
     Args:
         location: the artifact.
-        there: its record.
-        own: which files are its own, by that record.
+        there: its manifest or lease.
+        own: the names of its files, according to that record.
     """
     record_of(location, MANIFEST_NAME).delete()
     if location.is_file():

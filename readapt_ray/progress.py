@@ -1,4 +1,4 @@
-"""Progress of long work: a row with rate and ETA on a terminal or in a notebook, a log line every few seconds elsewhere."""
+"""Report progress of long work: a live row with rate and ETA on a terminal or in a notebook, else a log line every 5 s."""
 
 import logging
 import time
@@ -12,22 +12,22 @@ logger = logging.getLogger("readapt_ray")
 
 _LOG_INTERVAL_S = 5.0
 _MIN_RATED_S = 2.0
-"""Before that a rate says more of how many workers ended at once than of how fast they are."""
+"""Seconds before a rate is shown. An earlier rate would mostly show how many workers finished at the same time."""
 
 
 class ProgressReporter:
-    """Shows how far a piece of work is. Use as a context manager; call `update` as often as you like.
+    """Show the progress of a piece of work. Use it as a context manager; call `update` as often as you like.
 
-    The rate counts from the first unit that this process saw finished: what an earlier process did is not in it,
-    nor is the time until workers are up. There is none in the two seconds after that unit.
+    The rate counts from the first unit that finished in this process. So it does not include units of an earlier process
+    or the time to start workers. It is shown from two seconds after that unit on.
     """
 
     def __init__(self, label: str, *, is_outline: bool = False) -> None:
         """Make a reporter.
 
         Args:
-            label: what is done, such as the name of a stage.
-            is_outline: for work made of stages that report themselves: no rate, and no log lines.
+            label: name of the work, such as a stage.
+            is_outline: True for work that consists of stages with their own reporters: shows no rate and no log lines.
         """
         self.label = label
         self.done = 0
@@ -51,7 +51,7 @@ class ProgressReporter:
             self._row.remove()
 
     def update(self, done: int, total: int | None = None, *, unit: str = "", note: str = "") -> None:
-        """Say that `done` of `total` units are done; `note` is shown beside them (a loss, a count)."""
+        """Report that `done` of `total` units are done. `note` is shown beside them, such as a loss."""
         now_s = time.monotonic()
         if self._last_log_s is None or done < self.done or (unit and unit != self.unit):
             self._rated_from = None
@@ -66,7 +66,7 @@ class ProgressReporter:
             self._row.update(done, self.total, pace=", ".join(self._pace()), note=note)
 
     def rate(self) -> float:
-        """Return units per second; 0 if nothing is known yet."""
+        """Return the rate in units per second; 0 if it is not known yet."""
         if self._rated_from is None:
             return 0.0
         first, since_s = self._rated_from
@@ -74,7 +74,7 @@ class ProgressReporter:
         return (self.done - first) / seconds if seconds >= _MIN_RATED_S else 0.0
 
     def line(self) -> str:
-        """Return the state as one line of text."""
+        """Return the progress as one line of text, such as "embed: 3 of 10 shards (30%)"."""
         text = f"{self.label}: {self.done:,}"
         if self.total:
             text += f" of {amount(self.total, self.unit)} ({100 * self.done / self.total:.0f}%)"
@@ -83,7 +83,7 @@ class ProgressReporter:
         return ", ".join([text, *self._pace(), *([self.note] if self.note else [])])
 
     def _pace(self) -> list[str]:
-        """Rate and ETA, where they are known."""
+        """Return rate and ETA as texts, as far as they are known."""
         rate = self.rate()
         if rate <= 0 or self._is_outline:
             return []
@@ -92,14 +92,14 @@ class ProgressReporter:
 
 
 def amount(count: int, unit: str) -> str:
-    """Return a count with its unit, which is given in the plural: 300 passages, 1 passage, 1 query."""
+    """Return a count with its unit: "300 passages", "1 passage", "1 query". `unit` is given in the plural."""
     if count == 1:
         unit = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("es" if unit.endswith("ches") else "s")
     return f"{count:,} {unit}"
 
 
 def size_text(num_bytes: float) -> str:
-    """Return a size in three figures: 87 bytes, 1.2 KB, 350 MB, 14.2 GB."""
+    """Return a size as text with three significant digits: "87 bytes", "1.2 KB", "350 MB", "14.2 GB"."""
     for unit in ("bytes", "KB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -108,12 +108,12 @@ def size_text(num_bytes: float) -> str:
 
 
 def figure(rate: float) -> str:
-    """Return a rate in two figures below ten, whole above."""
+    """Return a rate as text: two significant digits below 10, a whole number above."""
     return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them: 8.1 s, 3 min 20 s, 2 h 05 min."""
+    """Return a duration as text: "8.1 s", "3 min 20 s", "2 h 05 min"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 60:

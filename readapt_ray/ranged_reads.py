@@ -1,7 +1,7 @@
-"""Read an object of a store in several ranges at once, since one stream gives 50 to 100 MB/s.
+"""Read an object of an object store in several ranges in parallel, because one stream gives only 50 to 100 MB/s.
 
-A store that is busy is asked again. A 503 whose body is longer than the object is not recognised by pyarrow, so not asked
-again by it.
+Failed requests are retried here too: pyarrow does not recognise, and does not retry, a 503 answer whose body is longer
+than the object.
 """
 
 import collections
@@ -15,7 +15,7 @@ import pyarrow.fs as pafs
 _RANGE_BYTES = 16 << 20
 _RANGES_AT_ONCE = 16
 MAX_HELD_BYTES = _RANGES_AT_ONCE * _RANGE_BYTES
-"""Most of an object that is in memory at once."""
+"""The most bytes of an object that are in memory at once."""
 _ATTEMPTS = 6
 _BACKOFF_S = 0.25
 
@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 
 def pieces(filesystem: pafs.FileSystem, path: str) -> Iterator[bytes]:
-    """Yield the content of an object in order; at most `MAX_HELD_BYTES` of it are in memory.
+    """Yield the content of an object in order. At most `MAX_HELD_BYTES` of it are in memory.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the object does not exist.
     """
     with _asked_again(lambda: filesystem.open_input_file(path)) as file, ThreadPoolExecutor(_RANGES_AT_ONCE) as pool:
         size = _asked_again(file.size)

@@ -1,4 +1,4 @@
-"""Define the four records of the field, and how each is stored in Parquet."""
+"""Define the records passage, query, qrel and scored document, and their Parquet schemas."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,24 +8,24 @@ import pyarrow as pa
 
 
 class Passage(NamedTuple):
-    """A unit of the corpus. Title or text may be empty, not both."""
+    """A passage of the corpus. Title or text may be empty, but not both."""
 
     doc_id: str
     title: str
     text: str
     columns: Mapping[str, Any] | None = None
-    """Values of the columns that were kept, by name."""
+    """Values of the source's columns that ingest keeps (its option `keep`), by name. None if it keeps none."""
 
 
 class Query(NamedTuple):
-    """A text to search for."""
+    """A query: a text with which to search the corpus."""
 
     query_id: str
     text: str
 
 
 class Qrel(NamedTuple):
-    """A judgement: how relevant a passage is to a query; 0 means not at all."""
+    """A judgement of how relevant a passage is to a query. 0 means not relevant."""
 
     query_id: str
     doc_id: str
@@ -44,7 +44,7 @@ _HASH_BYTES = 16
 
 
 def content_hash(title: str | None, text: str) -> bytes:
-    """Hash title and text to 16 bytes: any two of ten billion share a hash with a chance of 1.5 in 10^19."""
+    """Hash title and text to 16 bytes. Among ten billion texts, the chance that any two collide is 1.5 in 10^19."""
     content = f"{title or ''}\0{text}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
 
@@ -52,15 +52,20 @@ def content_hash(title: str | None, text: str) -> bytes:
 PASSAGE_SCHEMA = pa.schema(
     [("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("content_hash", pa.binary(_HASH_BYTES))]
 )
-"""The kept columns follow these. Passages that an older ingest wrote have no `content_hash`."""
+"""Columns kept from the source follow these. Passages written by an older release have no `content_hash`."""
 QUERY_SCHEMA = pa.schema([("query_id", pa.string()), ("text", pa.string())])
 QREL_SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("relevance", pa.int64())])
 
 
 def vector_schema(dimension: int, dtype: str) -> pa.Schema:
-    """Return the Arrow schema of vectors: `dtype` is float32, float16 or int8, `dimension` numbers per row.
+    """Return the Arrow schema of a vector file.
 
-    int8 vectors have a `scale`: a number times it is what was encoded. `content_hash` is of title and text.
+    Each row has a vector of `dimension` numbers. With int8 each row also has a `scale`: multiply the vector by it to get
+    the encoded vector. `content_hash` is the hash of title and text.
+
+    Args:
+        dimension: numbers per vector.
+        dtype: float32, float16 or int8.
     """
     element = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}[dtype]
     scale = [("scale", pa.float32())] if dtype == "int8" else []

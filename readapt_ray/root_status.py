@@ -1,4 +1,4 @@
-"""Find what is done, stale, running, stopped, failed and missing under a root, how fast it goes, and what it cost."""
+"""Show the state of every artifact under a root (done, stale, running, ...), with progress, throughput and cost."""
 
 import datetime
 import time
@@ -17,16 +17,16 @@ from readapt_ray.storage import Location
 
 
 def rows(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> list[dict[str, Any]]:
-    """Return one row per artifact: its folder, stage, state, seconds and summary.
+    """Return one row per artifact, with keys `artifact` (folder), `stage`, `state`, `seconds` and `what` (a summary).
 
-    The states: done, stale (made from something else than what is in the root, or with other options than the run
-    has), running, stopped, failed, unreadable, missing.
+    The states are done, stale (the run has other options or inputs now), running, stopped, failed, unreadable, missing.
 
     Args:
-        usd_per_hour: of the cluster, by stage; then each row has `usd`, too.
+        root: the folder of a run, or any folder of artifacts.
+        usd_per_hour: returns the cluster's price for a stage. Then each row also has `usd`. None means no costs.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: the folder does not exist.
     """
     if not root.is_folder():
         raise InputError(f"no folder {root.uri!r}; give the root of a run, or a folder of artifacts")
@@ -49,7 +49,7 @@ def rows(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> 
 
 
 def _row(location: Location, stage: str) -> dict[str, Any]:
-    """Return the row of one artifact; one that cannot be read affects no other."""
+    """Return the row of one artifact. If it cannot be read, its state is "unreadable", and other rows are not affected."""
     try:
         row = _done(location) or _unfinished(location, stage)
     except (ReadaptError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -61,7 +61,7 @@ def _row(location: Location, stage: str) -> dict[str, Any]:
 
 
 def _note_stale(found: dict[str, dict[str, Any]], record: Mapping[str, Any]) -> None:
-    """Mark what the run of `run.json` would make again."""
+    """Set the state of artifacts to "stale" if the run of `run.json` would make them again."""
     if any(row["state"] == "unreadable" for row in found.values()):
         return
     try:
@@ -69,7 +69,7 @@ def _note_stale(found: dict[str, dict[str, Any]], record: Mapping[str, Any]) -> 
         steps = unlabelled.fitted(config, plan_run(config))
         standings = standing.standings(steps, record["steps"], reads_models=False)
     except (ReadaptError, KeyError):
-        return  # the run of another release
+        return  # another release wrote run.json
     for each in standings:
         row = found.get(each.step.name)
         if row is not None and each.is_stale and row["state"] == "done":
@@ -78,7 +78,7 @@ def _note_stale(found: dict[str, dict[str, Any]], record: Mapping[str, Any]) -> 
 
 
 def _note_failure(found: dict[str, dict[str, Any]], root: Location, failed: Mapping[str, Any]) -> None:
-    """Say of the step that failed last what it said, when, on which host, and where the log is."""
+    """Add to the row of the step that failed last: its error, the time, the host, and where the log is."""
     row = found.get(str(failed.get("output")))
     if row is None or row["state"] not in ("missing", "stopped", "failed"):
         return
@@ -88,12 +88,12 @@ def _note_failure(found: dict[str, dict[str, Any]], root: Location, failed: Mapp
 
 
 def status_table(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> str:
-    """Return what is under a root as aligned text, as `readapt status` prints it."""
+    """Return the state of all artifacts under a root as an aligned text table, as `readapt status` prints it."""
     return as_table(rows(root, usd_per_hour), root.uri)
 
 
 def as_table(found: Sequence[dict[str, Any]], root: str) -> str:
-    """Return rows as aligned text, and their sum."""
+    """Return rows as an aligned text table, with their total in the last line."""
     if not found:
         return f"no artifact under {root}"
     has_cost = "usd" in found[0]

@@ -1,8 +1,8 @@
-"""Let an artifact hold a file of its predecessor without a second copy, where the storage can do that.
+"""Share a file between two artifacts, without copying it if the storage allows that.
 
-On a local disk the file gets a second name (a hard link), so its bytes go when the last artifact that names it goes; no
-list of who refers to what is needed. Inside an object store it is copied by the store, and nothing passes this machine.
-Files of artifacts are never changed in place, so nothing that happens to one name shows under the other.
+On a local disk the file gets a second name (a hard link). The disk frees it when the last artifact that has it is removed,
+so no reference counts are needed. In an object store, the store copies the file and nothing passes through this machine.
+Files of artifacts are never modified in place, so neither artifact can change the other's file.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from readapt_ray.storage import Location
 
 
 def share(source: Location, target: Location) -> None:
-    """Put a file under another name, too; it is copied through this machine where nothing else works."""
+    """Give a file a second location: by hard link, else by a copy inside the store, else by a copy through this machine."""
     if source.is_local and target.is_local:
         with contextlib.suppress(OSError):  # another disk, or one without links
             _link(source.local_path, target.local_path)
@@ -27,9 +27,9 @@ def share(source: Location, target: Location) -> None:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Link by a temporary name, so that an existing target is replaced at once."""
+    """Make a hard link under a temporary name and rename it, so that an existing target is replaced atomically."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{target.name}")
     os.link(source, temporary)
     os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # it stays where the target was the same file already
+    temporary.unlink(missing_ok=True)  # os.replace keeps it if the target was already the same file

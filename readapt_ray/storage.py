@@ -1,9 +1,8 @@
 """Read, write and list files and folders on any filesystem that `pyarrow.fs` opens by URI.
 
-A `Location` is a local path or a URI (`s3://bucket/folder`, `gs://...`). Whole files only: a
-write is seen entirely or not at all (a temporary name, then a rename; see `object_streams.py`), so a reader never meets
-half a file. A store that says "slow down" is asked again; a disk that is full or may not be written is an error that
-names the folder.
+A `Location` is a local path or a URI (`s3://bucket/folder`, `gs://...`). Writes are atomic: a file is written under a
+temporary name, then renamed (`object_streams.py`), so a reader never sees half a file. Requests that an object store
+throttles are retried. A full disk or a missing permission raises an error that names the folder.
 """
 
 import contextlib
@@ -29,9 +28,9 @@ _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{12}}-(.+)")
 _MAX_COPY_BYTES = 5 << 30
-"""S3 copies no larger object in one request."""
+"""The largest object that S3 copies in one request."""
 _MAX_REPLACED = 2
-"""How often an object that is no JSON is read again."""
+"""How often an object that does not parse as JSON is read again."""
 _FULL = {errno.ENOSPC: "no space is left on its disk", errno.EDQUOT: "the quota of its disk is used up"}
 _FORBIDDEN = {
     errno.EACCES: "this user may not write there",
@@ -42,7 +41,7 @@ _FORBIDDEN = {
 
 @dataclass(frozen=True)
 class Location:
-    """A file or folder. `uri` is a local path or a URI; equality is by that text."""
+    """A file or folder, given by a local path or a URI. Two locations are equal if their `uri` texts are equal."""
 
     uri: str
 
@@ -51,7 +50,7 @@ class Location:
 
     @property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
-        """The filesystem and the path in it. A forked process opens its own, since connections cannot be shared."""
+        """The filesystem and the path in it. A forked process opens it again, because connections cannot be shared."""
         pid, filesystem, path = self.__dict__.get("_opened_by", (None, None, ""))
         if filesystem is None or (pid != os.getpid() and not isinstance(filesystem, pafs.LocalFileSystem)):
             filesystem, path = open_filesystem(self.uri)
@@ -59,7 +58,7 @@ class Location:
         return filesystem, path
 
     def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.path if self.is_local else self.uri}  # a worker's current folder is another
+        return {"uri": self.path if self.is_local else self.uri}  # a worker has another current folder
 
     def __setstate__(self, state: dict[str, str]) -> None:
         object.__setattr__(self, "uri", state["uri"])
@@ -79,7 +78,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine's disk."""
+        """Whether the location is on this machine's disk."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     @property
@@ -87,7 +86,7 @@ class Location:
         """The path on this machine.
 
         Raises:
-            InputError: it is not on this machine's disk.
+            InputError: the location is not on this machine's disk.
         """
         if not self.is_local:
             raise InputError(f"{self.uri!r} is not on a local disk; copy it to one first")
@@ -102,11 +101,11 @@ class Location:
         return Location(extended(self.uri, f"/{part}"))
 
     def sibling(self, name: str) -> "Location":
-        """Return the location of another name in the same folder."""
+        """Return the location of `name` in the same folder."""
         return Location(sibling(self.uri, name))
 
     def beside(self, suffix: str) -> "Location":
-        """Return the location whose name is this name plus a suffix."""
+        """Return the location whose name is this one plus a suffix."""
         return Location(extended(self.uri, suffix))
 
     def exists(self) -> bool:
@@ -126,18 +125,18 @@ class Location:
         return int(self.info().size)
 
     def info(self) -> pafs.FileInfo:
-        """Return what the filesystem says of it: kind, size and time."""
+        """Return type, size and modification time, as the filesystem reports them."""
         return self.filesystem.get_file_info(self.path)
 
     def files(self, suffix: str = "", *, recursive: bool = False) -> list["Location"]:
-        """Return the files in this folder in the order of their names; none if there is no folder.
+        """Return the files in this folder, sorted by name; an empty list if the folder does not exist.
 
         Temporary files of unfinished writes are left out.
         """
         return [self / relative for relative, _ in self.listing(suffix, recursive=recursive)]
 
     def listing(self, suffix: str = "", *, recursive: bool = False) -> list[tuple[str, pafs.FileInfo]]:
-        """List as `files`: each file's path relative to this folder, and what the filesystem says of it."""
+        """List the same files as `files`, each as its path relative to this folder and its `pafs.FileInfo`."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         found = []
         for info in self.filesystem.get_file_info(selector):
@@ -159,12 +158,12 @@ class Location:
         return sorted(files), sorted(folders)
 
     def entries(self, *, recursive: bool = True) -> tuple[list[str], list[str]]:
-        """List the files in this folder, temporary files too, by paths relative to it.
+        """List everything in this folder, temporary files too, as paths relative to it.
 
         Links are not followed.
 
         Returns:
-            What is no folder (files, links and the like), and the folders, each in the order of their names.
+            Files (links count as files) and folders, both sorted by name.
         """
         files: list[str] = []
         folders: list[str] = []
@@ -195,14 +194,14 @@ class Location:
             return bytes(file.read())
 
     def read_text(self) -> str:
-        """Return the content of the file as UTF-8."""
+        """Return the content of the file, decoded as UTF-8."""
         return self.read_bytes().decode("utf-8")
 
     def read_json(self) -> Any:
         """Return the content of a JSON file that other processes may replace.
 
-        An object of a store is read up to the length that it had when it was opened, so a longer one that takes its place in
-        that moment is cut off: it is read again.
+        An object is read up to the length that it had when it was opened. If a longer one replaces it meanwhile, the JSON
+        is cut off and does not parse. Then it is read again, at most twice.
 
         Raises:
             FileNotFoundError: there is none.
@@ -214,15 +213,15 @@ class Location:
         return json.loads(self.read_bytes())
 
     def open_input(self, *, max_bytes: int = 0) -> IO[bytes]:
-        """Open a readable, seekable binary file; a small object of a store is read at once, one of up to `max_bytes` in any case.
+        """Open a seekable binary file to read. A small object, or one of up to `max_bytes`, is fetched at once.
 
         Raises:
             FileNotFoundError: there is none.
-            IsADirectoryError: a folder has its name.
+            IsADirectoryError: the location is a folder.
         """
         try:
             file: IO[bytes] = self.filesystem.open_input_file(self.path)
-        except OSError as error:  # pyarrow has no type of error for a folder
+        except OSError as error:  # pyarrow has no special error for a folder
             if self.is_local and self.local_path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "it is a folder", self.path) from error
             raise
@@ -232,7 +231,7 @@ class Location:
         """Write the whole file, replacing an existing one.
 
         Raises:
-            StorageError: the disk is full, or the folder may not be written.
+            StorageError: the disk is full, or this user may not write there.
         """
         with self.open_output() as stream:
             stream.write(data)
@@ -242,12 +241,12 @@ class Location:
         self.write_bytes(text.encode("utf-8"))
 
     def create_text(self, text: str) -> bool:
-        """Create the file on a local disk unless it exists; if several processes try, only one gets True.
+        """Create the file on a local disk unless it exists, and return whether it was created.
 
-        Unlike other writes this one may be seen half.
+        If several processes try, only one gets True. This write is not atomic: a reader may see half of the text.
 
         Raises:
-            StorageError: the disk is full, or the folder may not be written.
+            StorageError: the disk is full, or this user may not write there.
         """
         file = self.local_path
         with self._refusals_named(_FULL | _FORBIDDEN):
@@ -266,10 +265,10 @@ class Location:
 
     @contextlib.contextmanager
     def open_output(self) -> Iterator[IO[bytes]]:
-        """Open a binary file to write; it gets its name when the block ends without an error.
+        """Open a binary file to write. It gets its final name only if the block ends without an error.
 
         Raises:
-            StorageError: the disk is full, or the folder may not be written.
+            StorageError: the disk is full, or this user may not write there.
         """
         parent, _, name = self.path.rpartition("/")
         temporary = f"{parent}/{_TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
@@ -278,7 +277,7 @@ class Location:
                 self.filesystem.create_dir(parent, recursive=True)
             opened = object_streams.open_upload(self.filesystem, temporary)
         try:
-            # What the block reads may be forbidden, too; but only a write finds a disk full.
+            # A permission error here may come from a read in the caller's block; a full disk can only come from our write.
             with self._refusals_named(_FULL), opened as stream:
                 yield stream
             with self._refusals_named(_FULL | _FORBIDDEN):
@@ -294,7 +293,7 @@ class Location:
 
     @contextlib.contextmanager
     def _refusals_named(self, refusals: dict[int, str]) -> Iterator[None]:
-        """Turn these errors of the operating system into one that names the folder."""
+        """Turn these operating system errors into a StorageError that names the folder."""
         try:
             yield
         except OSError as error:
@@ -317,12 +316,12 @@ class Location:
         self.filesystem.move(temporary, self.path)
 
     def delete(self) -> None:
-        """Remove the file; nothing happens where there is none. A link goes, and what it leads to stays.
+        """Remove the file, if it exists. Of a link, only the link is removed, not its target.
 
-        Folders are never removed with what is in them: see `remove_if_empty`.
+        Folders are never removed with their content: see `remove_if_empty`.
 
         Raises:
-            StorageError: it may not be removed.
+            StorageError: this user may not remove it.
         """
         with self._refusals_named(_FORBIDDEN), contextlib.suppress(FileNotFoundError):
             if self.is_local:
@@ -331,13 +330,13 @@ class Location:
                 self.filesystem.delete_file(self.path)
 
     def remove_if_empty(self) -> None:
-        """Remove a folder of a local disk if it is empty. Object stores have no empty folders, only markers of them."""
+        """Remove a local folder if it is empty. Does nothing on an object store, which has no empty folders."""
         if self.is_local:
             with contextlib.suppress(OSError):
                 os.rmdir(self.path)
 
     def copy_to(self, target: "Location") -> None:
-        """Copy the file, or the folder with all in it, through this machine."""
+        """Copy the file, or the folder with its content. The bytes go through this machine."""
         if self.is_folder():
             for relative, _ in self.listing(recursive=True):
                 (self / relative).copy_to(target / relative)
@@ -347,7 +346,7 @@ class Location:
                 sink.write(piece)
 
     def _pieces(self) -> Iterator[bytes]:
-        """Yield the content of the file in order, some megabytes at a time."""
+        """Yield the content of the file in order, in pieces of some megabytes."""
         if not self.is_local:
             yield from ranged_reads.pieces(*self._opened)
             return
@@ -356,7 +355,7 @@ class Location:
                 yield chunk
 
     def sha256(self) -> str:
-        """Return the hex digest of the file's content. A local file that did not change is read once a process."""
+        """Return the SHA-256 of the file as hex. The digest of an unchanged local file is cached in this process."""
         if not self.is_local:
             return self._sha256()
         state = Path(self.path).stat()
@@ -370,9 +369,9 @@ class Location:
         return digest.hexdigest()
 
     def content_fingerprint(self, suffixes: tuple[str, ...] = ("",)) -> dict[str, str]:
-        """Identify each file here by relative name: SHA-256 on a local disk; size and time on an object store.
+        """Return a digest per file, by relative name: SHA-256 on a local disk, size and time on an object store.
 
-        A store is not read, so that a corpus of terabytes is not fetched to be recognised.
+        Objects are not downloaded for this, because a corpus may have terabytes.
         """
         if self.is_file():
             infos = [(self.name, self, self.info())]
@@ -385,16 +384,16 @@ class Location:
 
 @functools.lru_cache(maxsize=4096)
 def _sha256_of(location: Location, state: tuple[int, ...]) -> str:
-    del state  # a file that was written again has another
+    del state  # part of the cache key: a file that was written again has another state
     return location._sha256()
 
 
 def state_of(info: pafs.FileInfo) -> str:
-    """Return size and time of a file; they differ when it was written again."""
+    """Return a file's size and modification time as text, to notice that it was written again."""
     return f"{info.size}:{info.mtime_ns}"
 
 
 def name_when_whole(name: str) -> str | None:
-    """Return the final name of a temporary file that a write of ours made; None for any other file."""
+    """Return the final name of a temporary file of `open_output`; None for any other file."""
     found = _TEMPORARY_NAME.fullmatch(name)
     return found[1] if found else None

@@ -1,14 +1,15 @@
-"""End a command on SIGTERM, which Slurm, Kubernetes and `timeout` send, as on Ctrl-C: with one line, and in time.
+"""End a command on SIGTERM (sent by Slurm, Kubernetes and `timeout`) as on Ctrl-C: with one line, and in time.
 
-Ray puts handlers of its own in place when it starts, one of which prints a C++ stack; `take_back` puts ours in again.
-Python drops a KeyboardInterrupt that is raised while an object is deleted, in `__del__` or in a weak reference's callback,
-and the command would continue: the signal is sent again. Ray raises a plain KeyboardInterrupt where a signal ends its waiting,
-whichever signal that was: what was received is noted.
+Ray and Python make this difficult:
 
-A signal to a whole process group, which is what `timeout` and Slurm send, ends Ray's processes too. What asks them to
-clean up then waits until Ray's C++ code ends this process after 60 s; Slurm and Kubernetes kill it after 30. So cleanup
-has a limit, and after the signal what C++ prints is dropped. A thread learns of the signal at once: Python runs handlers
-in the main thread alone, which may be inside C++ code.
+- Ray installs its own signal handlers when it starts, and one prints a C++ stack. `take_back` installs ours again.
+- Python drops a KeyboardInterrupt that is raised in `__del__` or in a weak reference's callback, so the command would
+  continue. Then we send the signal again.
+- If a signal ends one of Ray's waits, Ray raises KeyboardInterrupt whichever signal it was. So we remember the signal.
+- `timeout` and Slurm signal the whole process group, which also ends Ray's processes. Code that asks them to clean up
+  then waits, until Ray's C++ code ends this process after 60 s. Slurm and Kubernetes kill it after 30 s. So cleanup has a
+  time limit, and after the signal the output of C++ code is discarded.
+- Python runs signal handlers only in the main thread, which may be inside C++ code. So a thread receives the signal too.
 """
 
 import os
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 _AGAIN_S = 0.05
 _CLEANUP_S = 20.0
-"""Cleanup after a signal may take so long."""
+"""Maximum time of the cleanup after a signal."""
 _VAIN_S = 0.5
-"""What is left of that once those are gone who are asked to clean up."""
+"""Remaining time for cleanup once Ray's processes, which it would ask, have ended."""
 _SAME_S = 1.0
-"""A second signal within this time is the same one: `timeout` sends it to the process, and to its group."""
+"""A second signal within this time counts as the same one: `timeout` signals the process and then its group."""
 _POLL_S = 0.05
 
 
@@ -40,33 +41,33 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass
 class _Stop:
-    """What is known of the signal that ends this process."""
+    """State of the signal handling in this process."""
 
     is_ours: bool = False
     """Whether our handlers are in place."""
     is_sigterm: bool = False
     first_s: float | None = None
-    """When the signal was received."""
+    """When the first signal was received (monotonic clock). None: not yet."""
     give_up: Callable[[], None] | None = None
     is_vain: Callable[[], bool] | None = None
     has_own_stderr: bool = False
-    """Whether sys.stderr has another file descriptor than C++ code."""
+    """Whether sys.stderr uses another file descriptor than C++ code does."""
     is_limited: bool = False
-    """Whether cleanup has its limit by now."""
+    """Whether the time limit of cleanup has started."""
     pipe: int | None = None
-    """Where Python writes the number of each signal as it comes."""
+    """File descriptor to which Python writes the number of each signal it receives."""
 
 
 _stop = _Stop()
 
 
 def end_as_ctrl_c_does(give_up: Callable[[], None] | None = None, *, is_vain: Callable[[], bool] | None = None) -> None:
-    """Let SIGTERM raise `Terminated` in the main thread, from now on in this process; drop neither it nor a Ctrl-C.
+    """Raise `Terminated` in the main thread on SIGTERM, from now on in this process, and never lose a SIGTERM or Ctrl-C.
 
     Args:
-        give_up: ends the process; called in a thread if it still runs 20 s after a signal, and on a second signal. If omitted,
-            cleanup has no limit.
-        is_vain: returns whether those are gone who are asked to clean up, which shortens the limit.
+        give_up: ends the process. It is called in a thread if the process still runs 20 s after a signal, and on a second
+            signal. If omitted, cleanup has no time limit.
+        is_vain: returns whether the processes that would clean up have ended. Then the limit is cut to 0.5 s.
     """
     if threading.current_thread() is threading.main_thread():
         _stop.is_sigterm, _stop.first_s, _stop.is_limited = False, None, False
@@ -76,13 +77,16 @@ def end_as_ctrl_c_does(give_up: Callable[[], None] | None = None, *, is_vain: Ca
 
 
 def take_back() -> None:
-    """Install our handlers again if this process had them; only the main thread can."""
+    """Install our signal handlers again if this process had them. Does nothing outside the main thread."""
     if _stop.is_ours and threading.current_thread() is threading.main_thread():
         _install()
 
 
 def is_told(stop: BaseException) -> bool:
-    """Return whether SIGTERM ended the work: by our handler, or by Ray's, which exits with the number of the signal."""
+    """Return whether an exception means that SIGTERM ended the work.
+
+    Our handler raises `Terminated`. Ray's handler exits with the signal's number as exit code.
+    """
     if isinstance(stop, SystemExit):
         return stop.code == signal.SIGTERM
     return isinstance(stop, Terminated) or has_sigterm()
@@ -95,20 +99,20 @@ def has_sigterm() -> bool:
 
 def _install() -> None:
     signal.signal(signal.SIGTERM, _end)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # background jobs of a shell ignore SIGINT
         signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _send_again
     if _stop.pipe is None:
         heard, _stop.pipe = os.pipe()
         os.set_blocking(_stop.pipe, False)
-        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a signal to a child is none to us
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # ignore signals to a forked child
         threading.Thread(target=_hear, args=(heard,), daemon=True).start()
     signal.set_wakeup_fd(_stop.pipe, warn_on_full_buffer=False)
     _stop.is_ours = True
 
 
 def _hear(pipe: int) -> None:
-    """Limit cleanup as soon as a signal comes, whatever the main thread is doing."""
+    """Start the time limit of cleanup as soon as a signal arrives, whatever the main thread is doing."""
     while numbers := os.read(pipe, 64):
         if {signal.SIGTERM, signal.SIGINT} & set(numbers):
             _stop.is_sigterm |= signal.SIGTERM in numbers
@@ -116,7 +120,7 @@ def _hear(pipe: int) -> None:
 
 
 def _keep_stderr() -> None:
-    """Give sys.stderr a file descriptor of its own, so that what C++ code prints can be dropped after a signal."""
+    """Give sys.stderr another file descriptor, so that the output of C++ code can be discarded after a signal."""
     stderr = sys.__stderr__
     if not _stop.has_own_stderr and stderr is not None and stderr is sys.stderr and stderr.fileno() == 2:
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, encoding=stderr.encoding, errors=stderr.errors)
@@ -135,7 +139,7 @@ def _interrupt(_: int, __: FrameType | None) -> None:
 
 
 def _is_to_raise() -> bool:
-    """Note the signal, and limit what cleanup takes from now on; return False if cleanup is not to be disturbed."""
+    """Record the signal and start the time limit of cleanup. Return False if running cleanup must not be interrupted."""
     now_s = time.monotonic()
     if _stop.first_s is not None:
         if now_s - _stop.first_s < _SAME_S:
@@ -149,7 +153,7 @@ def _is_to_raise() -> bool:
 
 
 def _limit() -> None:
-    """Drop what C++ code prints from now on, and limit what cleanup takes."""
+    """Discard the output of C++ code from now on, and start the time limit of cleanup."""
     if _stop.is_limited:
         return
     _stop.is_limited = True
@@ -171,7 +175,7 @@ def _limit_cleanup(give_up: Callable[[], None], is_vain: Callable[[], bool] | No
 
 
 def _send_again(dropped: "UnraisableHookArgs") -> None:
-    """Send the signal of an interrupt that Python dropped again, when the main thread has left the deletion."""
+    """If Python dropped an interrupt, send its signal again after 50 ms, when the main thread has left `__del__`."""
     stop = dropped.exc_value
     is_rays = isinstance(stop, SystemExit) and is_told(stop)
     if not (isinstance(stop, KeyboardInterrupt) or is_rays):

@@ -1,4 +1,4 @@
-"""Read YAML that users wrote: every mistake becomes one line that names the file and the place."""
+"""Read YAML files of users. Every mistake becomes an error of one line that names the file and the position."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from readapt_ray.storage import Location
 
 
 class TwiceError(yaml.MarkedYAMLError):
-    """A mapping has a name twice."""
+    """A YAML mapping contains the same key twice."""
 
 
 class DistinctLoader(yaml.SafeLoader):
-    """A safe loader that refuses a name that a mapping has twice; PyYAML keeps the last of them without a word."""
+    """A safe YAML loader that refuses duplicate keys. PyYAML would silently keep the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose a mapping.
+        """Compose a mapping, and check that its keys are distinct.
 
         Raises:
-            TwiceError: it has a name twice.
+            TwiceError: a key occurs twice.
         """
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         known = set()
@@ -34,14 +34,14 @@ _WORDS: dict[type, str] = {type(None): "nothing", str: "text", list: "a list"}
 
 
 def read_yaml(location: Location, what: str) -> list[Any]:
-    """Return the documents of a YAML file.
+    """Read all documents of a YAML file.
 
     Args:
         location: the file.
-        what: what it should be, for the error: "a price table".
+        what: what the file should be, for the error: "a price table".
 
     Raises:
-        InputError: there is no such file, or it is not YAML in UTF-8.
+        InputError: the file does not exist, or is not YAML in UTF-8.
     """
     if not location.is_file():
         problem = f"{location.uri!r} is a folder" if location.is_folder() else f"no file {location.uri!r}"
@@ -54,10 +54,14 @@ def read_yaml(location: Location, what: str) -> list[Any]:
 
 
 def parse_yaml(text: str, where: str) -> list[Any]:
-    """Return the documents of a YAML text; errors call it `where`.
+    """Parse all documents of a YAML text.
+
+    Args:
+        text: the YAML.
+        where: the name of the text in errors, such as its file.
 
     Raises:
-        InputError: it is not YAML, or a mapping has a name twice.
+        InputError: the text is not YAML, or a mapping contains a key twice.
     """
     try:
         return list(yaml.load_all(text, DistinctLoader))
@@ -74,10 +78,15 @@ def parse_yaml(text: str, where: str) -> list[Any]:
 
 
 def options_of(documents: list[Any], where: str, what: str) -> dict[str, Any]:
-    """Return the one document that holds options by name.
+    """Return the only document of a YAML file, which must be a mapping of options.
+
+    Args:
+        documents: the documents of the file.
+        where: the name of the file in errors.
+        what: what the file should be, for the error.
 
     Raises:
-        InputError: there are several, or none that holds options by name.
+        InputError: there are several documents, or it is not a mapping.
     """
     found = documents[0] if documents else None
     if len(documents) > 1:

@@ -1,4 +1,4 @@
-"""Run work in a thread beside other work; its result or error is asked for later."""
+"""Run a function in a background thread, and get its result or error later."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def run_in_background(function: Callable[[], T]) -> Future[T]:
-    """Run a function in a daemon thread; threads of an executor would keep a Ctrl-C waiting."""
+    """Run a function in a daemon thread and return its Future. Threads of an executor would delay a Ctrl-C."""
     future: Future[T] = Future()
 
     def run() -> None:

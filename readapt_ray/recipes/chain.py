@@ -1,7 +1,7 @@
-"""Whole experiments: which stages run, in which order, on what.
+"""Plan a run: which stages run, in which order, with which options.
 
-A run is a list of steps, each a stage with its config, all made and checked before the first one
-starts. `train_on_passages` is the one pair of stages that the command line joins.
+A run is a list of steps. A step is a stage with its config. All configs are made and checked before the first stage
+starts. `train_on_passages` joins the stages pack and train for the command `readapt train`.
 """
 
 import importlib
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 RUN_NAME = "run.json"
 BASE, ADAPTED, DRIFT, GENERAL = "retriever", "adapted", "drift", "general"
 RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evaluate", "drift")
-"""The stages of a run, in order. `drift` is for a corpus without queries, instead of the two before it."""
+"""The stages of a run, in order. For a corpus without queries, `drift` replaces search and evaluate."""
 
 
 def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
-    """Return a stage's config class and function."""
+    """Return the config class and the function of a stage, by its name."""
     module = importlib.import_module(f"readapt_ray.stages.{stage}")
     return getattr(module, STAGES[stage].config), getattr(module, stage)
 
@@ -40,14 +40,14 @@ Section = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class SectionRules:
-    """What the option sections of a recipe may hold."""
+    """Rules for the sections of stage options in a recipe (run, compare, refresh, paper)."""
 
     recipe: str
-    """What errors call the recipe: "the run"."""
+    """Name of the recipe in errors: "the run"."""
     where: str = "section {stage!r}"
-    """What errors call the section of a stage."""
+    """Name of a stage's section in errors."""
     refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Options that the recipe cannot honour, by stage and name, each with the reason and what to do instead."""
+    """Options that the recipe refuses, by stage and name. The text says why, and what to do instead."""
 
 
 NOT_IN_A_RUN: dict[str, dict[str, str]] = {
@@ -75,16 +75,16 @@ NOT_IN_A_RUN: dict[str, dict[str, str]] = {
         "encoding": "queries are encoded as the vectors were; set encoding in section 'embed' instead",
     },
 }
-"""Options of stages that a run refuses: they would fail, or be ignored, hours after the start."""
+"""Stage options that a run refuses, because they would fail or be ignored hours after the start."""
 
 RUN_RULES = SectionRules(recipe="the run", refused=NOT_IN_A_RUN)
 
 
 def stage_config(stage: str, options: Section, rules: SectionRules, **wired: Any) -> StageConfig:
-    """Make the config of a stage from a user's section of options and the options that a recipe sets itself.
+    """Make the config of a stage from the user's section of options and the options that the recipe sets (`wired`).
 
     Raises:
-        InputError: the section sets what the recipe sets, or an option that the recipe refuses, is unknown or wrong.
+        InputError: the section sets an option that the recipe sets or refuses, or that is unknown or wrong.
     """
     where = rules.where.format(stage=stage)
     twice = sorted(options.keys() & wired.keys())
@@ -100,41 +100,41 @@ def stage_config(stage: str, options: Section, rules: SectionRules, **wired: Any
 
 
 def run_stage(stage: str, config: StageConfig) -> Artifact:
-    """Run a stage: the artifact is made unless it is there."""
+    """Run a stage by its name and return its artifact. A complete artifact is not made again."""
     _, function = stage_parts(stage)
     artifact: Artifact = function(config)
     return artifact
 
 
 def make(stage: str, options: Section, rules: SectionRules, **wired: Any) -> Artifact:
-    """Make the artifact of a stage from a section of options; see `stage_config`."""
+    """Run a stage with a section of options, and return its artifact. See `stage_config` for the arguments."""
     return run_stage(stage, stage_config(stage, options, rules, **wired))
 
 
 def pack_options(train_options: Section) -> Section:
-    """Return the options of train that pack takes as well."""
+    """Return those options of train that pack takes too."""
     from readapt_ray.cluster.pack_options import PACK_OPTIONS
 
     return {name: train_options[name] for name in (*PACK_OPTIONS, "overwrite") if name in train_options}
 
 
 class GeneralCollection(Config):
-    """A second collection with queries and qrels, to measure what adapting to one's own costs elsewhere."""
+    """A second corpus with queries and qrels, to measure what the adaptation loses on general queries."""
 
     source: str
-    """The general corpus, as `source`."""
+    """The general corpus, in any form that the run's `source` takes."""
     queries: str | None = None
-    """File of its queries. If omitted, the source's own."""
+    """File of its queries. If omitted, the queries of the source."""
     qrels: str | None = None
-    """File of its judgements. If omitted, the source's own."""
+    """File of its judgements. If omitted, the qrels of the source."""
     split: str = "test"
-    """Which of the source's own qrels to take."""
+    """Which split of the source's qrels to use."""
 
 
 class RunConfig(Config):
-    """The main job: from a corpus to an adapted retriever, its index and, with judgements, a report.
+    """Options of `readapt run`: from a corpus to an adapted retriever, its index and, with judgements, a report.
 
-    Each section holds options of the stage of its name, as on the command line, with underscores.
+    Each section holds the options of the stage with its name, as on the command line, but with underscores.
     """
 
     root: str = "readapt-run"
@@ -146,18 +146,18 @@ class RunConfig(Config):
     retriever: str
     """Model to adapt: the same model after retrieval training, or a LoRA adapter for it."""
     queries: str | None = None
-    """File of queries to evaluate with. If omitted, the source's own, if it has any."""
+    """File of queries to evaluate with. If omitted, the queries of the source, if it has any."""
     qrels: str | None = None
-    """File of judgements to evaluate with. If omitted, the source's own, if it has any."""
+    """File of judgements to evaluate with. If omitted, the qrels of the source, if it has any."""
     split: str = "test"
-    """Which of the source's own qrels to evaluate with: test, dev, train."""
+    """Which split of the source's qrels to evaluate with: test, dev, train."""
     encoding: EncodingOption = None
-    """JSON file with the retriever's pooling, prompts and special tokens, for merge and embed. If omitted, what its
-    folder or the catalog says."""
+    """JSON file with the retriever's pooling, prompts and special tokens, for merge and embed. If omitted, the encoding
+    in the retriever's folder or in the catalog."""
     ingest: Section = Field(default_factory=dict)
-    """Options of ingest. Its `columns` are those of the files `queries` and `qrels`, too."""
+    """Options of ingest. Its `columns` also apply to the files `queries` and `qrels`."""
     train: Section = Field(default_factory=dict)
-    """Options of train; `mode`, `block_tokens`, `exclude` and `only` decide which passages are packed, and how."""
+    """Options of train. `mode`, `block_tokens`, `exclude` and `only` decide which passages are packed, and how."""
     merge: Section = Field(default_factory=dict)
     """Options of merge, such as readapter_scale, knowledge_scale and dtype."""
     embed: Section = Field(default_factory=dict)
@@ -165,41 +165,42 @@ class RunConfig(Config):
     index: Section = Field(default_factory=dict)
     """Options of index."""
     search: Section = Field(default_factory=dict)
-    """Options of search. If omitted, top_k is what the measures need and at least 100, drop_self_hits is what the
-    catalog says of the source, and only the queries that are judged are searched."""
+    """Options of search. If omitted, top_k is the depth that the measures need (at least 100), drop_self_hits is as the
+    catalog says for the source, and only queries with judgements are searched."""
     evaluate: Section = Field(default_factory=dict)
     """Options of evaluate, such as measures."""
     general: GeneralCollection | None = None
-    """A general collection with queries and qrels (section of `source`, and where they are not its own `queries`, `qrels`,
-    `split`): both retrievers are measured on it too, exactly and by vectors, and the report shows what adapting lost there."""
+    """A general corpus with queries and qrels: a section with `source` and, if needed, `queries`, `qrels` and `split`. Both
+    retrievers are also measured on it, by exact search, and the report shows what the adaptation lost there."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage with its options, ready to run. `needs_judgements`: only where queries and qrels are there."""
+    """A stage with its config, ready to run."""
 
     name: str
-    """Of its output under the root: corpus, vectors/adapted ..."""
+    """Folder of its output, relative to the root: corpus, vectors/adapted ..."""
     stage: str
     config: StageConfig
     needs_judgements: bool = False
+    """Whether the step runs only if the corpus has queries and qrels."""
 
     @property
     def is_general(self) -> bool:
-        """Whether the step belongs to the general collection."""
+        """Whether the step works on the general corpus, not on the user's."""
         return self.name.startswith(f"{GENERAL}/")
 
 
 def by_stage(steps: Iterable[Step]) -> dict[str, Any]:
-    """Return the configs of the steps of one's own corpus, the last of each stage."""
+    """Return the config of the last step of each stage, by stage. Steps of the general corpus are left out."""
     return {step.stage: step.config for step in steps if not step.is_general}
 
 
 def plan_run(config: RunConfig) -> list[Step]:
-    """Return the steps of a run in order.
+    """Return the steps of a run, in order.
 
     Raises:
-        InputError: options of sections are unknown or wrong; one message that names all, with their sections.
+        InputError: options of sections are unknown or wrong. One message names all of them with their sections.
     """
     problems = Problems()
     steps = plan_steps(config, problems)
@@ -208,7 +209,7 @@ def plan_run(config: RunConfig) -> list[Step]:
 
 
 def plan_steps(config: RunConfig, problems: Problems) -> list[Step]:
-    """Plan as `plan_run`, but note what is wrong and leave out the steps that it concerns."""
+    """Plan like `plan_run`, but add errors to `problems` and leave out the steps with wrong options."""
     steps = _Plan(config, problems).steps()
     for check in (_check_merge, _check_evaluate):
         with problems.noted():
@@ -217,7 +218,7 @@ def plan_steps(config: RunConfig, problems: Problems) -> list[Step]:
 
 
 def _check_merge(configs: Mapping[str, Any]) -> None:
-    """Refuse what merge takes by itself, but what does not fit one adapter."""
+    """Refuse a list of knowledge scales: merge alone accepts it, but a run has only one adapter."""
     merge = configs.get("merge")
     if merge and isinstance(merge.knowledge_scale, tuple):
         raise InputError(
@@ -226,7 +227,7 @@ def _check_merge(configs: Mapping[str, Any]) -> None:
 
 
 def _check_evaluate(configs: Mapping[str, Any]) -> None:
-    """Refuse what evaluate takes by itself, but what does not fit two retrievers, and requirements that are none."""
+    """Refuse `names` that do not fit the run's two retrievers, and requirements that cannot be parsed."""
     from readapt_ray.evaluation.requirements import parse_requirement
 
     evaluate = configs.get("evaluate")
@@ -242,7 +243,7 @@ def _check_evaluate(configs: Mapping[str, Any]) -> None:
 
 
 class _Plan:
-    """The steps of a run, each made from the user's section and what the run itself sets."""
+    """Makes the steps of a run, each from the user's section and the options that the run sets."""
 
     def __init__(self, config: RunConfig, problems: Problems) -> None:
         self._config = config
@@ -256,7 +257,7 @@ class _Plan:
         self._qrels = config.qrels or self._at(f"corpus/qrels/{config.split}.parquet")
 
     def steps(self) -> list[Step]:
-        """Return all steps in order; without those whose options are wrong."""
+        """Return all steps in order, without those whose options are wrong."""
         from readapt_ray.evaluation.measure_options import depth_of
 
         report = self._report()
@@ -304,9 +305,7 @@ class _Plan:
             )
 
     def _on_general(self) -> Iterator[Step | None]:
-        """Yield the same on the general collection: its corpus first, so that what is wrong with it is known before
-        training.
-        """
+        """Yield the steps on the general corpus. Ingest comes first, so that errors in it are known before training."""
         from readapt_ray.evaluation.measure_options import drops_self_hits
 
         general = self._config.general
@@ -358,10 +357,10 @@ class _Plan:
 
 
 def runs_beside_next(steps: Sequence[Step], position: int) -> bool:
-    """Return whether a step that needs no GPU goes before one that embeds and does not read it, so both can run at
-    once.
+    """Return whether a step (merge or index, which need no GPU) can run in parallel with the next step.
 
-    So the retriever's vectors are made while the adapted model is merged, and the adapted ones while the first index is built.
+    The next step must be embed and must not read this step's output. So the retriever's vectors are made during the merge,
+    and the adapted model's vectors while the first index is built.
     """
     step, *later = steps[position : position + 2]
     if step.stage not in ("merge", "index") or not later or later[0].stage != "embed":
@@ -371,10 +370,10 @@ def runs_beside_next(steps: Sequence[Step], position: int) -> bool:
 
 
 def train_on_passages(config: "TrainConfig") -> Artifact:
-    """Train on passages or on blocks: passages are first packed, into the folder OUTPUT-blocks.
+    """Train an adapter on passages or on blocks. Passages are packed into blocks first, in the folder OUTPUT-blocks.
 
     Raises:
-        ArtifactMissingError: the corpus is neither the output of ingest nor of pack.
+        ArtifactMissingError: the corpus is neither an output of ingest nor of pack.
     """
     from readapt_ray.stages.pack import PackConfig, pack
     from readapt_ray.stages.train import check_pretrained, train

@@ -1,11 +1,12 @@
-"""Choosing a retriever for one's domain: several of them over one corpus, in one table.
+"""Compare several retrievers on one corpus, to choose one for your domain.
 
-In: retrievers, an ingested corpus, queries and judgements. Out, under one folder: vectors and a run for each,
-`report/` (the evaluation of all runs against the first), and `compare.json` and `compare.md`: quality, time of a
-query, bytes and dimension. On demand each retriever is compared after `finetune` on the corpus's training split or on
-queries that a language model wrote, RE-adapted to its passages, and both together; and search by words (BM25) alone and
-fused with each of them. Every artifact is made by its stage, so a comparison that was killed resumes, and another retriever
-costs only itself.
+In: retrievers, an ingested corpus, queries and judgements. Out, under one folder: vectors and a run per retriever,
+`report/` (the evaluation of all runs against the first), and the table in `compare.json` and `compare.md`: quality, time
+per query, bytes and dimension.
+
+Options add more rows: each retriever after `finetune` (on the corpus's training split, or on queries that a language
+model writes), after RE-AdaptIR, and after both; and BM25, alone and fused with each row. Every artifact is made by its
+stage. So a killed comparison resumes, and adding a retriever costs only that retriever's work.
 """
 
 import json
@@ -30,12 +31,12 @@ _MAX_TIMED_ROWS = 1_000_000
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Compare retrievers; the content of `compare.json`.
+    """Compare retrievers, write `compare.json` and `compare.md`, and return the content of `compare.json`.
 
     Raises:
-        InputError: a retriever cannot be found or used, a measure is unknown, or an option is wrong; found before
-            anything is encoded.
-        ArtifactMissingError: the corpus is not the output of ingest.
+        InputError: a retriever cannot be found or used, a measure is unknown, or an option is wrong. This is checked
+            before anything is encoded.
+        ArtifactMissingError: the corpus is not an output of ingest.
     """
     folder = Location(config.output)
     outputs.refuse_foreign_results(folder / "compare.json", {"corpus", "rows", "measures"}, folder / "compare.md")
@@ -60,7 +61,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         row["means"] = report["means"][row["retriever"]]
         row["comparison"] = next(
             (each for each in report["comparisons"] if each["run"] == row["retriever"]), None
-        )  # the first of a run is that by the first measure
+        )  # the first comparison of a run is by the first measure
     result = {
         "corpus": corpus.uri,
         "num_passages": corpus.manifest.counts["num_passages"],
@@ -74,7 +75,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def _check_layers(merge: Any) -> None:
-    """See that the model has the layers of `layer_scales` before an adapter is trained."""
+    """Check, before an adapter is trained, that the model has the layers named in `layer_scales`."""
     from readapt_ray.weights.merge_plan import check_pair
 
     if merge.layer_scales:
@@ -83,10 +84,10 @@ def _check_layers(merge: Any) -> None:
 
 
 def _refuse_foreign_report(config: CompareConfig) -> None:
-    """Refuse the report of `readapt run` or `readapt evaluate`: only one of runs as they are named here is replaced.
+    """Refuse to replace a report of `readapt run` or `readapt evaluate`. A report of `compare` is known by its names of runs.
 
     Raises:
-        ArtifactConflictError: such a report is there.
+        ArtifactConflictError: the output holds such a report.
     """
     folder = f"{config.output}/report"
     record = artifacts.read_manifest(folder) or artifacts.read_lease(folder)
@@ -99,7 +100,7 @@ def _refuse_foreign_report(config: CompareConfig) -> None:
 
 
 def _costs(config: CompareConfig, candidate: Candidate, queries: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a candidate costs: time of a query, bytes, dimension; `rows` are those before it."""
+    """Return the costs of a candidate: milliseconds per query, bytes, dimension. `rows` are the earlier rows."""
     from readapt_ray.sources.judgements import read_queries
 
     texts = [query.text for query in read_queries(queries, config.columns)[: config.num_timed_queries]]
@@ -158,7 +159,7 @@ def _costs_of_words(index: Artifact, texts: list[str]) -> dict[str, Any]:
 
 
 def _in_memory(vectors: Artifact) -> tuple[list[str], NDArray[np.float32]]:
-    """Return the vectors, a million at most: nobody scans more one query at a time."""
+    """Read up to a million vectors, to time exact search. Larger corpora are not scanned one query at a time."""
     from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer
 
     folder = vectors.location / "vectors"
@@ -174,7 +175,7 @@ def _in_memory(vectors: Artifact) -> tuple[list[str], NDArray[np.float32]]:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Return the comparison as one table."""
+    """Return a comparison (the content of `compare.json`) as a Markdown table."""
     header = [
         "retriever",
         *result["measures"],

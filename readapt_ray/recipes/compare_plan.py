@@ -1,4 +1,4 @@
-"""What a comparison runs: its options, and each stage for each model, checked before the first one starts."""
+"""Plan a comparison of retrievers: its options, and the stages of each model, checked before the first one starts."""
 
 import itertools
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger("readapt_ray")
 
 
 class CompareConfig(Config):
-    """Which retrievers, on which corpus."""
+    """Options of `readapt compare`: which retrievers to compare, and on which corpus."""
 
     retrievers: tuple[str, ...]
     """Models to compare, separated by commas: catalog names, folders, URIs or hub ids. The first is the
@@ -32,34 +32,33 @@ class CompareConfig(Config):
     corpus: str
     """Passages: the output of `readapt ingest`."""
     queries: str | None = None
-    """Queries: a file or folder. If omitted, the corpus's own."""
+    """Queries: a file or folder. If omitted, the queries of the corpus."""
     qrels: str | None = None
-    """File of judgements. If omitted, the corpus's own of the split test."""
+    """File of judgements. If omitted, the corpus's qrels of the split test."""
     columns: ColumnsOption = ()
-    """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
+    """Columns of queries and qrels, if they have other names than usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     output: str
     """Folder or URI to write all artifacts and the comparison to."""
     measures: tuple[str, ...] = ("nDCG@10", "R@10", "R@100")
     """Measures such as nDCG@10 or R@100, separated by commas. The first one is tested for significance."""
     drop_self_hits: bool | None = None
-    """Leave out a result whose doc_id equals the query_id. If omitted, as the catalog says for the corpus's
-    source."""
+    """Drop a result whose doc_id equals the query_id. If omitted, as the catalog says for the corpus's source."""
     finetune: bool = False
     """Also compare each retriever after `readapt finetune` on the corpus's qrels of the split train."""
     readapt: bool = False
     """Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its pretrained model. With
     finetune, also after both."""
     synthesize: str | None = None
-    """Also compare each retriever after `readapt finetune` on queries that this language model writes for the passages: a
-    folder, a URI or a hub id, or with an endpoint in synthesize_options the name that it has there. The first retriever must
-    find their passages. With readapt, also after both."""
+    """Also compare each retriever after `readapt finetune` on queries that this language model writes for the passages. Give a
+    folder, a URI or a hub id; with an endpoint in synthesize_options, the model's name there. Queries whose passage the first
+    retriever does not find are dropped. With readapt, also after both."""
     queries_only: bool = False
-    """With readapt, finetune or synthesize: also compare their models for queries alone, over the retriever's own vectors."""
+    """With readapt, finetune or synthesize: also compare models that encode only queries, and search the retriever's vectors."""
     bridge: bool = False
-    """With readapt, finetune or synthesize: also compare their queries behind a bridge to the retriever's own vectors."""
+    """With readapt, finetune or synthesize: also compare a bridge that maps their query vectors to the retriever's vectors."""
     bm25: bool = False
-    """Also compare search by words (BM25), and each model fused with it by reciprocal rank, as `search --mode hybrid` does. An
-    index of each model's vectors is written for this."""
+    """Also compare BM25 (search by words), and each model fused with BM25 by reciprocal rank, as `search --mode hybrid` does.
+    An index of each model's vectors is written for this."""
     num_timed_queries: int = Field(default=50, ge=1)
     """Number of queries to time, one by one, on this machine."""
     embed_options: Section = Field(default_factory=dict)
@@ -96,7 +95,7 @@ class CompareConfig(Config):
 
 
 _OF_LABELLED_QUERIES = frozenset({"split", "negatives", "num_negatives"})
-"""Options of finetune that are for the corpus's own queries."""
+"""Options of finetune that apply only to the corpus's own queries."""
 _QUERIES_ONLY = "set queries_only of the comparison, which compares models for queries beside the others"
 NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
     "embed": {
@@ -114,38 +113,38 @@ NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
         "queries_only": _QUERIES_ONLY,
     },
 }
-"""Options of stages that a comparison refuses, each with the reason and what to do instead."""
+"""Stage options that a comparison refuses, each with the reason and what to do instead."""
 
 BM25 = "BM25"
-"""Name of the row of search by words."""
+"""Name of the table row of BM25 alone."""
 RULES = SectionRules(recipe="the comparison", where="{stage}_options", refused=NOT_IN_A_COMPARISON)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model that is compared, and the stages that make it, embed with it and search with it."""
+    """A row of the comparison: a model, and the steps that make it, embed with it and search with it."""
 
     name: str
-    """What the table calls it."""
+    """Name in the table."""
     model: str
-    """MODEL: the retriever, or the folder that is made from it."""
+    """The retriever as given, or the folder of the model that is made from it."""
     making: tuple[Step, ...]
-    """The stages that make the model; a candidate before this one may have made some of what they need."""
+    """The steps that make the model. Some inputs may be outputs of an earlier candidate's steps."""
     embed: Step
     search: Step
     bridge: Step | None = None
-    """Maps its queries to vectors of another model."""
+    """Maps the candidate's query vectors to the vectors of another model. None: no bridge."""
     index: Step | None = None
-    """Builds an index with BM25 scores, for a candidate that is searched by words."""
+    """Builds an index with BM25 scores. None if the candidate does not use BM25."""
 
     @property
     def stages(self) -> tuple[Step, ...]:
-        """Every stage of it, in order."""
+        """All steps of the candidate, in order."""
         return (*self.making, self.embed, *((self.index,) if self.index else ()), self.search)
 
 
 class Plan:
-    """Every stage of a comparison, with its options checked before the first one starts."""
+    """Plans every step of a comparison, and checks the options before the first step starts."""
 
     def __init__(self, config: CompareConfig, corpus: Artifact) -> None:
         self._config = config
@@ -160,7 +159,7 @@ class Plan:
             import_bm25s()
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yield each retriever as it is, and what is made of it; with bm25 each again, fused with it."""
+        """Yield each retriever and each model made from it; with `bm25`, also BM25 alone and each one fused with it."""
         opened = ((name, models.open_model(name)) for name in self._config.retrievers)
         for number, each in enumerate(itertools.chain.from_iterable(itertools.starmap(self._of_retriever, opened))):
             yield each
@@ -196,14 +195,14 @@ class Plan:
                 yield self._candidate(f"{label} + RE-AdaptIR + {kind}", both[-1].config.output, encoding, *both)
 
     def _kinds_of_finetuning(self) -> list[str]:
-        """Return by which queries retrievers are finetuned: those of the split train, and those that a model wrote."""
+        """Return which queries to finetune on: "finetune" (the corpus's labelled queries), "synthesize" (written ones)."""
         config = self._config
         return ["finetune"] * config.finetune + ["synthesize"] * bool(config.synthesize)
 
     def _with_old_vectors(
         self, as_it_is: Candidate, name: str, encoding: Encoding, *making: Step
     ) -> Iterator[Candidate]:
-        """Yield a model that was made of a retriever, and, if asked for, its queries alone over the vectors of the retriever."""
+        """Yield a model made from a retriever; if asked for, also its queries (alone, bridged) on the retriever's vectors."""
         made, config = self._candidate(name, making[-1].config.output, encoding, *making), self._config
         yield made
         if config.queries_only:
@@ -228,7 +227,7 @@ class Plan:
         embed: Step | None = None,
         bridge: Step | None = None,
     ) -> Candidate:
-        """Plan a candidate; `embed` makes the vectors that it searches, if these are not its own."""
+        """Plan a candidate. `embed` is the step that makes the vectors it searches; None means the candidate's model."""
         config, name = self._config, file_name(label)
         drop_self_hits = config.drop_self_hits
         if drop_self_hits is None:
@@ -256,7 +255,7 @@ class Plan:
         return Candidate(label, model, making, embed, search, bridge)
 
     def _by_words(self, dense: Candidate, label: str, mode: str) -> Candidate:
-        """Plan the search of the passages of a candidate by words, alone or fused with its own."""
+        """Plan a search with BM25 over a candidate's passages: alone, or fused with the candidate's search."""
         vectors = dense.embed.config.output
         index = self._step(f"indexes/{Location(vectors).name}", "index", {}, vectors=vectors, bm25=True)
         run = Location(self._config.output) / f"runs/{file_name(label)}.trec"
@@ -265,7 +264,7 @@ class Plan:
         return replace(dense, name=label, making=(), index=index, search=search)
 
     def _readapted(self, name: str, row: retrievers.Retriever) -> tuple[Step, ...]:
-        """Plan the RE-adapted retriever: the last step but one makes it as whole weights, the last one RE-adapted."""
+        """Plan RE-AdaptIR. The last step makes the RE-adapted model; the step before it, the retriever as whole weights."""
         config = self._config
         blocks = self._step(
             f"blocks/{row.name}",
@@ -287,25 +286,25 @@ class Plan:
         return blocks, adapter, whole, readapted
 
     def _finetuned(self, start: str, row: retrievers.Retriever | None, label: str, kind: str) -> tuple[Step, ...]:
-        """Plan the finetuning of a model by the queries of a kind, which are written first if they are not there."""
+        """Plan the finetuning of a model on labelled or on written queries. Written queries are made first."""
         options = {**({} if row is None else {"target_modules": row.dora_targets}), **self._config.finetune_options}
         if kind == "finetune":
             return (self._step(f"models/{label}-finetuned", "finetune", options, model=start, corpus=self._corpus.uri),)
         written = self._written_queries()
-        # Their split is train, and a run for other queries has no negatives for them.
+        # Written queries are in the split train, and the negatives given for other queries do not cover them.
         own = {name: value for name, value in options.items() if name not in _OF_LABELLED_QUERIES}
         tuned = self._step(f"models/{label}-synthesized", "finetune", own, model=start, corpus=written.config.output)
         return written, tuned
 
     def _written_queries(self) -> Step:
-        """Plan the queries that a language model writes; the vectors of the first retriever are there by then."""
+        """Plan the step in which a language model writes queries. It reads the vectors of the first retriever."""
         config = self._config
         vectors = (Location(config.output) / f"vectors/{file_name(_label(config.retrievers[0]))}").uri
         wired = {"corpus": self._corpus.uri, "model": config.synthesize, "vectors": vectors}
         return self._step("queries", "synthesize", config.synthesize_options, **wired)
 
     def evaluate(self, candidates: Sequence[Candidate]) -> Step:
-        """Plan the measurement of all runs against the first."""
+        """Plan the evaluation of all runs, with the first as the baseline."""
         return self._step(
             "report",
             "evaluate",
@@ -321,10 +320,10 @@ class Plan:
 
     @staticmethod
     def check_outputs(candidates: Sequence[Candidate]) -> None:
-        """See that no two steps write to one place.
+        """Check that no two different steps have the same output.
 
         Raises:
-            InputError: two do; their retrievers are named.
+            InputError: two have. The message names their retrievers.
         """
         known: dict[str, tuple[str, Any]] = {}
         for each in candidates:
@@ -337,10 +336,10 @@ class Plan:
                     )
 
     def check_files(self) -> None:
-        """See that queries, judgements and the labels for finetune are there.
+        """Check that queries, judgements, labels for finetune, and files named in the options exist.
 
         Raises:
-            InputError: some are not.
+            InputError: one is missing, or finetune would train on the judgements of the comparison.
         """
         places = {"queries": self.queries, "qrels": self._qrels}
         missing = {what: uri for what, uri in places.items() if not Location(uri).exists()}
@@ -367,7 +366,7 @@ class Plan:
                     raise InputError(f"{section}_options: {name} = {uri!r} is not there; give a file that exists")
 
     def _check_section(self, stage: str) -> None:
-        """Refuse wrong options also where this comparison does not need the stage."""
+        """Refuse wrong options of a stage, even if this comparison does not run it."""
         options = getattr(self._config, f"{stage}_options")
         names = {
             "embed": ("retriever", "corpus"),
@@ -392,7 +391,7 @@ class Plan:
 
 
 def file_name(name: str) -> str:
-    """Return what the files of a candidate are called, from its name in the table."""
+    """Return the file name of a candidate from its name in the table: "e5 + BM25" -> "e5-BM25"."""
     return name.replace(" + ", "-")
 
 

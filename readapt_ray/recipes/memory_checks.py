@@ -1,9 +1,11 @@
-"""Check before a run that memory holds the largest step of each stage that is to be made.
+"""Check before a run that each stage that will run fits in memory.
 
-In: options, the shapes of the models and, once the corpus is there, its size. What counts is the memory of this machine or
-its GPUs, and on a cluster without GPUs the memory of each node. GPU workers of a cluster check theirs when they train. No
-weight is read. Training is estimated as training itself does it. Of embed and index only what they hold for certain is
-counted, so that nothing is refused that would run.
+In: options, the shapes of the models, and the size of the corpus if it is ingested already. No weights are read. The
+memory of this machine or its GPUs counts; on a cluster without GPUs, the memory of each node. On a cluster with GPUs
+nothing is checked here: its workers check their own memory when they train.
+
+Training is estimated with the estimate that training itself uses. For embed and index, only memory that they certainly
+need is counted, so that no run is refused that would work.
 """
 
 import os
@@ -26,13 +28,13 @@ from readapt_ray.retrieval.index_kinds import shard_rows, vector_bytes
 
 _STAGES = {"train", "merge", "embed", "index"}
 _INDEX_COPIES = 2
-"""A task holds its shard of the index, and once more while it is written."""
+"""A task holds its shard of the index twice while it writes it."""
 _SVD_COPIES = 4
-"""A matrix, its two factors, and what their computation needs."""
+"""Memory of a factorization, in copies of the matrix: the matrix, its two factors, and temporary memory."""
 
 
 class _Node(NamedTuple):
-    """A machine that workers run on."""
+    """A machine on which workers run."""
 
     num_cpus: int
     free_bytes: int
@@ -40,7 +42,7 @@ class _Node(NamedTuple):
 
 @dataclass(frozen=True)
 class _Place:
-    """Where workers run."""
+    """The machines on which workers run, with their CPUs and free memory."""
 
     device_type: str
     nodes: tuple[_Node, ...]
@@ -49,13 +51,13 @@ class _Place:
 
     @property
     def num_cpus(self) -> int:
-        """Count the CPUs of all nodes."""
+        """The number of CPUs of all nodes."""
         return sum(node.num_cpus for node in self.nodes)
 
     def share(self, num_workers: int, num_cpus: int = 1) -> int:
-        """Return the most bytes that each of so many workers can have, however Ray spreads them.
+        """Return how many bytes each of `num_workers` workers can have at most, for the best placement by Ray.
 
-        Where a node has k workers, each has a k-th of its memory.
+        If a node has k workers, each gets 1/k of the node's memory.
         """
         if self.device_type == "cuda":
             return self.nodes[0].free_bytes
@@ -64,7 +66,7 @@ class _Place:
         return sorted(shares, reverse=True)[min(num_workers, len(shares)) - 1]
 
     def refuse(self, what: str, num_workers: int, needed: float, advice: str, num_cpus: int = 1) -> None:
-        """Raise an error if one of so many workers needs more than it has."""
+        """Raise an error if one of `num_workers` workers needs more bytes (`needed`) than it can have."""
         if needed > self.share(num_workers, num_cpus):
             times = f"{num_workers} x " if num_workers > 1 else ""
             counts = Counter(size_text(node.free_bytes) for node in self.nodes)
@@ -83,17 +85,17 @@ def check_memory(
     dimension: int | None,
     num_passages: int | None,
 ) -> None:
-    """Note what does not fit.
+    """Check that each stage that will run fits in memory, and add those that do not to `problems`.
 
     Args:
-        due: configs of the steps that are to be made, by stage.
-        every: configs of all steps whose options are right, by stage.
-        models: those that could be opened: pretrained, retriever.
-        problems: takes what is wrong.
-        dimension: numbers of a vector; None if it is not known.
-        num_passages: of the corpus; None if it is not there yet.
+        due: configs of the steps that will run, by stage.
+        every: configs of all steps with valid options, by stage.
+        models: the models that could be opened: pretrained, retriever.
+        problems: collects the errors.
+        dimension: numbers per vector; None if not known.
+        num_passages: passages of the corpus; None if it is not ingested yet.
     """
-    # To join a cluster may mean to wait for its nodes, so it comes last: where nothing else is wrong.
+    # Joining a cluster may mean waiting for its nodes, so do it only if no other problem was found.
     if not due.keys() & _STAGES or (problems and os.environ.get("RAY_ADDRESS")) or (place := _place()) is None:
         return
     pretrained, retriever = models.get("pretrained"), models.get("retriever")
@@ -112,7 +114,7 @@ def check_memory(
 
 
 def _place() -> _Place | None:
-    """Return where workers will run; None on a cluster with GPUs."""
+    """Return the machines on which workers will run; None for a cluster with GPUs."""
     import torch
 
     from readapt_ray.training import memory
@@ -141,7 +143,7 @@ def _is_low(dtype: str, place: _Place) -> bool:
 
 
 def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: _Place) -> None:
-    """Check a training step by the estimate that training makes."""
+    """Check a training step with the memory estimate that training itself uses."""
     if not options.check_memory:
         return
     import torch
@@ -168,7 +170,7 @@ def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: 
 
 
 def _check_merge(options: Any, pretrained: OpenModel, place: _Place) -> None:
-    """Check that the largest matrix can be factored; without low_rank a merge holds some rows at a time."""
+    """Check that the largest matrix can be factored. Without low_rank, a merge holds only some rows at a time."""
     if options.low_rank is None or place.device_type == "cuda":
         return
     from readapt_ray.weights.weight_files import Checkpoint
@@ -185,7 +187,7 @@ def _check_merge(options: Any, pretrained: OpenModel, place: _Place) -> None:
 
 
 def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, place: _Place) -> None:
-    """Check that each worker can hold the retriever."""
+    """Check that each worker has enough memory for the retriever's weights."""
     holder = retriever.base if retriever.is_adapter else retriever
     shape = shape_of(holder.config, holder.name)
     num_workers, num_cpus = 1, options.num_cpus_per_worker or 1
@@ -209,7 +211,7 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
 
 
 def _check_index(options: Any, vector_dtype: str, dimension: int, num_passages: int, place: _Place) -> None:
-    """Check that the shards that are built at once fit."""
+    """Check that the index shards that are built in parallel fit in memory."""
     kind = index_kind(options, vector_dtype, dimension, num_passages)
     if kind.factory is not None or place.device_type == "cuda":
         return

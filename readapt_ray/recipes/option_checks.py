@@ -1,6 +1,6 @@
-"""Check before a run that its options fit each other, the retriever's vectors, what is installed and this machine.
+"""Check before a run that its options fit each other, the retriever's vectors, the installed packages and this machine.
 
-Only options of steps that are not done yet are looked at: a finished artifact needs none of it again.
+Only options of steps that are not done yet are checked.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.retrieval.index_kinds import IndexOptions, index_spec
 
 _PASSAGES = 1_000_000
-"""Taken for the size of a corpus that is not there yet."""
+"""Assumed number of passages of a corpus that is not ingested yet."""
 
 
 def check_options(
@@ -29,17 +29,17 @@ def check_options(
     num_passages: int | None,
     problems: Problems,
 ) -> int | None:
-    """Note what does not go together.
+    """Check the options of all stages that will run, and add those that do not fit to `problems`.
 
     Args:
-        due: configs of the steps that are to be made, by stage.
-        every: configs of all steps whose options are right, by stage.
-        retriever: the model that makes the vectors; None if it is not known.
-        num_passages: of the corpus; None if it is not there yet.
-        problems: takes what is wrong.
+        due: configs of the steps that will run, by stage.
+        every: configs of all steps with valid options, by stage.
+        retriever: the model that makes the vectors; None if it could not be opened.
+        num_passages: passages of the corpus; None if it is not ingested yet.
+        problems: collects the errors.
 
     Returns:
-        Numbers of a vector; None if that is not known.
+        The number of dimensions of the stored vectors; None if not known.
     """
     dimension = None
     if "embed" in every and retriever is not None:
@@ -65,11 +65,11 @@ def check_options(
 
 
 def _dimension(embed: Any, retriever: OpenModel) -> int:
-    """Return the numbers of a vector that embed stores.
+    """Return the number of dimensions of the vectors that embed stores.
 
     Raises:
-        ModelError: the retriever's config is of no known kind.
-        InputError: more are asked for than its vectors have.
+        ModelError: the retriever's config is of an unknown kind.
+        InputError: the options ask for more dimensions than the retriever's vectors have.
     """
     if layers := dense_layers(retriever):
         width = layers[-1].out_features
@@ -88,7 +88,7 @@ def _dimension(embed: Any, retriever: OpenModel) -> int:
 
 @contextlib.contextmanager
 def _named(section: str) -> Iterator[None]:
-    """Put the section before what an error of a stage says."""
+    """Add the name of the section to the errors of a stage."""
     try:
         yield
     except InputError as error:
@@ -96,7 +96,7 @@ def _named(section: str) -> Iterator[None]:
 
 
 def _check_tokenizer(ingest: Any) -> None:
-    """Check that the tokenizer that counts for split_tokens can be had and used."""
+    """Check that the tokenizer for split_tokens can be loaded."""
     from readapt_ray.sources.splitting import open_splitting
 
     if ingest.split_tokens is not None:
@@ -109,7 +109,7 @@ def _check_trackers(train: Any) -> None:
 
 def _check_workers(stage: str, config: Any) -> None:
     """Check that the workers that a section asks for can be placed."""
-    # Tasks of merge wait for each other, so any number of them fits where one does.
+    # Tasks of merge queue for the same CPUs, so if one fits, any number does.
     num_workers = config.num_workers and (1 if stage == "merge" else config.num_workers)
     if num_workers == 0:
         return
@@ -119,7 +119,7 @@ def _check_workers(stage: str, config: Any) -> None:
 
 
 def _check_index(index: Any, embed: Any, dimension: int | None, num_passages: int) -> None:
-    """Check that FAISS is there and can build such an index of these vectors."""
+    """Check that FAISS is installed and can build the wanted index of these vectors."""
     from readapt_ray.retrieval.faiss_build import faiss
 
     if index.bm25:
@@ -140,10 +140,10 @@ def _check_index(index: Any, embed: Any, dimension: int | None, num_passages: in
 
 
 def index_kind(index: Any, vector_dtype: str | None, dimension: int, num_passages: int) -> IndexOptions:
-    """Return what the options of section 'index' mean for so many vectors.
+    """Resolve the options of section 'index' for a corpus of `num_passages` vectors.
 
     Raises:
-        InputError: no kind fits `memory_gb`.
+        InputError: no kind of index fits into `memory_gb`.
     """
     from readapt_ray.stages.index import index_options
 

@@ -1,4 +1,4 @@
-"""Gather what is wrong with a run from several checks, so that one message lists all of it."""
+"""Collect the errors of several checks of a run, so that one message lists all of them."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,19 +7,19 @@ from readapt_ray.errors import UNREADABLE, InputError, ReadaptError, unreadable
 
 
 class Problems:
-    """What is wrong with a run."""
+    """A list of errors that were found in the options or inputs of a run."""
 
     def __init__(self) -> None:
         self._found: list[ReadaptError] = []
         self.left_out: set[str] = set()
-        """Options of the run that are wrong or missing: they have their defaults, or nothing, in its config."""
+        """Names of the run's options that are wrong or missing. In its config they have their default, or are empty."""
 
     @contextlib.contextmanager
     def noted(self, *left_out: str) -> Iterator[None]:
-        """Note what a check raises, and continue.
+        """Record an error that the `with` block raises, and continue after the block.
 
         Args:
-            left_out: the options that are then not known.
+            left_out: names of options that cannot be used if the block fails.
         """
         try:
             yield
@@ -35,14 +35,14 @@ class Problems:
             self._found.append(error)
 
     def __bool__(self) -> bool:
-        """Return whether anything is wrong."""
+        """Return whether any error was recorded."""
         return bool(self._found)
 
     def raise_them(self) -> None:
-        """Raise what was noted.
+        """Raise the recorded errors, if any.
 
         Raises:
-            InputError: that one error, or one that lists all.
+            InputError: a single message that lists all errors. If there is only one, that error itself is raised.
         """
         if len(self._found) == 1:
             raise self._found[0]

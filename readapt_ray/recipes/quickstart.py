@@ -1,8 +1,8 @@
-"""The quickstart: the main job on the docstrings of this machine's own Python packages.
+"""Run the quickstart: adapt a small retriever to the docstrings of the installed package torch, in minutes on a CPU.
 
-The same stages that a cluster runs, on a local Ray: a small pretrained model and its retriever, which
-have never seen the target packages, are adapted to them from unlabelled text, then measured, indexed
-and served. Nothing is downloaded.
+It runs the same stages as a cluster does, on a local Ray. The small pretrained model and its retriever have never seen
+the documentation of torch. The retriever is adapted to it without labelled queries, then measured, indexed and served.
+Nothing is downloaded.
 """
 
 import contextlib
@@ -41,9 +41,9 @@ _ONE_PASSAGE_IN = 3
 def recipe(root: str) -> RunConfig:
     """Return the options of the quickstart's run.
 
-    They differ from the paper's to be done in minutes on two cores: packed blocks as short as the passages that the
-    retriever reads, a higher learning rate for a model of 5 million parameters, and training on every third passage
-    alone. benchmarks/results/quickstart_trials.md says how they were chosen.
+    They differ from the paper's, so that the run takes only minutes on two cores: packed blocks as short as the passages
+    that the retriever reads, a higher learning rate for a model of 5 million parameters, and training on only every third
+    passage. benchmarks/results/quickstart_trials.md says how they were chosen.
     """
     return RunConfig(
         root=root,
@@ -68,7 +68,7 @@ def recipe(root: str) -> RunConfig:
 
 
 def run(root: str) -> None:
-    """Run the quickstart and print what it found."""
+    """Run the quickstart under the folder `root`, and print the measures, changed answers and an answer over HTTP."""
     os.environ.setdefault("READAPT_NUM_CPUS", str(_NUM_CPUS))
     outputs.refuse_foreign_results(Location(root) / _ANSWER_NAME, {"index", "question"})
     outputs.refuse_foreign_results(Location(root) / chain.RUN_NAME, {"config", "steps"})
@@ -89,10 +89,10 @@ def run(root: str) -> None:
 
 
 def choose_passages(corpus: Artifact, root: str) -> None:
-    """Write the doc_ids to train on, every third one, into the file that the recipe names.
+    """Write the doc_ids of the training passages (every third one) to the file `trained-on.txt` under the root.
 
     Raises:
-        ArtifactConflictError: another program wrote a file of that name.
+        ArtifactConflictError: another program wrote a file with this name.
     """
     doc_ids = [
         doc_id
@@ -109,14 +109,14 @@ def choose_passages(corpus: Artifact, root: str) -> None:
 
 
 def _is_listed(file: Location, root: str) -> bool:
-    """Return whether the record of the quickstart's run names a list of passages, which an earlier corpus may have had."""
+    """Return whether `run.json` names this list of passages. If so, we wrote it, perhaps for an earlier corpus."""
     record = Location(root) / chain.RUN_NAME
     values = json.loads(record.read_bytes()) if record.is_file() else {}
     return bool(values.get("config", {}).get("train", {}).get("only") == file.uri)
 
 
 def _answer(root: str, made: dict[str, Artifact]) -> dict[str, Any]:
-    """Return the answer of the served retriever; kept, with the fingerprint of its index, for a second quickstart."""
+    """Return the served retriever's answer. It is saved with its index's fingerprint, so a second quickstart reuses it."""
     index = made[f"index/{chain.ADAPTED}"].fingerprint
     kept = Location(root) / _ANSWER_NAME
     if kept.is_file():
@@ -129,7 +129,7 @@ def _answer(root: str, made: dict[str, Artifact]) -> dict[str, Any]:
 
 
 def _ask_over_http(root: str, question: str) -> dict[str, Any]:
-    """Serve the adapted retriever with its index, ask it one question, and stop it."""
+    """Serve the adapted retriever with its index, ask one question over HTTP, and stop the server."""
     from readapt_ray.serving.local_http import open_url
     from readapt_ray.serving.options import ServeConfig
     from readapt_ray.serving.server import serve, stop

@@ -1,7 +1,6 @@
-"""Check before a run that its root can be written, that the disk has room for what it writes, and that a batch feeds every
-training worker.
+"""Check before a run that its root is writable, the disk has enough space, and a batch is large enough for all workers.
 
-Sizes are estimates from configs and manifests; no weight is read.
+Sizes are estimated from configs and manifests. No weights are read.
 """
 
 import os
@@ -25,16 +24,16 @@ from readapt_ray.storage import Location
 
 _NUMBER_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 _BLOCK_BYTES = 0.55
-"""Bytes of a block per byte of text."""
+"""Bytes of packed blocks per byte of text."""
 _CHECKPOINT_BYTES = 12
-"""Bytes of a trained number in a checkpoint: itself and the two moments of AdamW."""
+"""Checkpoint bytes per trained parameter: the float32 value and AdamW's two moments."""
 
 
 def check_root(uri: str) -> None:
-    """Write a file under the root, read and delete it; folders that had to be made are removed again.
+    """Check that the root can be used: write a file there, read it and delete it. New folders are removed again.
 
     Raises:
-        StorageError: that cannot be done.
+        StorageError: a file cannot be written, read or deleted there.
     """
     if wrong := doctor.why_unusable(Location(uri)):
         raise StorageError(wrong)
@@ -47,17 +46,17 @@ def check_disk(
     dimension: int | None,
     corpora: Mapping[str, Manifest | None],
 ) -> None:
-    """Check that the disk of the root has room for what the run writes, as far as that is known by now.
+    """Check that the root's disk has space for the outputs of the run, as far as their sizes are known yet.
 
     Args:
-        root: of the run; object stores have room.
-        left: the steps that are to be made.
-        pretrained: as large as the adapted model; None if it is not known.
-        dimension: numbers of a vector; None if it is not known.
-        corpora: those that are there, by name; without any only models are counted.
+        root: root of the run. An object store is not checked.
+        left: the steps that will run.
+        pretrained: gives the size of the adapted model; None if it could not be opened.
+        dimension: numbers per vector; None if not known.
+        corpora: manifests of the ingested corpora, by name. If there are none, only models are counted.
 
     Raises:
-        StorageError: it has not.
+        StorageError: the disk has too little free space.
     """
     location = Location(root)
     if not location.is_local:
@@ -90,7 +89,7 @@ def _configs(steps: Sequence[Step], *, is_general: bool) -> dict[str, list[Any]]
 
 
 def _of_models(due: Mapping[str, list[Any]], pretrained: OpenModel) -> dict[str, float]:
-    """Return the bytes of the adapted model, and of the adapter with its checkpoints."""
+    """Return the bytes of the adapted model, and of the adapter with its checkpoints, by name."""
     found: dict[str, float] = {}
     if "merge" in due:
         found["the adapted model"] = sum(file.stat().st_size for file in pretrained.folder.glob("*.safetensors"))
@@ -108,7 +107,7 @@ def _of_models(due: Mapping[str, list[Any]], pretrained: OpenModel) -> dict[str,
 
 
 def _of_corpus(due: Mapping[str, list[Any]], corpus: Manifest, dimension: int | None) -> dict[str, float]:
-    """Return the bytes of blocks, vectors and indexes."""
+    """Return the bytes of blocks, vectors and indexes of a corpus, by name."""
     number = corpus.counts.get("num_passages", 0)
     found: dict[str, float] = {}
     if "pack" in due:
@@ -127,16 +126,16 @@ def _of_corpus(due: Mapping[str, list[Any]], corpus: Manifest, dimension: int | 
 
 
 def check_batch(train: Any) -> None:
-    """Check that a batch feeds every training worker, before the stages that come first cost anything.
+    """Check, before earlier stages run, that each batch has at least one block for every training worker.
 
-    Their number is an option, the number of GPUs that the autoscaler may bring, or what the cluster of RAY_ADDRESS or this
-    machine has.
+    The number of workers is the option `num_workers`, else READAPT_NUM_GPUS, else the GPUs of the cluster of RAY_ADDRESS
+    or of this machine.
 
     Args:
-        train: options of train; None if nothing is to be trained.
+        train: options of train; None if nothing will be trained.
 
     Raises:
-        PlacementError: it does not; the message has the number that would.
+        PlacementError: the batch is too small. The message says which size is enough.
     """
     if train is None or train.batch_size == "auto":
         return

@@ -1,8 +1,8 @@
-"""Check everything that can be known of a run before its first stage starts.
+"""Check everything about a run that can be checked before its first stage starts.
 
-The source, models and how they take text, whether the two models belong together, the head and the layers that training
-needs, lengths against positions, files, options against each other, room on the disk and in memory, and what is under the
-root already. All that is wrong is said in one message.
+The checks cover: the source, both models and their encodings, whether the two models belong together, the head and layers
+that training needs, lengths against the model's positions, files, combinations of options, disk space, memory, and what
+the root already holds. One message lists all errors.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,26 +20,26 @@ from readapt_ray.storage import Location
 
 _CORPORA = ("corpus", f"{GENERAL}/corpus")
 _MODEL_NAMES = frozenset({"tokenizer"})
-"""Inputs in a section of the user's that are no files."""
+"""Inputs in the user's sections that are not files."""
 
 
 def check_run(
     config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], problems: Problems
 ) -> list[Standing]:
-    """Refuse a run that would fail later for what is known now.
+    """Refuse a run that would fail later, if the reason can be known now.
 
     Args:
-        config: the run.
-        steps: its steps, without those whose options are wrong; those whose config says `overwrite` may replace what is
-            stale.
-        noted: what `run.json` notes of each step.
-        problems: what is wrong with the options.
+        config: the options of the run.
+        steps: its steps, without those whose options are wrong. A step with `overwrite` in its config may replace a stale
+            artifact.
+        noted: the entries of the steps in `run.json`.
+        problems: errors that were already found in the options.
 
     Returns:
-        The steps whose artifacts are stale and are to be made again.
+        The steps whose artifacts are stale and will be made again.
 
     Raises:
-        InputError: one message with all that is wrong.
+        InputError: one message with all errors.
     """
     found: list[Standing] = []
     if "root" not in problems.left_out:
@@ -79,7 +79,7 @@ def check_run(
 
 
 def _searches(config: RunConfig, steps: Sequence[Step], done: Collection[str]) -> Iterator[Any]:
-    """Yield the configs of the searches that are to be made, and whose queries and qrels the user gave and are there."""
+    """Yield the configs of searches that will run on queries or qrels given by the user, if both files exist."""
     for step in steps:
         search: Any = step.config
         given: Any = config.general if step.is_general else config
@@ -92,7 +92,7 @@ def _check_labels(search: Any) -> None:
     """Check that queries and qrels can be read and belong together.
 
     Raises:
-        CorpusError: they cannot, or no query is judged.
+        CorpusError: they cannot be read, or no query has a judgement.
     """
     from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
 
@@ -103,7 +103,7 @@ def _check_labels(search: Any) -> None:
 
 
 def _opened(config: RunConfig, problems: Problems) -> Iterator[tuple[str, OpenModel]]:
-    """Yield the two models, by the option that names each, as far as they can be opened."""
+    """Yield the models that can be opened, each with the option that names it: pretrained, retriever."""
     for option in sorted({"pretrained", "retriever"} - problems.left_out):
         with problems.noted():
             yield option, models.open_model(getattr(config, option))
@@ -112,7 +112,7 @@ def _opened(config: RunConfig, problems: Problems) -> Iterator[tuple[str, OpenMo
 def _check_models(
     config: RunConfig, opened: Mapping[str, OpenModel], configs: Mapping[str, Any], problems: Problems
 ) -> None:
-    """Check the two models for what the stages do with them, and that they belong together."""
+    """Check that the two models fit the stages that use them, and that they belong together."""
     pretrained, retriever = opened.get("pretrained"), opened.get("retriever")
     if retriever is not None and "encoding" not in problems.left_out:
         with problems.noted():
@@ -127,7 +127,7 @@ def _check_models(
 
 
 def _with_inputs(config: RunConfig, steps: Sequence[Step], problems: Problems) -> list[Step]:
-    """Return the steps that read nothing of a step that is left out, since its options are wrong."""
+    """Return the steps whose inputs are all planned. Steps after one with wrong options are left out."""
     if not problems:
         return list(steps)
     kept: list[Step] = []
@@ -141,7 +141,7 @@ def _with_inputs(config: RunConfig, steps: Sequence[Step], problems: Problems) -
 
 
 def _check_source(ingest: Any) -> None:
-    """Check that the source is there and has a format that we read; a corpus that would be fetched, by its name."""
+    """Check that the source exists and has a known format. Of a corpus to download, only the name is checked."""
     from readapt_ray.sources.opening import check_source
 
     check_source(ingest.source, ingest.format, ingest.read_options())
@@ -156,7 +156,7 @@ def _check_pair(pretrained: OpenModel, retriever: OpenModel, merge: Any) -> None
 
 
 def _check_encoding(config: RunConfig, retriever: OpenModel) -> None:
-    """Check that merge and embed know how the retriever takes text, and that it has the positions for it."""
+    """Check that merge and embed know the retriever's encoding, and that its lengths fit the model's positions."""
     own = [getattr(config, stage).get("encoding") or config.encoding for stage in ("merge", "embed")]
     if None in own:
         try:
@@ -177,14 +177,14 @@ def _check_encoding(config: RunConfig, retriever: OpenModel) -> None:
 
 
 def _check_layers(pretrained: OpenModel, train: Any) -> None:
-    """Check that the pretrained model has a head to train with and layers that take an adapter."""
+    """Check that the pretrained model has a language-model head, and layers for the adapter."""
     from readapt_ray.stages.train import resolve
 
     resolve(train, pretrained)
 
 
 def _check_positions(pretrained: OpenModel, pack: Any) -> None:
-    """Check that blocks are no longer than the pretrained model's positions."""
+    """Check that blocks are not longer than the pretrained model's number of positions."""
     from readapt_ray.stages.pack import within_positions
 
     try:
@@ -194,7 +194,7 @@ def _check_positions(pretrained: OpenModel, pack: Any) -> None:
 
 
 def _check_files(config: RunConfig, step: Step) -> None:
-    """Check that the files which the user's sections name are there, and queries and qrels."""
+    """Check that the files named in the user's sections exist, and queries and qrels."""
     section = "train" if step.stage == "pack" else step.stage
     given = config.general if step.is_general else config
     options = {} if step.is_general else getattr(config, section, {})
@@ -212,13 +212,13 @@ def _check_files(config: RunConfig, step: Step) -> None:
 
 
 def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standing], problems: Problems) -> None:
-    """Check that all outputs are free, or ours and what the run would make, or may be overwritten."""
+    """Check all outputs: each must be free, or up to date, or allowed to be overwritten."""
     for step in steps:
         with problems.noted():
             _check_output(step)
     stale = [each for each in found if each.is_stale]
     refused = [each for each in stale if not each.step.config.overwrite]
-    if refused and not problems.left_out:  # with an option that is not known all may seem to be stale
+    if refused and not problems.left_out:  # if an option is unknown, everything may seem stale
         first = "train" if refused[0].step.stage == "pack" else refused[0].step.stage
         with problems.noted():
             raise ArtifactConflictError(
@@ -228,7 +228,7 @@ def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standi
 
 
 def _check_output(step: Step) -> None:
-    """Check that nothing but an artifact of ours, that nobody is writing, is at an output."""
+    """Check that an output is free, or holds an artifact of ours that no process is writing."""
     location = Location(step.config.output)
     record, is_complete = standing.record_of(step)
     if record is None:

@@ -1,4 +1,4 @@
-"""Print the end of a run: where the report is, and the commands that one needs next."""
+"""Make the closing text of a run: where its artifacts and report are, and the next commands."""
 
 import shlex
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ GENERAL_REPORT = f"{GENERAL}/report"
 
 
 def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
-    """Return the artifacts by name, the report's page, and the next commands as they can be pasted.
+    """Return the closing text of a run: its artifacts, the path of the report, and the next commands, ready to paste.
 
     Args:
-        config: the run that ended.
+        config: the options of the run.
         made: its artifacts, by their folder under the root.
     """
     width = max(map(len, made), default=0)

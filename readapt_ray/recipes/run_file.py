@@ -1,4 +1,4 @@
-"""Read a run's YAML file into its config, with changes of single options."""
+"""Read the YAML file of a run into its config, and apply changes of single options (`--set`)."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,19 +13,19 @@ from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
 _MARKS = ("[", "{", '"', "'")
-"""What a YAML list, section or quoted text begins with."""
+"""First characters of a YAML list, section or quoted text."""
 
 
 def read_run(file: str, changes: Mapping[str, Any], problems: Problems | None = None) -> RunConfig:
     """Read the config of a run from its file.
 
     Args:
-        file: its YAML file.
-        changes: options in place of the file's, by name (`root`, `train.lora_rank`), or as sections inside each other.
-        problems: takes what is wrong with options, which are then left out. If omitted, it is raised.
+        file: path or URI of the YAML file.
+        changes: values that replace those of the file, by name (`root`, `train.lora_rank`) or as nested sections.
+        problems: collects errors of options, which are then left out of the config. If omitted, errors are raised.
 
     Raises:
-        InputError: there is no such file, it holds something else, or an option is unknown or wrong.
+        InputError: the file does not exist, holds something else, or an option is unknown or wrong.
     """
     what = "a run's options, one per line (source, pretrained, retriever and more; jobs/ has examples)"
     return changed(options_of(read_yaml(Location(file), what), repr(file), what), changes, problems, where=file)
@@ -34,7 +34,7 @@ def read_run(file: str, changes: Mapping[str, Any], problems: Problems | None = 
 def changed(
     values: dict[str, Any], changes: Mapping[str, Any], problems: Problems | None = None, *, where: str
 ) -> RunConfig:
-    """Make the config of a run from options by name, some of them changed; see `read_run`."""
+    """Make the config of a run from a mapping of options and changes to it. See `read_run` for the arguments."""
     found = Problems() if problems is None else problems
     for name, value in _by_name(changes):
         with found.noted(name.partition(".")[0]):
@@ -46,7 +46,7 @@ def changed(
 
 
 def _parsed(values: dict[str, Any], problems: Problems, *, where: str) -> RunConfig:
-    """Make a config of the options that are right. What is required and wrong or missing is empty, and left out."""
+    """Make a config of the valid options. A required option that is wrong or missing is set to empty text."""
     wrong = _wrong_options(values)
     if wrong:
         with problems.noted(*wrong):
@@ -66,7 +66,7 @@ def _wrong_options(values: Mapping[str, Any]) -> set[str]:
 
 
 def parse_changes(texts: Iterable[str], problems: Problems) -> dict[str, Any]:
-    """Split each `NAME=VALUE` into the name and the value, which is YAML; what is something else is noted."""
+    """Parse each `NAME=VALUE` of `--set` (see `parse_change`). Errors are added to `problems`."""
     changes: dict[str, Any] = {}
     for text in texts:
         with problems.noted(text.partition("=")[0].partition(".")[0]):
@@ -76,11 +76,13 @@ def parse_changes(texts: Iterable[str], problems: Problems) -> dict[str, Any]:
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """Split `NAME=VALUE` into the name and the value: a number, true or false, null, or a list or section in brackets, as
-    in YAML, and any other text as it is: `query: {text}`, `notes #2.jsonl` and `2024-01-01` too.
+    """Split `NAME=VALUE` into the name and the parsed value.
+
+    Numbers, true, false, null, quoted text, and lists or sections in brackets are parsed as YAML. Any other value is plain
+    text, such as `query: {text}`, `notes #2.jsonl` and `2024-01-01`.
 
     Raises:
-        InputError: it is something else.
+        InputError: the text is not NAME=VALUE, or a bracket is not closed.
     """
     name, mark, value = text.partition("=")
     if not mark or not name:
@@ -90,7 +92,7 @@ def parse_change(text: str) -> tuple[str, Any]:
     except yaml.YAMLError:
         if value.lstrip().startswith(("[", "{")):
             raise InputError(f"--set {text!r}: {value!r} is not a whole YAML list or section") from None
-        return name, value  # such as "a,b",c, which is a list of two
+        return name, value  # such as "a,b",c, a comma list of two items
     is_yaml = found is None or isinstance(found, bool | int | float) or value.lstrip().startswith(_MARKS)
     return name, found if is_yaml else value.strip()
 

@@ -1,6 +1,7 @@
-"""Run the main job: checks first, then stage after stage; record it in `run.json` under the root.
+"""Run `readapt run`: first all checks, then stage after stage.
 
-In: a run's config. Out: its artifacts. `readapt-run.log` beside `run.json` holds the log of all starts.
+In: the config of a run. Out: its artifacts. `run.json` under the root records the steps and the last failure.
+`readapt-run.log` beside it holds the log of every start of the run.
 """
 
 import contextlib
@@ -43,19 +44,19 @@ LOG_NAME = "readapt-run.log"
 def run(
     config: RunConfig, *, overwrite: bool = False, from_stage: str | None = None, problems: Problems | None = None
 ) -> dict[str, Artifact]:
-    """Run the main job; what is complete already is not done again.
+    """Run all stages, from the corpus to the report. Complete artifacts are not made again.
 
     Args:
-        config: the run.
-        overwrite: make again all that is stale: made with other options or from other inputs.
-        from_stage: as overwrite, but only for this stage and those after it.
-        problems: what is wrong with the options that the config was made of.
+        config: the options of the run.
+        overwrite: make all stale artifacts again: those made with other options or from other inputs.
+        from_stage: like overwrite, but only for this stage and later ones.
+        problems: errors that were already found in the options of the config.
 
     Returns:
-        The artifacts by their folder under the root (`corpus`, `adapter`, `adapted`, `report` ...).
+        The artifacts, by their folder under the root (`corpus`, `adapter`, `adapted`, `report` ...).
 
     Raises:
-        InputError: all that is known to be wrong before any stage starts, in one message; or what a stage finds.
+        InputError: one message with all errors that were found before the first stage; or an error of a stage.
     """
     logger.info("checking the run before its first stage")
     problems = Problems() if problems is None else problems
@@ -85,7 +86,7 @@ def run(
 
 
 def read_record(root: Location) -> dict[str, Any]:
-    """Return the content of `run.json` under a root; empty if there is none of ours."""
+    """Return the content of `run.json` under a root; empty if it does not exist or readapt did not write it."""
     file = root / RUN_NAME
     try:
         values = json.loads(file.read_bytes()) if file.is_file() else {}
@@ -104,7 +105,7 @@ def read_record(root: Location) -> dict[str, Any]:
 
 
 class _Record:
-    """`run.json`: the config, the steps with the options that they were asked for, and what failed last."""
+    """Writes `run.json`: the config, the steps with the options they were run with, and the last failure."""
 
     def __init__(self, root: Location, config: RunConfig, steps: Sequence[Step], before: Mapping[str, Any]) -> None:
         self._file = root / RUN_NAME
@@ -116,32 +117,32 @@ class _Record:
         self.current: Step | None = None
 
     def begin(self, stale: Sequence[Standing]) -> None:
-        """Note which artifacts are about to be replaced, so that they are known as stale wherever the run ends."""
+        """Record which artifacts will be replaced, so that they stay marked as stale if the run is interrupted."""
         for each in stale:
             if each.is_complete and each.record:
                 self._steps[each.step.name]["replaces"] = each.record["fingerprint"]
         self.write()
 
     def write(self, **changes: Any) -> None:
-        """Write it, with changes."""
+        """Write `run.json`, with some fields changed."""
         self._values |= changes
         self._file.write_text(json.dumps({**self._values, "steps": list(self._steps.values())}, indent=2) + "\n")
 
     def keep(self, steps: Sequence[Step]) -> None:
-        """Note the steps that the run has by now, and no others."""
+        """Replace the recorded steps with these. What is known of each step is kept."""
         self._steps = {
             step.name: {**self._steps.get(step.name, {}), "stage": step.stage, "output": step.name} for step in steps
         }
 
     def note(self, step: Step, artifact: Artifact) -> None:
-        """Note what an artifact was asked for with."""
+        """Record the fingerprint of a finished artifact and the options that the run asked for."""
         self._steps[step.name].pop("replaces", None)
         self._steps[step.name] |= {"fingerprint": artifact.fingerprint, "options": step.config.identity()}
         self.write()
 
     @contextlib.contextmanager
     def failures(self) -> Iterator[None]:
-        """Note what a step raises, for `readapt status`."""
+        """Record an error that a step raises inside the `with` block, for `readapt status`."""
         try:
             yield
         except Exception as error:
@@ -160,7 +161,7 @@ class _Record:
 
 
 def _with_overwriting(steps: Sequence[Step], *, overwrite: bool, from_stage: str | None) -> list[Step]:
-    """Return the steps, with `overwrite` set in the configs of those that may replace stale artifacts."""
+    """Return the steps, with `overwrite` set in the config of each step that may replace a stale artifact."""
     if from_stage is not None and from_stage not in RUN_STAGES:
         hint = meant(from_stage, RUN_STAGES) or f"the stages are {', '.join(RUN_STAGES)}"
         raise InputError(f"--from {from_stage!r} is no stage of the run; {hint}")
@@ -181,10 +182,13 @@ def _run_steps(
     made: dict[str, Artifact],
     outline: ProgressReporter,
 ) -> None:
-    """Run the steps; those after ingest follow from what the corpus has.
+    """Run the steps. After ingest, the remaining steps depend on whether the corpus has queries and qrels.
 
     Args:
+        config: the options of the run.
         planned: the steps of a run with queries.
+        record: writes `run.json`.
+        made: takes the artifacts, by name of their step.
         outline: shows how many stages are done.
     """
     steps = unlabelled.fitted(config, planned)
@@ -221,7 +225,7 @@ def _run_steps(
 
 
 def _leaves_gpus_idle(step: Step) -> bool:
-    """Return whether a step has work to do and would leave GPUs idle."""
+    """Return whether a step (which uses no GPU) still has to run, and the cluster has GPUs."""
     if artifacts.read_manifest(step.config.output) is not None:
         return False
     from readapt_ray.cluster import connection
@@ -231,11 +235,11 @@ def _leaves_gpus_idle(step: Step) -> bool:
 
 @contextlib.contextmanager
 def _logged(root: Location) -> Iterator[None]:
-    """Append the log to `readapt-run.log` under a local root, with the traceback of what fails."""
+    """Append log lines to `readapt-run.log` under a local root, with the traceback of a failure."""
     if not root.is_local:
         yield
         return
-    with contextlib.suppress(OSError):  # who writes there says it better
+    with contextlib.suppress(OSError):  # the stage that writes there raises a better error
         root.local_path.mkdir(parents=True, exist_ok=True)
     handler = library_logs.LogFile(root.local_path / LOG_NAME, "%(asctime)s %(message)s")
     logger.addHandler(handler)

@@ -1,8 +1,8 @@
-"""Compare what is under the root of a run with what the run would make there now.
+"""Find which artifacts of a run are stale: the run would make them differently now.
 
-In: the steps of a run, and the manifests and leases under its root. Out: for each step whether its artifact is there,
-and why it is stale: made with other options, from another input, or from a stale artifact. Nothing large is read, but
-for the weights of models that are given (`reads_models`), whose hashes the stages need anyway.
+In: the steps of a run, and the manifests and leases under its root. Out: for each step, whether its artifact exists and
+why it is stale: made with other options, from another input, or from a stale artifact. Only small files are read, except
+the weights of the given models (`reads_models`), whose hashes the stages need anyway.
 """
 
 import dataclasses
@@ -17,44 +17,44 @@ from readapt_ray.recipes.chain import Step
 
 _MODELS = ("pretrained", "retriever")
 _RESOLVED: tuple[Any, ...] = (None, "auto", "retriever", (), [])
-"""Values of options that a stage replaces; its manifest has the replacement."""
+"""Values of options that a stage resolves. Its manifest has the resolved value."""
 
 _CAPPED = {("pack", "block_tokens")}
-"""Options that a stage lowers to what the model takes."""
+"""Options that a stage lowers to the limit of the model."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A step of a run, and the artifact at its output."""
+    """A step of a run, with the state of the artifact at its output."""
 
     step: Step
     record: Mapping[str, Any] | None = None
     """The manifest of a complete artifact, the lease of an unfinished one, or None."""
     is_complete: bool = False
     changes: tuple[str, ...] = ()
-    """Why it is stale; empty if it is what the run would make."""
+    """Changed options and inputs that make the artifact stale. Empty if there are none."""
     stale_inputs: tuple[str, ...] = ()
-    """Names of the stale steps that it was made from."""
+    """Names of the stale steps whose outputs the artifact was made from."""
 
     @property
     def is_stale(self) -> bool:
-        """Whether it was made from other options or inputs than the run would use."""
+        """Whether the artifact was made with other options or inputs than the run would use now."""
         return bool(self.changes or self.stale_inputs)
 
     @property
     def seconds(self) -> float:
-        """Seconds that it took."""
+        """How many seconds it took to make the artifact; 0 if there is none."""
         return float(self.record["seconds"]) if self.record else 0.0
 
 
 def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, reads_models: bool) -> list[Standing]:
-    """Compare each step with what is at its output.
+    """Compare each step of a run with the artifact at its output.
 
     Args:
         steps: all steps, in order.
-        noted: what `run.json` notes of each: the options that an artifact of some fingerprint was asked for with, and the
-            fingerprint of the artifact that an unfinished run is replacing.
-        reads_models: whether to hash the models that are given, to find those that changed.
+        noted: the entries of the steps in `run.json`. An entry has an artifact's `fingerprint` and the `options` that the run
+            asked for; `replaces` is the fingerprint of an artifact that an unfinished run was replacing.
+        reads_models: whether to hash the given models, to find out whether they changed.
 
     Raises:
         CorruptFileError: a manifest cannot be read.
@@ -82,7 +82,7 @@ def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, read
 
 
 def record_of(step: Step) -> tuple[Mapping[str, Any] | None, bool]:
-    """Return the manifest at a step's output, else the lease, and whether it is the manifest."""
+    """Return the manifest at a step's output, else the lease or None, and whether it is a manifest (complete)."""
     manifest = artifacts.read_manifest(step.config.output)
     if manifest is not None:
         return dataclasses.asdict(manifest), True
@@ -102,7 +102,7 @@ def _changed_options(step: Step, record: Mapping[str, Any], asked: Mapping[str, 
 
 
 def inputs_of(step: Step) -> Iterator[tuple[str, str]]:
-    """Yield the option and the value of each input that a step reads."""
+    """Yield option and value of each input that a step reads, such as ("corpus", "run/corpus")."""
     for name in sorted(step.config.inputs):
         value = getattr(step.config, name)
         if isinstance(value, str | tuple):
@@ -110,7 +110,7 @@ def inputs_of(step: Step) -> Iterator[tuple[str, str]]:
 
 
 def _source(value: str, found: Mapping[str, Standing]) -> Standing | None:
-    """Return the step that makes an input, or the folder that it is in."""
+    """Return the step whose output is the input, or contains it; None if no step makes it."""
     path = f"{value.partition('?')[0]}/"
     return next(
         (each for each in found.values() if path.startswith(f"{each.step.config.output.partition('?')[0]}/")), None
@@ -120,7 +120,7 @@ def _source(value: str, found: Mapping[str, Standing]) -> Standing | None:
 def _change_of_input(
     step: Step, name: str, value: str, record: Mapping[str, Any], source: Standing | None, *, reads_models: bool
 ) -> str:
-    """Return how an input differs from what the artifact was made from, as far as can be told without reading it."""
+    """Say how an input differs from the one that the artifact was made from, as far as is known without reading it."""
     inputs: Mapping[str, str] = record.get("inputs", {})
     known = inputs.get(name)
     if isinstance(getattr(step.config, name), tuple):
@@ -141,7 +141,7 @@ def _change_of_input(
 
 
 def summary(stale: Sequence[Standing]) -> str:
-    """Return what is stale and why, and how long each took, as one sentence."""
+    """Return text that says what is stale and why, and how long each artifact took to make."""
     reasons = dict.fromkeys(change for each in stale for change in each.changes)
     parts = [f"{each.step.name} ({duration(each.seconds)})" for each in stale]
     total = duration(sum(each.seconds for each in stale))

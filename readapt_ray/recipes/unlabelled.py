@@ -1,7 +1,7 @@
-"""Plan a run whose corpus has no queries: measure what can be measured without them.
+"""Plan a run whose corpus has no queries: replace search and evaluate by `drift`.
 
-Search and evaluate are left out. `drift` takes their place, and a few passages are withheld from training, so that the
-language-model loss can be measured on them.
+`drift` measures what needs no queries. A few passages are withheld from training, so that the language-model loss can be
+measured on them.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ logger = logging.getLogger("readapt_ray")
 
 MAX_WITHHELD = 200
 _ONE_IN = 20
-"""At most one passage in so many is withheld."""
+"""At most one passage in 20 is withheld."""
 
 
 def fitted(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
-    """Return the steps of a run for the corpus that is there by now; unchanged if there is none yet.
+    """Return the steps of a run, adapted to whether its corpus has queries. Unchanged if there is no corpus yet.
 
-    Passages that are withheld already stay so: a run that gets queries later does not train again.
+    If passages were withheld by an earlier run, they stay withheld. So a run that gets queries later does not train again.
 
     Args:
-        config: the run.
-        steps: all steps, in order; those whose options are wrong may be missing.
+        config: the options of the run.
+        steps: all steps, in order. Steps with wrong options may be missing.
 
     Raises:
-        CorpusError: only one of queries and qrels is there.
+        CorpusError: the corpus has only one of queries and qrels, or requirements are given but cannot be checked.
     """
     corpus = next((artifacts.read_manifest(step.config.output) for step in steps if step.name == "corpus"), None)
     if corpus is None:
@@ -47,10 +47,10 @@ def fitted(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
 
 
 def has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
-    """Return whether search and evaluate have what they need.
+    """Return whether queries and qrels exist for search and evaluate.
 
     Raises:
-        CorpusError: only one of queries and qrels is there.
+        CorpusError: only one of them exists, a file that the user gave is missing, or `evaluate.require` needs them.
     """
     evaluation: Any = next((step.config for step in steps if step.name == "report"), None)
     if evaluation is None:
@@ -72,10 +72,10 @@ def has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
 
 
 def check_general(config: RunConfig, steps: Sequence[Step]) -> None:
-    """Check that the general collection has queries and qrels, once it is ingested.
+    """Check, after its ingest, that the general corpus has queries and qrels.
 
     Raises:
-        CorpusError: it has not.
+        CorpusError: one of them is missing.
     """
     evaluation = next(step.config for step in steps if step.is_general and step.stage == "evaluate")
     absent = [name for name, is_there in _there(evaluation).items() if not is_there]
@@ -91,7 +91,7 @@ def _there(evaluation: Any) -> dict[str, bool]:
 
 
 def tell(config: RunConfig) -> None:
-    """Log what a run without queries measures, and what would give it numbers."""
+    """Log what a run without queries measures, and how to get retrieval measures."""
     logger.info(
         "the corpus has no queries and qrels of the split %r, so search and evaluate are left out, and loss, vectors and "
         "neighbours are compared instead; --set queries=FILE --set qrels=FILE would give numbers, and so would `readapt "
@@ -108,7 +108,7 @@ def _withholding(step: Step, usual: int) -> Step:
 
 
 def _drift(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
-    """Return the step that measures without queries; none if the steps that it reads are missing."""
+    """Return the step `drift` as a list; an empty list if a step that it reads is missing."""
     outputs = {step.name: step.config.output for step in steps}
     vectors = [outputs.get(f"vectors/{name}") for name in (BASE, ADAPTED)]
     if "adapter" not in outputs or None in vectors:

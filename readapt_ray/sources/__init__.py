@@ -1,1 +1,1 @@
-"""Where passages, queries and judgements come from."""
+"""Readers of passages, queries and judgements: files in many formats, public collections, the hub, Python packages."""

@@ -1,4 +1,4 @@
-"""Read Parquet and Arrow files; of strings the bytes, since what a file calls a string need not be UTF-8."""
+"""Read Parquet and Arrow files. Strings are read as bytes and decoded here, because they may not be valid UTF-8."""
 
 import contextlib
 import json
@@ -23,10 +23,10 @@ _FILE_MAGIC = b"ARROW1"
 
 @contextlib.contextmanager
 def open_parquet(file: Location, label: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file.
+    """Open a Parquet file to read.
 
     Raises:
-        CorpusError: it is cut short, or is not one.
+        CorpusError: the file is cut short, or is not Parquet.
     """
     try:
         parquet = pq.ParquetFile(file.open_input())
@@ -44,7 +44,15 @@ def parquet_rows(
     advance: Advance = lambda _: None,
     span: Span | None = None,
 ) -> Iterator[Values | BadRow]:
-    """Yield place and values of each row, in the columns that `pick` chooses; a place counts rows from 1."""
+    """Yield place and values of each row of a Parquet file, in the columns that `pick` chooses.
+
+    Args:
+        file: the file to read.
+        label: name of the file in places and errors. A place is the label and the row number from 1.
+        pick: chooses columns from the names in the file.
+        advance: called with the fraction of the file that was read.
+        span: the row groups to read; None means all.
+    """
     with open_parquet(file, label) as parquet:
         yield from _parquet_rows(parquet, label, pick(parquet.schema_arrow.names), advance, span)
 
@@ -86,25 +94,25 @@ def _cells(column: pa.Array) -> Iterator[object]:
 
 
 class Parquet:
-    """Columns of Parquet files; a place counts rows from 1."""
+    """The format Parquet. Places count rows from 1."""
 
     name = "parquet"
     suffixes = (".parquet",)
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Return that a file can be cut at its row groups."""
+        """Return "row groups": a file can be split at its row groups."""
         del file, label, options
         return "row groups"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the schema."""
+        """Read the columns from the file's schema."""
         with open_parquet(file, label) as parquet:
             return schema_layout(parquet.schema_arrow, label, options) if parquet.metadata.num_rows else None
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield each row."""
+        """Yield each row of the file."""
         with open_parquet(file, label) as parquet:
             if parquet.metadata.num_rows:
                 columns = schema_layout(parquet.schema_arrow, label, options).columns
@@ -113,24 +121,24 @@ class Parquet:
 
 
 def schema_layout(schema: pa.Schema, label: str, options: ReadOptions) -> Layout:
-    """Return the columns that a schema has for a passage."""
+    """Return which columns of an Arrow schema make a passage."""
     columns = passage_columns(schema.names, label, options.columns)
     return Layout(columns, tuple(schema.names), tuple(schema.field(name).type for name in columns.kept))
 
 
 class Arrow:
-    """Arrow's own files: the stream that `datasets.save_to_disk` writes, and files with a footer (Feather)."""
+    """The format Arrow IPC: streams, as `datasets.save_to_disk` writes them, and files with a footer (Feather)."""
 
     name = "arrow"
     suffixes = (".arrow", ".feather")
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Return that a file cannot be cut: a stream has no list of its batches."""
+        """Return "nowhere": a file cannot be split, because a stream has no list of its batches."""
         del file, label, options
         return "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the schema."""
+        """Read the columns from the file's schema."""
         with _open_arrow(file, label) as (schema, batches):
             has_rows = any(batch.num_rows for batch, _ in batches)
             return schema_layout(schema, label, options) if has_rows else None
@@ -138,7 +146,7 @@ class Arrow:
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield each row."""
+        """Yield each row of the file."""
         layout = self.layout(file, label, options)
         if layout is not None:
             for row in arrow_rows(file, label, lambda _: layout.columns.names, advance, span):
@@ -152,7 +160,7 @@ def arrow_rows(
     advance: Advance = lambda _: None,
     span: Span | None = None,
 ) -> Iterator[Values | BadRow]:
-    """Yield place and values of each row, as `parquet_rows` does."""
+    """Yield place and values of each row of an Arrow file. See `parquet_rows` for the arguments."""
     number, size_bytes = 0, max(file.size_bytes(), 1)
     with _open_arrow(file, label) as (schema, batches):
         columns = pick(schema.names)
@@ -168,10 +176,10 @@ def arrow_rows(
 
 @contextlib.contextmanager
 def _open_arrow(file: Location, label: str) -> Iterator[tuple[pa.Schema, Iterator[tuple[pa.RecordBatch, int]]]]:
-    """Open a stream, or a file with a footer; give its schema, and its batches with the place in the file.
+    """Open an Arrow stream or file. Yields its schema, and its batches, each with the offset in bytes after it.
 
     Raises:
-        CorpusError: it is neither, or is cut short.
+        CorpusError: the file is neither a stream nor a file with a footer, or is cut short.
     """
     with contextlib.closing(file.open_input()) as raw:
         try:
@@ -196,10 +204,12 @@ def _batches(reader: Any, raw: IO[bytes], label: str, is_file: bool) -> Iterator
 
 
 def saved_files(folder: Location, files: Sequence[DataFile]) -> list[DataFile]:
-    """Leave out what `datasets` cached beside a data set: where a folder has a state.json, that lists its files.
+    """Leave out files that the library `datasets` cached beside a saved data set.
+
+    If a folder has a `state.json`, only the files listed there belong to the data set.
 
     Raises:
-        CorpusError: a file that is listed is not there.
+        CorpusError: a listed file is missing.
     """
     states = {name for name, _ in folder.listing("state.json", recursive=True)} if folder.is_folder() else set()
     kept = list(files)

@@ -1,4 +1,4 @@
-"""Count the rows that are left out, and name the first of them."""
+"""Count the bad rows that ingest leaves out, and log the first of them."""
 
 import logging
 from collections import Counter
@@ -17,23 +17,32 @@ _Record = TypeVar("_Record", Query, Qrel)
 
 
 class BadRows:
-    """Counts what is left out, names the first of them, and stops where the policy says so."""
+    """Counts bad rows, and skips them or raises an error, as the policy says."""
 
     def __init__(self, policy: Literal["skip", "fail", "gather"]) -> None:
-        """`gather` neither stops nor logs: another process will, which gets `reasons` and `first`."""
+        """Set the policy.
+
+        Args:
+            policy: "skip" logs the first rows, "fail" raises an error for the first one. "gather" does neither; `reasons`
+                and `first` are then passed on to another process.
+        """
         self._policy = policy
         self.reasons: Counter[str] = Counter()
         self.first: list[BadRow] = []
 
     def add(self, row: BadRow) -> None:
-        """Add one row."""
+        """Count one bad row."""
         self.take({row.reason: 1}, [row])
 
     def take(self, reasons: Mapping[str, int], first: Iterable[BadRow]) -> None:
-        """Add rows that were counted elsewhere, with the first of them.
+        """Add bad rows that were counted elsewhere.
+
+        Args:
+            reasons: number of rows per reason (a key of `REASONS`).
+            first: the first of these rows.
 
         Raises:
-            CorpusError: none may be bad.
+            CorpusError: the policy is "fail", and there is a bad row.
         """
         self.reasons.update(reasons)
         for row in first:
@@ -46,7 +55,7 @@ class BadRows:
                 logger.warning("ingest: left out %s", row.told)
 
     def good(self, records: Iterable[_Record | BadRow]) -> list[_Record]:
-        """Return the records that are good."""
+        """Return the good records as a list, and count the bad rows among them."""
         found = []
         for record in records:
             if isinstance(record, BadRow):
@@ -56,7 +65,7 @@ class BadRows:
         return found
 
     def none_left(self, source: str) -> CorpusError:
-        """Return the error of a source that gives no passage."""
+        """Return the error for a source that has no usable passage."""
         reasons = in_words(dict(sorted(self.reasons.items())))
         if not reasons:
             return CorpusError(f"{source!r} holds no rows; give a corpus with at least one passage")
@@ -66,7 +75,7 @@ class BadRows:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return what the manifest says of them."""
+        """Return the counts and the first bad rows, for the manifest."""
         return {
             "total": self.reasons.total(),
             "by_reason": dict(sorted(self.reasons.items())),

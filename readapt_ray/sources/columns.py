@@ -1,8 +1,8 @@
-"""Choose the columns of a source: which hold doc_id, title and text, and which are carried along.
+"""Choose the columns of a source: which hold doc_id, title and text, and which are kept besides.
 
-Enters: the names that a file has, and what `--columns` and `--keep` ask for. Leaves: `Columns`, by which a reader makes
-rows, and the type of each column that is kept. Without `--columns` well-known names are taken, in any case and with any of
-`_`, `-` and space between words.
+In: the column names of a file, and the options `--columns` and `--keep`. Out: `Columns`, with which a reader makes rows,
+and the type of each kept column. Without `--columns`, well-known names are used, in upper or lower case and with `_`, `-`
+or space between words.
 """
 
 import datetime
@@ -26,9 +26,9 @@ TITLE_NAMES: Final = ("title", "headline", "doc_title", "page_title")
 TEXT_NAMES: Final = ("text", "contents", "content", "body", "passage", "passage_text", "segment")
 FIELDS: Final = ("doc_id", "title", "text")
 LABEL_FIELDS: Final = ("query_id", "query", "relevance")
-"""Fields of queries and judgements; these have a doc_id, too."""
+"""Fields of queries and judgements. Judgements also have a doc_id."""
 OWN_COLUMNS: Final = frozenset({*FIELDS, "content_hash", "parent_id", "vector", "scale"})
-"""Names that a kept column cannot have."""
+"""Names that a kept column cannot have, because passages or vectors have columns with these names."""
 TYPES: Final[dict[str, pa.DataType]] = {
     "string": pa.string(),
     "int64": pa.int64(),
@@ -41,23 +41,24 @@ _SEPARATORS = re.compile(r"[\s_-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnChoice:
-    """Columns that a user chose."""
+    """The columns that a user chose with `--columns` and `--keep`."""
 
     fields: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """Those that are given of doc_id, title and text, and of query_id, query and relevance, each with its columns."""
+    """Given fields (doc_id, title, text, query_id, query, relevance), each with its columns."""
     keep: tuple[tuple[str, str | None], ...] = ()
-    """Columns to carry along, with the names of their types where they are given."""
+    """Columns to keep, each with the name of its type; None if no type was given."""
 
     def of(self, fields: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """Return the columns that are given for some fields."""
+        """Return the columns that the user gave for some fields, by field."""
         return {field: names for field, names in self.fields if field in fields}
 
     @classmethod
     def parse(cls, columns: Sequence[str], keep: Sequence[str]) -> "ColumnChoice":
-        """Read `--columns` and `--keep`.
+        """Parse the items of `--columns` and `--keep`.
 
         Raises:
-            InputError: an item is not FIELD=COLUMN, names another field, or a kept column cannot have its name.
+            InputError: an item is not FIELD=COLUMN, a field is unknown or given twice, or a kept column's name is
+                not allowed.
         """
         fields = dict(_field(each) for each in columns)
         if len(fields) < len(columns):
@@ -66,7 +67,7 @@ class ColumnChoice:
 
 
 def _as_items(columns: Any) -> Any:
-    """Take a section of a file, too: {doc_id: docid, text: [abstract, body]}."""
+    """Convert a section of a YAML file, {doc_id: docid, text: [abstract, body]}, to items FIELD=COLUMN."""
     if not isinstance(columns, dict):
         return columns
     names = {field: name if isinstance(name, list | tuple) else [name] for field, name in columns.items()}
@@ -74,7 +75,7 @@ def _as_items(columns: Any) -> Any:
 
 
 ColumnsOption = Annotated[tuple[str, ...], BeforeValidator(_as_items)]
-"""A field of a config: items FIELD=COLUMN."""
+"""Type of a config field that takes items FIELD=COLUMN."""
 
 
 def _field(item: str) -> tuple[str, tuple[str, ...]]:
@@ -102,10 +103,10 @@ def _kept(item: str) -> tuple[str, str | None]:
 
 
 def kept_value(raw: object, kind: pa.DataType) -> Any:
-    """Return a value as a kept column holds it; None for null, NaN and what is missing.
+    """Convert a raw value to the type of a kept column. Null, NaN and missing values become None.
 
     Raises:
-        ValueError: it is no value of this type.
+        ValueError: the value does not fit the type.
     """
     if is_absent(raw):
         return None
@@ -126,7 +127,7 @@ def _as_text(raw: object) -> str:
 
 
 def _number(raw: object, kind: pa.DataType) -> object:
-    """Make a number of its digits, and a whole number of a whole float, where the column holds numbers."""
+    """Convert text to a number or boolean, and a float without fraction to an integer, if the column has that type."""
     if isinstance(raw, bool):
         if not pa.types.is_boolean(kind):
             raise ValueError(raw)
@@ -139,7 +140,7 @@ def _number(raw: object, kind: pa.DataType) -> object:
 
 
 def number_text(value: object) -> str | None:
-    """Return the digits of a number, of a whole float without its point; None for what is no number, and for NaN."""
+    """Return a number as text, such as "7" for 7.0; None for NaN, infinity and values that are not numbers."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         return None
     if isinstance(value, int):
@@ -150,13 +151,13 @@ def number_text(value: object) -> str | None:
 
 
 def is_absent(value: object) -> bool:
-    """Return whether a cell holds nothing: null, NaN (as pandas writes null), or no cell."""
+    """Return whether a value is null, NaN (pandas writes null as NaN) or missing."""
     return value is None or value is MISSING or (isinstance(value, float) and math.isnan(value))
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of one file that make a row."""
+    """The names of the columns of a file from which a row is made."""
 
     doc_id: str
     title: tuple[str, ...]
@@ -165,11 +166,11 @@ class Columns:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return every column, in the order in which `row` takes their values; a column may occur twice."""
+        """All columns, in the order in which `row` takes their values. A column may occur twice."""
         return (self.doc_id, *self.title, *self.text, *self.kept)
 
     def row(self, place: str, values: Sequence[object]) -> Row:
-        """Make a row of the values of `names`."""
+        """Make a row from values in the order of `names`. `place` is file and line."""
         text_at = 1 + len(self.title)
         kept_at = text_at + len(self.text)
         title = _joined(values[1:text_at], " ") if self.title else None
@@ -178,7 +179,7 @@ class Columns:
 
 
 def _joined(values: Sequence[object], between: str) -> object:
-    """Join texts and numbers of several columns; of one column the value as it is, and of a bad one that."""
+    """Join the texts and numbers of several columns. A single value, or a value that is neither, is returned unchanged."""
     if len(values) == 1:
         return values[0]
     parts = []
@@ -192,7 +193,7 @@ def _joined(values: Sequence[object], between: str) -> object:
 
 
 def first_of(wanted: Sequence[str], found: Iterable[str]) -> str | None:
-    """Return the first of the wanted names that was found: spelled so, or else in another case or with other separators."""
+    """Return the first wanted name that was found: exactly, or else with another case or separators. None if none was."""
     present = {str(name): name for name in found}
     exact = next((present[name] for name in wanted if name in present), None)
     if exact is not None:
@@ -208,16 +209,16 @@ def _plain(name: str) -> str:
 
 
 def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, is_sample: bool = False) -> Columns:
-    """Choose the columns of a passage.
+    """Choose the columns for doc_id, title, text and kept values.
 
     Args:
-        found: the names that the file has.
-        label: what to call the file.
-        choice: what the user says.
-        is_sample: whether the names come from the first rows, so that a kept column may come later.
+        found: column names of the file.
+        label: name of the file in errors.
+        choice: columns that the user gave.
+        is_sample: whether `found` comes only from the first rows. Then a kept column with a given type may be missing.
 
     Raises:
-        CorpusError: no id or no text, or a column that was asked for is not there; it names the columns found.
+        CorpusError: there is no id or text column, or a given column is missing. The message lists the columns found.
     """
     given = choice.of(FIELDS)
     chosen = {field: tuple(_found(name, found, label, field) for name in names) for field, names in given.items()}
@@ -268,7 +269,7 @@ def _listed(found: Sequence[str]) -> str:
 
 
 def kept_schema(choice: ColumnChoice, types: Sequence[pa.DataType]) -> pa.Schema:
-    """Return the kept columns with the types in which they are stored: the given ones, else the file's."""
+    """Return the schema in which kept columns are stored: with the user's types, else with those of the file."""
     return pa.schema(
         (name, TYPES[kind] if kind else stored_type(found))
         for (name, kind), found in zip(choice.keep, types, strict=True)
@@ -276,7 +277,7 @@ def kept_schema(choice: ColumnChoice, types: Sequence[pa.DataType]) -> pa.Schema
 
 
 def stored_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type in which a column is kept: its own if searches can be filtered by it, else text (JSON)."""
+    """Return the type in which a column is stored: its own type if searches can filter by it, else text (JSON)."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -290,7 +291,7 @@ def stored_type(kind: pa.DataType) -> pa.DataType:
 
 
 def type_of_values(values: Iterable[object]) -> pa.DataType:
-    """Return the type that holds some JSON values: numbers, texts, booleans or lists of one of them; else text."""
+    """Return the Arrow type for JSON values: numbers, texts, booleans, dates or lists of one of these; mixed ones: text."""
     there = [value for value in values if not is_absent(value)]
     if there and all(isinstance(value, list) for value in there):
         inner = type_of_values(each for value in there if isinstance(value, list) for each in value)
@@ -306,7 +307,7 @@ def type_of_values(values: Iterable[object]) -> pa.DataType:
 
 
 def type_of_texts(texts: Iterable[object]) -> pa.DataType:
-    """Return the type of a column of CSV or TSV: whole numbers, numbers, or text; `007` is text."""
+    """Return the type of a CSV or TSV column: int64, float64 or text. `007` is text."""
     there = [str(text).strip() for text in texts if text is not None and str(text).strip()]
     if there and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", text) for text in there):
         return pa.int64()

@@ -1,7 +1,7 @@
-"""Find the configurations of a data set, such as one per language, which are not one corpus.
+"""Find the configurations of a data set, such as one per language. They must not be read together as one corpus.
 
-A configuration is what the front matter of the data set's README.md lists under `configs`; or a folder with a corpus of its
-own; or, where all folders (or files) are called like languages, one of these.
+Configurations are listed under `configs` in the front matter of the data set's README.md. Without that list, each folder
+with its own corpus is a configuration. If all folders (or files) have names of languages, each of them is one.
 """
 
 import re
@@ -17,9 +17,9 @@ _LANGUAGE: Final = re.compile(r"(?:\d{8}\.)?(?:[a-z]{2}(?:[-_][A-Za-z]{2,4})?|[a
 
 
 def in_card(readme: str) -> dict[str, list[str]]:
-    """Return the configurations that a data set's card lists, each with the patterns of its files.
+    """Return the configurations that a data set's card (README.md) lists, each with the patterns of its files.
 
-    A data set with a part `corpus` has none; of `de-corpus` and `de-queries` the configuration is `de`.
+    Empty if the data set has a part `corpus`. `de-corpus` and `de-queries` belong to the configuration `de`.
     """
     fields, _ = split_front_matter(readme)
     configs = fields.get("configs")
@@ -45,7 +45,7 @@ def _patterns(data_files: Any) -> list[str]:
 
 
 def in_names(names: Iterable[str]) -> list[str]:
-    """Return the configurations among the relative names of a folder's data files; [] where they are one corpus."""
+    """Find configurations by the relative names of a folder's data files. Empty if the files are one corpus."""
     paths = [plain_name(name).split("/") if "/" not in name else name.split("/") for name in names]
     if paths and all(path[0] == "data" and len(path) > 2 for path in paths):
         paths = [path[1:] for path in paths]

@@ -1,8 +1,8 @@
-"""Read CSV and TSV: fields set apart by commas or tabs, in quotes where they hold these.
+"""Read CSV and TSV files: fields separated by commas or tabs, and quoted if they contain a separator.
 
-CSV is read as `csv.writer` and spreadsheets write it, with line breaks in quotes. TSV is read line by line, so that large
-files are read in parts: quotes around a field count where they are as `csv.writer` writes them, and are text elsewhere. A TSV
-file whose first megabyte has quoted line breaks is read as CSV.
+CSV is read as `csv.writer` and spreadsheets write it; a quoted field may contain line breaks. TSV is read line by line, so
+that large files can be read in parts. In TSV, quotes around a field are removed only if they are as `csv.writer` writes
+them; any other quote is text. A TSV file with quoted line breaks in its first megabyte is read like CSV.
 """
 
 import collections
@@ -30,29 +30,29 @@ _ESCAPED: dict[str, Any] = {"doublequote": False, "escapechar": "\\"}
 
 
 class _Header(NamedTuple):
-    """The columns of a file."""
+    """The columns of a CSV or TSV file, and how its fields are separated."""
 
     names: tuple[str, ...]
     first_line: int | None
-    """Where the line that gives the names begins; None where no line does."""
+    """Offset in bytes of the header line; None if the file has no header."""
     delimiter: str = "\t"
     has_line_breaks: bool = False
-    """Whether quoted fields hold line breaks."""
+    """Whether quoted fields may contain line breaks."""
     rows: tuple[tuple[str, ...], ...] = ()
-    """The first rows."""
+    """The first rows with all columns, at most 100."""
 
 
 class Wanted(NamedTuple):
-    """The columns that tell a line of names from a row."""
+    """Column names by which a header line is recognised."""
 
     known: tuple[str, ...]
-    """Any of them makes the first line one of names."""
+    """If the first line has one of these, it is a header."""
     texts: tuple[str, ...] = ()
-    """Any of them does, too, unless the line says nothing else."""
+    """If the first line has one of these and other fields, it is a header."""
     unnamed: tuple[tuple[str, ...], ...] = ()
-    """What the columns of TSV without names are, by their number."""
+    """Column names for TSV without a header: one tuple per possible number of columns."""
     told: str = ""
-    """The same in words."""
+    """The same as text, for errors."""
 
 
 def _of_passages(options: ReadOptions) -> Wanted:
@@ -66,46 +66,46 @@ def _of_passages(options: ReadOptions) -> Wanted:
 
 
 class Tsv:
-    """Columns set apart by tabs: with a line of names, or id and text, or id, title and text."""
+    """The format TSV: columns separated by tabs. Without a header they are id and text, or id, title and text."""
 
     name = "tsv"
     suffixes = (".tsv",)
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Return whether a file can be cut at its lines: not if it is compressed, or quoted fields hold line breaks."""
+        """Return "lines" if a file can be split at its lines: not compressed, and no line breaks in quoted fields."""
         header = _header(file, label, _of_passages(options), is_tsv=True)
         return "nowhere" if (header and header.has_line_breaks) or not is_divisible(file) else "lines"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the first line."""
+        """Read the columns from the header, or take the default ones."""
         return _layout(_header(file, label, _of_passages(options), is_tsv=True), label, options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield a row for each line that has all columns."""
+        """Yield a row per line, and a bad row for a line with another number of columns."""
         yield from _passages(file, label, options, advance, span, is_tsv=True)
 
 
 class Csv:
-    """Columns set apart by commas (or semicolons, bars or tabs, by the first line), with a line of names."""
+    """The format CSV, with a header line. The separator (comma, semicolon, bar or tab) is found from the header."""
 
     name = "csv"
     suffixes = (".csv",)
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Return that a file cannot be cut: a field may hold line breaks."""
+        """Return "nowhere": a file cannot be split, because a field may contain line breaks."""
         del file, label, options
         return "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the first line."""
+        """Read the columns from the header line."""
         return _layout(_header(file, label, _of_passages(options), is_tsv=False), label, options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield a row for each record."""
+        """Yield a row per CSV record, which may have several lines."""
         yield from _passages(file, label, options, advance, span, is_tsv=False)
 
 
@@ -133,17 +133,17 @@ def delimited_rows(
     advance: Advance = lambda _: None,
     span: Span | None = None,
 ) -> Iterator[Values | BadRow]:
-    """Yield place and values of each row, in the columns that `pick` chooses.
+    """Yield place (file and line) and values of each row, in the columns that `pick` chooses.
 
     Args:
-        file: the file.
-        label: what to call it in a place.
-        wanted: what a line of names has.
-        pick: chooses columns.
-        options: bounds.
-        is_tsv: whether tabs set fields apart; else what the first line says.
-        advance: told the share of the file that was read.
-        span: the part of the file to read.
+        file: the file to read.
+        label: name of the file in places and errors.
+        wanted: column names by which a header line is recognised.
+        pick: chooses columns from the names in the file.
+        options: limits on the length of a line.
+        is_tsv: whether fields are separated by tabs. If not, the separator is found from the first line.
+        advance: called with the fraction of the file that was read.
+        span: the part of the file to read; None means all.
     """
     header = _header(file, label, wanted, is_tsv=is_tsv)
     if header is None:
@@ -185,7 +185,7 @@ def _header(file: Location, label: str, wanted: Wanted, *, is_tsv: bool) -> _Hea
 
 @functools.lru_cache(maxsize=REMEMBERED_FILES)
 def _tsv_header(file: Location, label: str, state: str, wanted: Wanted) -> _Header | None:
-    """Read the names of the columns, and whether fields hold line breaks."""
+    """Read the column names of a TSV file, and whether its first megabyte has quoted line breaks."""
     del state
     lines = _first_lines(file, label)
     first = next((line for line in lines if isinstance(line, Line)), None)
@@ -215,7 +215,7 @@ def _tsv_header(file: Location, label: str, state: str, wanted: Wanted) -> _Head
 
 @functools.lru_cache(maxsize=REMEMBERED_FILES)
 def _csv_header(file: Location, label: str, state: str, wanted: Wanted) -> _Header | None:
-    """Read the names of the columns, and find by them what sets fields apart."""
+    """Find the separator of a CSV file by its column names, and read these."""
     del state
     lines = _first_lines(file, label)
     first = next((line for line in lines if isinstance(line, Line)), None)
@@ -234,7 +234,7 @@ def _csv_header(file: Location, label: str, state: str, wanted: Wanted) -> _Head
 
 
 def _first_lines(file: Location, label: str) -> list[Line | BadRow]:
-    """Read lines of the first megabyte."""
+    """Read the lines in the first megabyte of a file."""
     lines = read_lines(file, label)
     return list(itertools.takewhile(lambda line: isinstance(line, BadRow) or line.start < _PEEKED_BYTES, lines))
 
@@ -244,7 +244,7 @@ def _full_rows(records: Sequence["_Record"], num_columns: int) -> tuple[tuple[st
 
 
 class _Record(NamedTuple):
-    """The fields of one record, and where it begins."""
+    """The fields of one record, the number of its first line, and that line's offset in bytes."""
 
     fields: list[str]
     number: int
@@ -255,7 +255,7 @@ class _Record(NamedTuple):
 def _records(
     lines: Iterable[Line | BadRow], delimiter: str, num_columns: int, max_chars: int
 ) -> Iterator[_Record | BadRow]:
-    """Put lines together to records. A quote that nothing closes as CSV has it is text, and its line a record."""
+    """Join lines to records. If a quote is never closed, it is text, and its line is a record."""
     waiting: collections.deque[Line | BadRow] = collections.deque()
     source = iter(lines)
 
@@ -282,7 +282,7 @@ def _has_open_quote(text: str, delimiter: str) -> bool:
 def _continued(
     taken: list[Line | BadRow], read: Callable[[], Line | BadRow | None], delimiter: str, max_chars: int
 ) -> list[str] | None:
-    """Read on to the line that closes a quote, adding to `taken`; return the fields, None where no line does."""
+    """Read further lines into `taken` until one closes the quote. Return the fields; None if no line closes it."""
     texts = [each.text for each in taken if isinstance(each, Line)]
     num_quotes, size = texts[0].count('"'), len(texts[0])
     while size < max_chars and (following := read()) is not None:
@@ -298,21 +298,21 @@ def _continued(
 
 
 def _are_rows(lines: Sequence[Line | BadRow], delimiter: str, num_columns: int) -> bool:
-    """Return whether each of some lines of TSV is a row without regard to quotes; a comma is common in text, a tab is not."""
+    """Return whether each line has the right number of tabs. If so, each is a TSV row, and a quote in it is text."""
     return delimiter == "\t" and all(
         isinstance(line, Line) and line.text.count("\t") + 1 == num_columns for line in lines
     )
 
 
 def _fields(text: str, num_columns: int, delimiter: str = "\t") -> list[str]:
-    """Return the fields of a line: without quotes where these are as CSV has them, else unchanged."""
+    """Split a line into fields. Quotes are removed if the line is valid CSV with this many columns; else they stay."""
     if '"' in text and (fields := _parsed([text], delimiter)) is not None and len(fields) == num_columns:
         return fields
     return text.split(delimiter)
 
 
 def _parsed(lines: Sequence[str], delimiter: str) -> list[str] | None:
-    """Return the fields of one record of CSV, in which quotes are doubled or behind a backslash; None if it is none."""
+    """Parse lines as one CSV record, with quotes escaped by doubling or by a backslash. None if they are not one."""
     csv.field_size_limit(sys.maxsize)
     ended = [f"{line}\n" for line in lines]
     has_escaped = any('\\"' in line for line in lines) and not any('""' in line for line in lines)

@@ -1,7 +1,7 @@
-"""Bring one file to text: plain text, Markdown with its front matter, HTML, or PDF.
+"""Extract the text of a file: plain text, Markdown with front matter, HTML, or PDF.
 
-HTML is parsed by lxml: scripts, styles and hidden parts are dropped, blocks become paragraphs. PDF is read by pypdf, the
-extra `pdf`.
+HTML is parsed by lxml: scripts, styles and hidden parts are dropped, and blocks become paragraphs. PDF is read by pypdf,
+which the extra `pdf` installs.
 """
 
 import importlib.util
@@ -73,7 +73,7 @@ _BLOCKS: Final = frozenset(
 
 
 class Document(NamedTuple):
-    """A file's text. `fields` is the front matter of Markdown and HTML, and what a PDF says of itself."""
+    """The text of a file. `fields` has the front matter of Markdown and HTML, or the metadata of a PDF."""
 
     title: str
     text: str
@@ -81,7 +81,7 @@ class Document(NamedTuple):
 
 
 class UnreadableDocumentError(ValueError):
-    """A file is not of the kind that its name says: why (a key of `REASONS`), and what its reader said."""
+    """A file's content is not what its suffix says. `reason` is a key of `REASONS`; `said` is the parser's message."""
 
     def __init__(self, reason: str, said: str = "") -> None:
         super().__init__(reason, said)
@@ -94,10 +94,14 @@ def has_pdf_reader() -> bool:
 
 
 def read_document(name: str, data: bytes) -> Document:
-    """Bring the content of a file to text.
+    """Extract title, text and fields from the content of a file.
+
+    Args:
+        name: the file's name; its suffix decides the kind.
+        data: the content, decompressed.
 
     Raises:
-        UnreadableDocumentError: it is not UTF-8, or no PDF that can be read.
+        UnreadableDocumentError: the text is not UTF-8, or the PDF cannot be read.
     """
     name = plain_name(name)
     if name.endswith(PDF_SUFFIXES):
@@ -117,7 +121,7 @@ def read_document(name: str, data: bytes) -> Document:
 
 
 def split_front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """Return the fields at the head of a text, between lines of `---` (YAML) or `+++` (TOML), and the text behind them."""
+    """Split a text into its front matter, between lines of `---` (YAML) or `+++` (TOML), and the text after it."""
     found = _FRONT.match(text)
     if found is None:
         return {}, text
@@ -132,7 +136,7 @@ def split_front_matter(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _loose_fields(text: str) -> dict[str, str] | None:
-    """Return the lines `name: value` of what is not quite YAML."""
+    """Return the lines `name: value` of front matter that is not valid YAML; None if there are none."""
     fields = {
         found[1]: found[2].strip("'\" ") for line in text.split("\n") if (found := _FIELD.fullmatch(line.strip()))
     }
@@ -145,7 +149,7 @@ def _title_of(fields: dict[str, Any]) -> str:
 
 
 def split_heading(text: str) -> tuple[str, str]:
-    """Return the first Markdown heading outside of fenced code, and the text without that line; "" if there is none."""
+    """Return the first Markdown heading outside fenced code ("" if there is none), and the text without that line."""
     lines = text.split("\n")
     fenced = False
     for at, line in enumerate(lines):
@@ -162,7 +166,7 @@ def _html(data: bytes) -> Document:
         front, text = split_front_matter(data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n"))
         data, encoding = text.encode(), "utf-8"
     except UnicodeDecodeError:
-        front, encoding = {}, ""  # the one that the page declares
+        front, encoding = {}, ""  # use the encoding that the page declares
     if not data.strip():
         return Document(_title_of(front), "", front)
     parser = lxml.html.HTMLParser(encoding=encoding or None, remove_comments=True, remove_pis=True, huge_tree=True)
@@ -179,9 +183,9 @@ def _html(data: bytes) -> Document:
 
 
 def _block_text(page: Any) -> str:
-    """Return the text of a page: white space as one space except in `pre`, an empty line between blocks."""
+    """Return the text of a page, with an empty line between blocks. White space becomes one space, except in `pre`."""
     pieces: list[str] = []
-    num_open = 0  # elements `pre` around the place
+    num_open = 0  # number of `pre` elements that are open here
     for event, element in lxml.etree.iterwalk(page, events=("start", "end")):
         if element.tag == "pre":
             num_open += 1 if event == "start" else -1

@@ -1,6 +1,6 @@
-"""Which passages say the same: exactly, by a digest of each, or nearly, by MinHash.
+"""Find duplicate passages: exact ones by a digest of each passage, near ones by MinHash.
 
-Exact: 32 to 48 bytes a passage. Near: about 4 KB a passage and some 5,000 passages a second.
+Exact: 32 to 48 bytes of memory per passage. Near: about 4 KB per passage, and some 5,000 passages per second.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from readapt_ray.records import Passage
 
 Deduplication = Literal["none", "exact", "near"]
 NUM_PERMUTATIONS = 128
-_LSH_WEIGHTS = (0.05, 0.95)  # of false candidates, which are compared and cost only time, and of missed ones
+_LSH_WEIGHTS = (0.05, 0.95)  # of false candidates (they only cost a comparison), and of missed ones
 _SHINGLE_WORDS = 3
 _EAST_ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_EAST_ASIAN}]|[^\W{_EAST_ASIAN}]+")
@@ -22,14 +22,14 @@ _TWO_WORDS = struct.Struct("<QQ")
 
 
 def digest(text: str) -> bytes:
-    """Hash a text to 16 bytes: any two of ten billion texts share a hash with a chance of 1.5 in 10^19."""
+    """Hash a text to 16 bytes. Among ten billion texts, the chance that any two collide is 1.5 in 10^19."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
 class RowTable:
-    """From a digest to a whole number, without a Python object per entry: open addressing, 32 to 48 bytes an entry.
+    """A hash table from 16-byte digests to whole numbers, with open addressing: 32 to 48 bytes per entry.
 
-    A dict of the same takes about 200. While it grows, the old and the new table are both there.
+    A Python dict takes about 200 bytes per entry. While the table grows, the old and the new one are both in memory.
     """
 
     def __init__(self) -> None:
@@ -40,12 +40,12 @@ class RowTable:
         return self._count
 
     def get(self, key: bytes) -> int | None:
-        """Return the number of a digest; None where it was not put."""
+        """Return the number that is stored for a digest; None if there is none."""
         value = self._slots[self._find(*_TWO_WORDS.unpack(key)) + 2]
         return value - 1 if value else None
 
     def put(self, key: bytes, number: int) -> None:
-        """Remember a number, 0 or more, for a digest."""
+        """Store a number (0 or more) for a digest. It replaces an earlier one."""
         first, second = _TWO_WORDS.unpack(key)
         at = self._find(first, second)
         if not self._slots[at + 2]:
@@ -74,23 +74,21 @@ class RowTable:
 
 
 class ExactDuplicates:
-    """Finds passages that are equal to an earlier one."""
+    """Finds passages with the same text (and title, if `title_tells_apart`) as an earlier one."""
 
     def __init__(self, *, title_tells_apart: bool) -> None:
         self._title_tells_apart = title_tells_apart
         self._rows = RowTable()
 
     def earlier(self, passage: Passage, row: int) -> int | None:
-        """Return the row of the earlier passage that this one repeats; None for a new one, which is remembered as
-        `row`.
-        """
+        """Return the row of the earlier passage that this one repeats; None if it is new. Then it is stored as `row`."""
         found = self._rows.get(self._key(passage))
         if found is None:
             self.remember(passage, row)
         return found
 
     def remember(self, passage: Passage, row: int) -> None:
-        """Take a row for all passages that say the same."""
+        """Store `row` as the row of all passages equal to this one."""
         self._rows.put(self._key(passage), row)
 
     def _key(self, passage: Passage) -> bytes:
@@ -99,7 +97,10 @@ class ExactDuplicates:
 
 
 class Sketches:
-    """Makes the MinHash of passages: 128 numbers, of which two passages share about the Jaccard share of their word sequences."""
+    """Makes MinHashes of passages: 128 numbers each.
+
+    The fraction of equal numbers of two passages estimates the Jaccard similarity of their sets of three-word sequences.
+    """
 
     def __init__(self) -> None:
         from datasketch import MinHash
@@ -107,21 +108,21 @@ class Sketches:
         self._empty = MinHash(num_perm=NUM_PERMUTATIONS, seed=1)
 
     def of(self, passage: Passage) -> Any:
-        """Return a MinHash."""
+        """Return the MinHash of a passage's title and text."""
         sketch = self._empty.copy()
         sketch.update_batch(_shingles(f"{passage.title} {passage.text}"))
         return sketch
 
 
 def bands(threshold: float) -> Any:
-    """Return the index of MinHashes by bands of their numbers: only those with an equal band are compared."""
+    """Return an empty index of MinHashes by bands (LSH). Only passages that share a band are compared."""
     from datasketch import MinHashLSH
 
     return MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS, weights=_LSH_WEIGHTS)
 
 
 class NearDuplicates:
-    """Finds passages whose sets of three-word sequences overlap an earlier one's by a Jaccard share or more."""
+    """Finds passages whose set of three-word sequences has a Jaccard similarity of `threshold` or more to an earlier one."""
 
     def __init__(self, *, threshold: float, title_tells_apart: bool) -> None:
         self._threshold = threshold
@@ -130,7 +131,7 @@ class NearDuplicates:
         self._sketches: dict[int, Any] = {}
 
     def earlier(self, passage: Passage, row: int) -> int | None:
-        """Find as `ExactDuplicates.earlier`; of several the first that was kept."""
+        """Return the row of the first kept passage that this one is similar to; None if it is new."""
         found = self._exact.earlier(passage, row)
         if found is not None:
             return found
@@ -153,7 +154,10 @@ def _shingles(text: str) -> list[bytes]:
 def duplicate_finder(
     mode: Deduplication, *, near_threshold: float, title_tells_apart: bool
 ) -> Callable[[Passage, int], int | None]:
-    """Return what `earlier` of the wanted kind is; with "none" nothing is ever a duplicate."""
+    """Return a function that finds the earlier duplicate of a passage, as `ExactDuplicates.earlier` does.
+
+    With mode "none" it never finds one.
+    """
     if mode == "exact":
         return ExactDuplicates(title_tells_apart=title_tells_apart).earlier
     if mode == "near":

@@ -1,7 +1,7 @@
-"""Exchange records between tasks through files that are sorted by partition, so that each task reads only its own.
+"""Exchange records between tasks through files sorted by partition, so that each task reads only its partition.
 
-A file is a header of offsets and the records. A task that dies leaves no file, so it is done again. Digests have 128 bits:
-that any two of ten billion passages share one by chance, so that one of them is left out, is 1.5 in 10^19.
+A file has a header of offsets, and the records. A task that dies leaves no file, so it is run again. Keys are digests of
+128 bits. Among ten billion passages, the chance that any two collide (and one is lost) is 1.5 in 10^19.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,30 +16,30 @@ _THREADS = 16
 _OFFSET_BYTES = 8
 
 ID = np.dtype([("key", "<u8", 2), ("row", "<u8"), ("line", "<u8"), ("partition", "<u4"), ("size", "<u4")])
-"""One passage by its doc_id; `partition` is where its content goes."""
+"""A passage keyed by the digest of its doc_id. `partition` is the partition of its content, `size` its bytes."""
 CONTENT = np.dtype([("key", "<u8", 2), ("row", "<u8"), ("size", "<u4")])
-"""One passage by its title and text."""
+"""A passage keyed by the digest of its title and text."""
 ROW = np.dtype([("row", "<u8")])
 MOVE = np.dtype([("row", "<u8"), ("kept", "<u8")])
-"""A dropped passage, and the one that was kept in its place."""
+"""The row of a dropped passage, and the row of the passage that is kept instead."""
 ROW_BITS = 40
-"""A row is the number of its piece times 2^40 and its place among the passages of the piece."""
+"""A row number is the number of the piece times 2^40, plus the index of the passage in the piece."""
 
 
 def pieces_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the number of the piece of each row."""
+    """Return the piece number of each row."""
     return (rows >> np.uint64(ROW_BITS)).astype(np.int64)
 
 
 def partition_of(keys: NDArray[np.uint64], num_partitions: int) -> NDArray[np.uint32]:
-    """Return where each digest goes: [N]."""
+    """Return the partition of each digest: uint32 [N] for keys uint64 [N, 2]."""
     return (keys[:, 1] % np.uint64(num_partitions)).astype(np.uint32)
 
 
 def write_partitions(
     location: Location, records: NDArray[np.void], partitions: NDArray[np.integer], num_partitions: int
 ) -> None:
-    """Write records so that each partition can be read alone; within one they keep their order."""
+    """Write records so that each partition can be read alone. Within a partition, records keep their order."""
     order = np.argsort(partitions, kind="stable")
     offsets = np.searchsorted(partitions[order], np.arange(num_partitions + 1)).astype("<u8")
     with location.open_output() as file:
@@ -48,7 +48,7 @@ def write_partitions(
 
 
 def write_copies(location: Location, records: NDArray[np.void], places: Sequence[NDArray[np.int64]]) -> None:
-    """Write for each partition the records at its places; a record may go to several."""
+    """Write, for each partition, the records at its indices in `places`. A record may go to several partitions."""
     with location.open_output() as file:
         file.write(np.cumsum([0, *map(len, places)]).astype("<u8").tobytes())
         for each in places:
@@ -65,7 +65,7 @@ def read_partition(
 def read_parts(
     files: Iterable[Location], number: int, num_partitions: int, dtype: np.dtype[np.void]
 ) -> list[NDArray[np.void]]:
-    """Return the records of one partition from each file."""
+    """Return the records of one partition, one array per file."""
 
     def read(location: Location) -> NDArray[np.void]:
         with location.open_input() as file:
@@ -79,14 +79,17 @@ def read_parts(
 
 
 def read_records(location: Location, num_partitions: int, dtype: np.dtype[np.void]) -> NDArray[np.void]:
-    """Return the records of all partitions of one file."""
+    """Return all records of a file, of all partitions."""
     return np.frombuffer(location.read_bytes(), dtype, offset=(num_partitions + 1) * _OFFSET_BYTES)
 
 
 def repeats(records: NDArray[np.void]) -> tuple[NDArray[np.void], NDArray[np.uint64]]:
-    """Return the records whose key an earlier row has, in the order of rows, and that earliest row of each.
+    """Find the records whose key already occurs in an earlier row.
 
-    The row with the smallest number stays, whatever the order in which tasks ended.
+    The smallest row number of each key is kept, so the result does not depend on the order in which tasks ended.
+
+    Returns:
+        The repeated records in the order of rows, and for each the row that is kept.
     """
     ordered = records[np.lexsort((records["row"], records["key"][:, 1], records["key"][:, 0]))]
     begins = np.ones(len(ordered), bool)

@@ -1,4 +1,4 @@
-"""List the formats of rows by their names."""
+"""List the table formats that can be read, by name."""
 
 from typing import Final
 

@@ -1,8 +1,9 @@
-"""Corpora on the Hugging Face hub (`hub:BeIR/scifact`): fetched once into its own cache, then read as files.
+"""Read corpora from the Hugging Face hub (`hub:BeIR/scifact`): downloaded once into the hub's cache, then read as files.
 
-Data sets have parts (`sources/labelled.py`); judgements may be in the data set of the same name with `-qrels` behind it, as
-BEIR's have them. A data set without a corpus is read as a folder of rows, as any other. One with several configurations is
-refused with their list; `hub:OWNER/NAME:CONFIG` reads one, and fetches no other. A busy hub is asked again.
+A data set may have parts: corpus, queries, qrels (`sources/labelled.py`). The qrels may be in another data set with
+`-qrels` appended to its name, as BEIR's are. A data set without a part `corpus` is read like a folder of tables. If it has
+several configurations, it is refused with a list of them; `hub:OWNER/NAME:CONFIG` downloads and reads only one. Requests
+to a busy hub are retried.
 """
 
 import re
@@ -32,11 +33,15 @@ _FETCHED = tuple(
 
 
 def open_hub(name: str, options: ReadOptions) -> Source:
-    """Return the source of a data set of the hub, or of one configuration of it.
+    """Download a data set of the hub, or one configuration of it, and return it as a source.
+
+    Args:
+        name: OWNER/NAME, or OWNER/NAME:CONFIG.
+        options: how to read it.
 
     Raises:
-        CorpusError: it cannot be fetched, has no rows, or has several configurations and none was chosen.
-        ReadaptError: the hub could not be reached, or went on failing.
+        CorpusError: it cannot be downloaded, has no rows, or has several configurations and none was chosen.
+        ReadaptError: the hub could not be reached, or still failed after retries.
     """
     hub_id, config = check_name(name)
     in_card = configurations.in_card(_card(hub_id))
@@ -53,10 +58,10 @@ def open_hub(name: str, options: ReadOptions) -> Source:
 
 
 def check_name(name: str) -> tuple[str, str]:
-    """Split `OWNER/NAME:CONFIG` into the hub id and the configuration, which is empty where none is named.
+    """Split `OWNER/NAME:CONFIG` into hub id and configuration. The configuration is empty if none is named.
 
     Raises:
-        CorpusError: it is something else.
+        CorpusError: the text does not have this form.
     """
     found = _HUB_ID.fullmatch(name)
     if not found:
@@ -67,7 +72,7 @@ def check_name(name: str) -> tuple[str, str]:
 
 
 def _check_choice(hub_id: str, config: str, there: Sequence[str], *, only: bool = False) -> None:
-    """Refuse several configurations of which none was chosen, and, of a card, one that is not listed."""
+    """Refuse a data set with several configurations if none was chosen. With `only`, refuse one that is not listed."""
     listed = f"{', '.join(there[:40])}{f' and {len(there) - 40} more' if len(there) > 40 else ''}"
     example = f"{PREFIX}{hub_id}:{there[0]}" if there else ""
     if not config and len(there) > 1:
@@ -99,14 +104,14 @@ def _rows_of(name: str, folder: Location, options: ReadOptions, patterns: Sequen
 
 
 def _card(hub_id: str) -> str:
-    """Return the README.md of a data set; empty where it has none."""
+    """Return the README.md of a data set; empty text if it has none."""
     folder = _fetch(hub_id, (_CARD,))
     card = folder / _CARD if folder else None
     return card.read_text() if card and card.is_file() else ""
 
 
 def _fetch(hub_id: str, patterns: Sequence[str], *, may_be_absent: bool = False) -> Location | None:
-    """Return the folder of a data set in the hub's cache."""
+    """Download files of a data set, and return its folder in the hub's cache; None if it may be, and is, absent."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Read JSON: an object per line, or objects in an array or one after the other."""
+"""Read JSON files: an object per line (JSON Lines), an array of objects, or objects one after the other."""
 
 import codecs
 import contextlib
@@ -26,13 +26,13 @@ _DECODER = json.JSONDecoder()
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """The format JSON Lines: one JSON object per line."""
 
     name = "jsonl"
     suffixes = (".jsonl", ".ndjson")
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Return whether a file can be cut at its lines: not if it is compressed."""
+        """Return "lines" if a file can be split at its lines; a compressed or UTF-16 file cannot."""
         del label, options
         return "lines" if is_divisible(file) else "nowhere"
 
@@ -43,7 +43,7 @@ class JsonLines:
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield a row for each line that is an object."""
+        """Yield a row per line, and a bad row for a line that is not a JSON object."""
         layout = self.layout(file, label, options)
         if layout is None:
             return
@@ -55,14 +55,14 @@ class JsonLines:
 def json_rows(
     file: Location, label: str, pick: Callable[[list[str]], Sequence[str]], options: ReadOptions, *, is_lines: bool
 ) -> Iterator[Values | BadRow]:
-    """Yield place and values of each object, in the fields that `pick` chooses by the first hundred.
+    """Yield place and values of each object, in the fields that `pick` chooses.
 
     Args:
-        file: the file.
-        label: what to call it in a place.
-        pick: chooses fields.
-        options: bounds.
-        is_lines: whether each line is an object; else a place counts objects.
+        file: the file to read.
+        label: name of the file in places and errors.
+        pick: chooses fields from the keys of the first hundred objects.
+        options: limits on the length of a value.
+        is_lines: whether the file is JSON Lines. If not, the place has the number of the object, not of the line.
     """
     first: Iterator[Any] = read_lines(file, label) if is_lines else _values(file, label, options)
     peeked = list(itertools.islice(first, _PEEKED_ROWS))
@@ -87,7 +87,7 @@ def _line_values(lines: Iterable[Line | BadRow], label: str, names: Sequence[str
 
 @functools.lru_cache(maxsize=REMEMBERED_FILES)
 def _lines_layout(file: Location, label: str, state: str, options: ReadOptions) -> Layout | None:
-    """Find the columns once per process and state of a file."""
+    """Find the columns of a JSON Lines file. The result is cached until the file changes."""
     del state
     lines = list(itertools.islice(read_lines(file, label), _PEEKED_ROWS))
     values = [value for line in lines if isinstance(value := parsed_object(line, label), dict)]
@@ -107,7 +107,7 @@ def _layout_of(values: list[dict[str, Any]], label: str, options: ReadOptions) -
 
 
 def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
-    """Return the JSON object of a line, or the reason why there is none."""
+    """Parse a line as a JSON object. Returns a bad row if it is not one."""
     if isinstance(line, BadRow):
         return line
     try:
@@ -119,13 +119,13 @@ def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
 
 
 class JsonValues:
-    """Objects in one array, or one after the other, on any number of lines; a place counts objects from 1."""
+    """The format JSON: objects in one array or one after the other, on any number of lines. Places count objects from 1."""
 
     name = "json"
     suffixes = (".json",)
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Return that a file cannot be cut: an object may have several lines."""
+        """Return "nowhere": a file cannot be split, because an object may have several lines."""
         del file, label, options
         return "nowhere"
 
@@ -136,7 +136,7 @@ class JsonValues:
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield a row for each object."""
+        """Yield a row per object, and a bad row for any other value."""
         layout = self.layout(file, label, options)
         number = 0
         if layout is not None:
@@ -177,10 +177,10 @@ def _are_objects(value: Any) -> bool:
 
 
 def _values(file: Location, label: str, options: ReadOptions, advance: Advance = lambda _: None) -> Iterator[Any]:
-    """Yield each JSON value of a file; of an array, its elements.
+    """Yield each JSON value of a file. If the file is one array, yield its elements.
 
     Raises:
-        CorpusError: it is cut short, is not JSON, or has a value longer than a row may be.
+        CorpusError: the file is cut short, is not JSON, or has a value longer than a row may be.
     """
     chunks = _chunks(file, label, shares(file, advance))
     first = next(chunks, "")
@@ -198,7 +198,7 @@ def _values(file: Location, label: str, options: ReadOptions, advance: Advance =
                 value, at = _DECODER.raw_decode(buffer, at)
             except (ValueError, RecursionError) as error:
                 if chunk and len(buffer) - at < options.max_line_bytes:
-                    break  # more of it follows
+                    break  # the value continues in the next chunk
                 raise _not_json(label, number, _told(error, place)) from None
             number += 1
             yield value
@@ -209,21 +209,21 @@ def _values(file: Location, label: str, options: ReadOptions, advance: Advance =
 
 
 class _Place(NamedTuple):
-    """Line and column of a character in a file, from 1."""
+    """Line and column of a character in a file, both from 1."""
 
     line: int
     column: int
 
 
 def _behind(place: _Place, text: str) -> _Place:
-    """Return the place behind a text that begins at `place`."""
+    """Return the place just after a text that begins at `place`."""
     num_lines = text.count("\n")
     column = len(text) - text.rfind("\n") if num_lines else place.column + len(text)
     return _Place(place.line + num_lines, column)
 
 
 def _told(error: Exception, place: _Place) -> str:
-    """Return what is wrong, with line and column in the file. `place` is where the text that was decoded begins."""
+    """Return a decoding error as text, with line and column in the file. `place` is where the decoded text begins."""
     if not isinstance(error, json.JSONDecodeError):
         return str(error)
     found = _behind(place, error.doc[: error.pos])
@@ -231,7 +231,7 @@ def _told(error: Exception, place: _Place) -> str:
 
 
 def _skip(text: str, start: int) -> int:
-    """Return where the next value begins, behind white space and commas."""
+    """Return the index of the next value, after white space and commas."""
     found = _BETWEEN.match(text, start)
     return found.end() if found else start
 
@@ -243,7 +243,7 @@ def _not_json(label: str, number: int, error: object) -> CorpusError:
 
 
 def _chunks(file: Location, label: str, read_share: Callable[[int], None]) -> Iterator[str]:
-    """Yield the text of a file in pieces; bytes that are not UTF-8 as half surrogate pairs."""
+    """Yield the text of a file in chunks of a megabyte. Bytes that are not UTF-8 become lone surrogates."""
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     try:
         with contextlib.closing(file.open_input()) as raw:

@@ -1,10 +1,11 @@
-"""Queries and relevance judgements from the files that people have them in.
+"""Read queries, relevance judgements (qrels) and lists of doc_ids from files or folders in common formats.
 
-    queries     tables of any format (`sources/label_tables.py`), such as BEIR's .jsonl; .tsv without names (id, text)
-    qrels       tables, such as BEIR's .tsv; .tsv without names; TREC (query, 0, document, relevance)
+    queries     tables of any format (`sources/label_tables.py`), such as BEIR's .jsonl; .tsv without header (id, text)
+    qrels       tables, such as BEIR's .tsv; .tsv without header; TREC (query, 0, document, relevance)
+    doc_ids     one per line, or those of qrels
 
-or a folder of such files, as an ingest artifact has. Text files may be compressed. Lists of doc_ids, too: one a line,
-or the doc_ids of qrels. Ids are cleaned like the ids of passages (`cleaning.clean_id`), so that they match.
+A folder of such files can be read too, such as that of an ingest artifact. Text files may be compressed. Ids are cleaned
+like the ids of passages (`cleaning.clean_id`), so that they match.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,24 +36,29 @@ _Record = TypeVar("_Record", Query, Qrel)
 
 
 def read_queries(uri: str, columns: Sequence[str] = ()) -> list[Query]:
-    """Return the queries of a file or a folder, in its order; `columns` are as `--columns` has them.
+    """Read the queries of a file or folder, in its order.
+
+    Args:
+        uri: a file or folder.
+        columns: columns to read, as items FIELD=COLUMN like `--columns`. Empty means well-known names.
 
     Raises:
-        CorpusError: nothing there, no queries in it, or a row that is not a query (by file and line).
+        CorpusError: the path does not exist or has no queries, or a row is not a query (named by file and line).
     """
     location = _queries_in(Location(uri))
     return _all_good(iter_queries(location, ColumnChoice.parse(columns, ())), uri, "query")
 
 
 def read_qrels(uri: str, columns: Sequence[str] = ()) -> list[Qrel]:
-    """Return the judgements of a file or a folder, in its order; the same judgement twice counts once.
+    """Read the judgements of a file or folder, in its order. A judgement that is repeated counts once.
 
     Args:
         uri: a file or folder.
-        columns: which columns to read, as `--columns` has them.
+        columns: columns to read, as items FIELD=COLUMN like `--columns`. Empty means well-known names.
 
     Raises:
-        CorpusError: nothing there, no judgements in it, or a row that is not one (by file and line).
+        CorpusError: the path does not exist or has no judgements or several splits, or a row is not a judgement (named by
+            file and line).
     """
     location = Location(uri)
     if (location / "qrels").is_folder():
@@ -68,11 +74,10 @@ def read_qrels(uri: str, columns: Sequence[str] = ()) -> list[Qrel]:
 
 
 def read_doc_ids(uri: str) -> frozenset[str]:
-    """Return the doc_ids of a file: one a line, the column doc_id of a table, or those that qrels judge, whatever the
-    relevance.
+    """Read the doc_ids of a file: one per line, the column doc_id of a table, or all doc_ids in qrels.
 
     Raises:
-        CorpusError: there is no such file, it has no doc_id, or a row without one (by file and line).
+        CorpusError: the file does not exist or has no doc_id, or a row has none (named by file and line).
     """
     file = Location(uri)
     if not file.is_file():
@@ -109,9 +114,7 @@ def _first_fields(file: Location, label: str) -> list[str]:
 
 
 def _are_qrels(name: str, fields: Sequence[str]) -> bool:
-    """Return whether a text file is one of qrels, not of one id a line: by its name, or by the fields of its first
-    line.
-    """
+    """Return whether a text file has qrels, and not one id per line, judged by its name and the fields of its first line."""
     if len(fields) < 2:
         return False
     is_header = any(field.lower() in QRELS.fields["query_id"] for field in fields)
@@ -120,16 +123,16 @@ def _are_qrels(name: str, fields: Sequence[str]) -> bool:
 
 
 def keep_judged(queries: Iterable[Query], qrels: Iterable[Qrel]) -> list[Query]:
-    """Return the queries with at least one judgement of any relevance, in their order."""
+    """Return the queries that have at least one judgement (of any relevance), in the same order."""
     judged = {qrel.query_id for qrel in qrels}
     return [query for query in queries if query.query_id in judged]
 
 
 def iter_queries(location: Location, choice: ColumnChoice | None = None) -> Iterator[Query | BadRow]:
-    """Yield the queries of a file or folder with their text cleaned; what is none of them as a bad row.
+    """Yield the queries of a file or folder with cleaned texts, and a bad row for each row that is not a query.
 
     Raises:
-        CorpusError: nothing there, an unknown kind of file, a missing column, a file cut short.
+        CorpusError: the path does not exist, the kind of file is unknown, a column is missing, or a file is cut short.
     """
     seen: set[str] = set()
     for row in label_rows(location, QUERIES, choice or ColumnChoice()):
@@ -159,10 +162,10 @@ def _query(place: str, query_id: object, text: object) -> Query | BadRow:
 
 
 def iter_qrels(location: Location, choice: ColumnChoice | None = None) -> Iterator[Qrel | BadRow]:
-    """Yield the judgements of a file or folder; what is none of them as a bad row.
+    """Yield the judgements of a file or folder, and a bad row for each row that is not a judgement.
 
     Raises:
-        CorpusError: as `iter_queries`.
+        CorpusError: for the same reasons as `iter_queries`.
     """
     seen: dict[tuple[str | None, str | None], int] = {}
     for row in label_rows(location, QRELS, choice or ColumnChoice()):
@@ -211,7 +214,7 @@ def _all_good(records: Iterable[_Record | BadRow], uri: str, what: str) -> list[
 
 
 def _queries_in(location: Location) -> Location:
-    """Return the queries of a folder that has them beside others, else the folder itself."""
+    """Return the file or subfolder `queries` of a folder; without one, the location itself."""
     if not location.is_folder():
         return location
     names = sorted(name for name, _ in location.listing() if plain_name(name).rpartition(".")[0] == "queries")

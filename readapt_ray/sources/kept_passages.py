@@ -1,6 +1,6 @@
-"""Find, in the files of a parallel ingest, which passage replaces a doc_id after duplicates were dropped.
+"""Find which passage was kept for a doc_id, after a parallel ingest dropped duplicates.
 
-Everything is read in one pass over the files of the exchange; in memory are one partition of ids, and what was asked for.
+All answers come from one pass over the files of the exchange. In memory are one partition of ids, and the ids asked for.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,24 +18,24 @@ _PLACE = (1 << exchange.ROW_BITS) - 1
 
 @dataclass(frozen=True)
 class KeptPassages:
-    """The passages that all pieces wrote, before any was dropped."""
+    """Looks up kept passages, while the parts still hold all passages of all pieces."""
 
     job: PieceJob
     parts: Sequence[Mapping[str, int]]
-    """The parts of each piece, with their numbers of rows."""
+    """Per piece, the number of rows of each of its parts, by name."""
     num_chunks: Sequence[int]
-    """How many files of digests each piece has."""
+    """Number of digest files per piece."""
     lists: Lists
 
     def kept_ids(self, doc_ids: Sequence[str]) -> dict[str, str]:
-        """Return for each doc_id itself, or for a duplicate the doc_id of the kept passage; ids of no passage are left out."""
+        """Map each doc_id to the doc_id of its kept passage (itself, unless it was a duplicate). Unknown ids are left out."""
         rows = self._rows(doc_ids)
         kept = self.kept_rows(rows.values(), ("drop-contents", "drop-near"))
         names = self.doc_ids(kept.values())
         return {doc_id: names[kept[row]] if row in kept else doc_id for doc_id, row in rows.items()}
 
     def kept_rows(self, rows: Iterable[int], rounds: Sequence[str]) -> dict[int, int]:
-        """Return which row was kept in the place of each row that was dropped in one of these rounds."""
+        """Return, for each row that one of these lists ("drop-contents", "drop-near") drops, the row that was kept."""
         now = {row: row for row in rows}
         for what in rounds:
             wanted = np.fromiter(now.values(), np.uint64, len(now))
@@ -48,7 +48,7 @@ class KeptPassages:
         return {row: kept for row, kept in now.items() if kept != row}
 
     def doc_ids(self, rows: Iterable[int]) -> dict[int, str]:
-        """Read the doc_ids of some rows, as long as the parts still hold all passages."""
+        """Read the doc_ids of some rows. The parts must still hold all passages."""
         found = {}
         by_part: dict[str, list[tuple[int, int]]] = {}
         for row in set(rows):
@@ -65,7 +65,7 @@ class KeptPassages:
         return found
 
     def _rows(self, doc_ids: Sequence[str]) -> dict[str, int]:
-        """Return the row of each doc_id that there is: the first that has it."""
+        """Return the first row of each doc_id. Unknown doc_ids are left out."""
         num = self.job.num_partitions
         digests = {digest(doc_id): doc_id for doc_id in doc_ids}
         keys = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)

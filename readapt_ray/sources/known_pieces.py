@@ -1,8 +1,9 @@
-"""Pieces of a source that did not change since an earlier ingest: their files of passages are shared, not read from the source.
+"""Reuse the passages of pieces of a source that did not change since an earlier ingest.
 
-Beside its passages an ingest by tasks notes each piece that gave all its rows, by the content of the piece's files:
-`passages.pieces.json`, some 300 bytes per piece. The next ingest takes from there what it would find in the same piece, and
-the digests of ids and contents from the earlier files, ten times as fast as the source is read.
+A parallel ingest writes `passages.pieces.json` beside its passages. It has a record of some 300 bytes per piece of which
+every row became a passage, under a fingerprint of the content of the piece's files. The next ingest uses this record for
+an unchanged piece, shares its files of passages, and computes digests of ids and contents from these files. That is ten
+times as fast as reading the source.
 """
 
 import json
@@ -27,23 +28,23 @@ _COLUMNS = ("doc_id", "title", "text", "content_hash")
 
 
 class Noted(NamedTuple):
-    """What an earlier ingest noted of its pieces."""
+    """The content of `passages.pieces.json` of an earlier ingest."""
 
     artifact: Location
     made_by: str
     deduplicate: str
-    """Which duplicates were dropped; empty in the note of an older release."""
+    """Which kind of duplicates was dropped. Empty if an older release wrote the file."""
     pieces: Mapping[str, Mapping[str, Any]]
-    """What each whole piece holds, by its key."""
+    """The record of each piece that lost no row, by its key (see `key_of`)."""
     starts: frozenset[tuple[str, int]]
-    """File and place where each piece began."""
+    """File and offset (bytes or row group) where each piece began."""
 
     def known(self, made_by: str, keys: Iterable[str]) -> dict[int, "KnownPiece"]:
-        """Return what is noted of pieces as they are now, by their numbers.
+        """Return the known pieces among the present ones, by piece number.
 
         Args:
-            made_by: fingerprint of what decides how a piece is read.
-            keys: of the pieces.
+            made_by: fingerprint of everything that decides how a piece is read.
+            keys: the key of each present piece, in order.
         """
         pieces = self.pieces if self.made_by == made_by else {}
         found = ((number, pieces.get(key)) for number, key in enumerate(keys))
@@ -51,30 +52,30 @@ class Noted(NamedTuple):
 
 
 class KnownPiece(NamedTuple):
-    """What an earlier ingest found in a piece."""
+    """The result of an earlier ingest for an unchanged piece."""
 
     folder: Location
-    """Of its files."""
+    """Folder of its passages."""
     record: Mapping[str, Any]
-    """What `read_piece` returned."""
+    """The record that `read_piece` returned."""
 
 
 class KnownKeys(NamedTuple):
-    """The doc_ids and contents of some passages."""
+    """The doc_ids and content hashes of some passages, to find passages that repeat them."""
 
     doc_ids: pa.ChunkedArray
     contents: NDArray[np.uint64]
-    """The first half of each content hash: a passage that shares it may have the same content."""
+    """The first half of each content hash. A passage with the same half may have the same content."""
 
     @classmethod
     def of(cls, files: Iterable[Location], *, with_contents: bool) -> "KnownKeys":
-        """Read those of some files of passages; the contents only if they are asked for."""
+        """Read doc_ids, and with `with_contents` content hashes, from files of passages."""
         tables = [pa.table({"doc_id": pa.array([], pa.string()), "content_hash": pa.array([], pa.binary(16))})]
         table = pa.concat_tables([*tables, *map(_keys_of, files)])
         return cls(table["doc_id"], _first_halves(table) if with_contents else np.zeros(0, np.uint64))
 
     def repeated(self, file: Location) -> Iterator[tuple[int, str, bytes, int]]:
-        """Yield row, doc_id, content hash and bytes of title and text of the passages of a file that share a doc_id or a content."""
+        """Yield (row, doc_id, content hash, bytes of title and text) of a file's passages that share an id or a content."""
         if not len(self.doc_ids):
             return
         table = _keys_of(file)
@@ -103,11 +104,11 @@ def _first_halves(table: pa.Table) -> NDArray[np.uint64]:
 
 
 def key_of(piece: Piece, contents: Mapping[str, Sequence[str]]) -> str:
-    """Return a fingerprint of what a piece holds.
+    """Return a fingerprint of the content of a piece.
 
     Args:
-        piece: of the source.
-        contents: what identifies the content of each file, by its label.
+        piece: a piece of the source.
+        contents: digests of the content of each file, by its label (see `listing.contents_of`).
     """
     return fingerprint([(each.label, contents[each.label], each.start, each.end) for each in piece.ranges])
 
@@ -119,14 +120,14 @@ def write_pieces(
     found: Iterable[tuple[Piece, str, Mapping[str, Any]]],
     parts: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Note the pieces that another ingest may take as they are: each of their rows became a passage and stayed.
+    """Write `passages.pieces.json`, with the pieces that a later ingest may reuse: every row became a passage and was kept.
 
     Args:
         artifact: the output of ingest.
-        made_by: fingerprint of what decides how a piece is read.
-        deduplicate: which duplicates were dropped.
-        found: each piece, its key, and what it holds.
-        parts: metadata of the files of passages by their names; one from which rows were taken has no digest.
+        made_by: fingerprint of everything that decides how a piece is read.
+        deduplicate: which kind of duplicates was dropped.
+        found: each piece, its key, and its record.
+        parts: metadata of the files of passages, by name. A file from which rows were removed has no digest.
     """
     pieces, starts = {}, []
     for piece, key, record in found:
@@ -139,18 +140,20 @@ def write_pieces(
 
 
 def read_pieces(artifact: Location) -> Noted:
-    """Return what an earlier ingest noted of its pieces; nothing if one process read the source, an older release
-    did, or the note is damaged."""
+    """Read `passages.pieces.json` of an earlier ingest.
+
+    No pieces are known if it does not exist (one process or an older release read the source) or is damaged.
+    """
     try:
         noted = json.loads((artifact / NAME).read_bytes())
         starts = frozenset((label, start) for label, start in noted["starts"])
         return Noted(artifact, noted["made_by"], noted.get("deduplicate", ""), noted["pieces"], starts)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # all is read from the source then
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # then everything is read from the source
         return Noted(artifact, "", "", {}, frozenset())
 
 
 def rows_of(file: Location) -> Iterator[tuple[str, bytes, int]]:
-    """Yield doc_id, content hash and bytes of title and text of each passage of a file."""
+    """Yield (doc_id, content hash, bytes of title and text) of each passage of a file."""
     with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group, columns=list(_COLUMNS))

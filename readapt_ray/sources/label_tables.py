@@ -1,6 +1,6 @@
-"""Read the columns of queries, of judgements and of lists of doc_ids, from tables of any format.
+"""Read the columns of queries, judgements and lists of doc_ids from tables of any format.
 
-Columns have well-known names, or those that `--columns` gives. Judgements come in TREC's files, too, without names.
+Columns have well-known names, or names given by `--columns`. Judgements can also be in TREC files without header.
 """
 
 import logging
@@ -27,23 +27,24 @@ QUERY_TEXT_NAMES: Final = ("text", "query", "question", "contents", "body")
 TREC_SUFFIXES: Final = (".txt", ".qrels", ".qrel", ".trec")
 TABLE_SUFFIXES: Final = tuple(suffix for each in FORMATS.values() for suffix in each.suffixes)
 SAVED_NAMES: Final = ("state.json", "dataset_info.json", "dataset_dict.json")
-"""What `datasets.save_to_disk` writes beside the data."""
+"""Files that `datasets.save_to_disk` writes beside the data."""
 
 
 class Kind(NamedTuple):
-    """What a table holds: its fields, each with the names that are known for its column."""
+    """A kind of table (queries, judgements, doc_ids): its fields, each with well-known names of its column."""
 
     what: str
     fields: dict[str, tuple[str, ...]]
     unnamed: tuple[tuple[str, ...], ...] = ()
-    """The columns of TSV without names, by their number."""
+    """Column names for TSV without header: one tuple per possible number of columns."""
     told: str = ""
+    """The same as text, for errors."""
     can_choose: bool = True
-    """Whether the command has `--columns`."""
+    """Whether the user can choose columns with `--columns`."""
 
     @property
     def is_judgements(self) -> bool:
-        """Whether TREC's files hold it, too."""
+        """Whether the table has judgements, which can also be in TREC files."""
         return "relevance" in self.fields
 
 
@@ -69,10 +70,10 @@ JUDGED_DOC_IDS: Final = QRELS._replace(can_choose=False)
 
 
 def label_rows(location: Location, kind: Kind, choice: ColumnChoice) -> Iterator[Values | BadRow]:
-    """Yield place and values of each row of a file or of a folder of files.
+    """Yield place (file and line) and values of each row of a file, or of all files of a folder.
 
     Raises:
-        CorpusError: nothing is there, no file is a table, a column is missing, or a file is cut short.
+        CorpusError: the path does not exist, no file is a table, a column is missing, or a file is cut short.
     """
     if location.is_file():
         yield from file_rows(location, location.name, kind, choice)
@@ -90,7 +91,7 @@ def label_rows(location: Location, kind: Kind, choice: ColumnChoice) -> Iterator
 
 
 def label_files(folder: Location, suffixes: tuple[str, ...] = TABLE_SUFFIXES) -> list[DataFile]:
-    """List the files of a folder; for a `DatasetDict`, of all splits."""
+    """List the tables in a folder, without its subfolders; for a saved `DatasetDict`, the tables of all splits."""
     is_dict = (folder / "dataset_dict.json").is_file()
     found = [file for file in data_files(folder, suffixes) if is_dict or "/" not in file.label]
     return saved_files(folder, [file for file in found if file.location.name not in SAVED_NAMES])
@@ -99,8 +100,14 @@ def label_files(folder: Location, suffixes: tuple[str, ...] = TABLE_SUFFIXES) ->
 def file_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> Iterator[Values | BadRow]:
     """Yield place and values of each row of one file.
 
+    Args:
+        file: the file.
+        label: name of the file in places and errors.
+        kind: which fields to read.
+        choice: columns that the user gave.
+
     Raises:
-        CorpusError: as `label_rows`.
+        CorpusError: for the same reasons as `label_rows`.
     """
 
     def pick(found: Sequence[str]) -> list[str]:
@@ -135,7 +142,7 @@ def _wanted(kind: Kind, choice: ColumnChoice) -> Wanted:
 
 
 def _picked(found: Sequence[str], label: str, kind: Kind, choice: ColumnChoice) -> list[str]:
-    """Return the column of each field: the one that was given if it is there, else one with a known name."""
+    """Return the column of each field: the given one if the file has it, else one with a well-known name."""
     given = choice.of(kind.fields)
     picked: list[str] = []
     for field, known in kind.fields.items():
@@ -159,7 +166,7 @@ def _has_tabs(file: Location, label: str) -> bool:
 
 
 def trec_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> Iterator[Values | BadRow]:
-    """Yield judgements whose fields are set apart by white space; the first line may name the columns."""
+    """Yield place and values of judgements with fields separated by white space. The first line may be a header."""
     order: list[int] = []
     width = 0
     for line in read_lines(file, label):

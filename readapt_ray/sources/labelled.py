@@ -1,10 +1,10 @@
-"""Read passages, queries and judgements from parts of one folder, as data sets of the hub have them.
+"""Read passages, queries and judgements from the parts of one folder, such as a BEIR folder or a data set of the hub.
 
     corpus      corpus.jsonl, or a table of another format; or a folder `corpus` of tables
-    queries     the same under `queries`
-    judgements  files or folders named by split under `qrels` or `data`; or `qrels.tsv`, `qrels-dev.csv` and so on
+    queries     the same with the name `queries`
+    judgements  files or folders named by split, under `qrels` or `data`; or `qrels.tsv`, `qrels-dev.csv` and so on
 
-The parts of a configuration have its name before theirs: `de-corpus`, `de-queries`, `de-qrels`.
+The parts of a configuration have its name in front: `de-corpus`, `de-queries`, `de-qrels`.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from readapt_ray.storage import Location
 
 ROLES = ("corpus", "queries", "qrels")
 PART = re.compile(rf"(?:(.+)[-_.])?({'|'.join(ROLES)})")
-"""A part's name: its configuration, and what it holds."""
+"""Pattern of a part's name: an optional configuration, and the role."""
 _SPLITS: Final = {"train": "train", "dev": "dev", "test": "test", "validation": "dev", "valid": "dev"}
 _SPLIT = re.compile(rf"(?:^|[-_.])({'|'.join(_SPLITS)})(?:$|[-_.])")
 _QRELS = re.compile(r"(^|[-_.])qrels?($|[-_.])")
@@ -35,10 +35,10 @@ _FORMAT_ORDER: Final = ("jsonl", "parquet", "arrow", "csv", "tsv", "json")
 
 
 class PartsSource(LabelledTableSource):
-    """A folder of parts."""
+    """A folder with the parts corpus, queries and qrels as a source."""
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Yield the judgements of a split; it may have several files."""
+        """Return the judgements by split. A split may have several files."""
         parts: dict[str, list[Location]] = {}
         for name, file in sorted(self._qrels.items()):
             parts.setdefault(_split(name), []).append(file)
@@ -52,14 +52,14 @@ class PartsSource(LabelledTableSource):
 def parts_source(
     folder: Location, options: ReadOptions, *, name: str, config: str = "", qrels_beside: Location | None = None
 ) -> PartsSource | None:
-    """Return the source of a folder that has a corpus; None if it has none.
+    """Return a folder of parts as a source; None if it has no part `corpus`.
 
     Args:
         folder: the data set.
-        options: of reading.
-        name: of the format.
-        config: configuration whose parts are read.
-        qrels_beside: another folder of judgements, where this one has none.
+        options: how to read it.
+        name: name of the format, such as "beir".
+        config: configuration to read; empty means the parts without one.
+        qrels_beside: another folder, whose judgements are used if this one has none.
     """
     corpus = _part(folder, "corpus", config)
     if corpus is None:
@@ -76,7 +76,7 @@ def has_corpus(folder: Location) -> bool:
 
 
 def _part(folder: Location, role: str, config: str) -> Location | None:
-    """Return the file or the folder of the corpus or of the queries."""
+    """Return the file or folder of a role (corpus, queries, qrels); None if there is none."""
     if not config:
         part = folder / role
         return _table(folder, role) or (part if part.is_folder() and _formats(part) else None)
@@ -89,7 +89,7 @@ def _part(folder: Location, role: str, config: str) -> Location | None:
 
 
 def _table(folder: Location, role: str) -> Location | None:
-    """Return the table of a folder that is called as its role."""
+    """Return the table in a folder that is named after its role, such as `corpus.jsonl`; None if there is none."""
     if not folder.is_folder():
         return None
     names = [name for name, _ in folder.listing()]
@@ -98,7 +98,7 @@ def _table(folder: Location, role: str) -> Location | None:
 
 
 def _formats(location: Location) -> list[str]:
-    """Return the formats of a file or folder; JSON in a folder may describe other tables, and comes last."""
+    """Return the formats of a file, or of the files in a folder. JSON comes last, as it may describe other tables."""
     if location.is_file():
         names = [plain_name(location.name)]
     else:
@@ -108,12 +108,16 @@ def _formats(location: Location) -> list[str]:
 
 
 def qrel_files(folder: Location, config: str = "", *, is_beir: bool = False) -> dict[str, Location]:
-    """Return the files of judgements by relative name: under `qrels` or `data`, or by their names at the top.
+    """Find the files of judgements: under `qrels` or `data`, or directly in the folder, known by their names.
 
     Args:
         folder: the data set.
-        config: configuration whose judgements are wanted.
-        is_beir: whether judgements at the top are called so, and `data` is something else.
+        config: configuration whose judgements to find; empty means the judgements without one.
+        is_beir: whether this is a BEIR folder. Then `data` is ignored, and files directly in the folder must have "qrels"
+            in their name.
+
+    Returns:
+        The files by relative name.
     """
     if config:
         part = _part(folder, "qrels", config) or folder / config / "qrels"
@@ -137,12 +141,15 @@ def _judgements(folder: Location) -> dict[str, Location]:
 
 
 def _stem(name: str) -> str:
-    """Return a file's name without the number of its shard and its suffixes."""
+    """Return a file's name without suffixes and without the number of its shard."""
     return _SHARD.sub("", plain_name(name.rsplit("/", 1)[-1]).rpartition(".")[0])
 
 
 def _split(name: str) -> str:
-    """Return `test` for `test.tsv`, `test-00000-of-00001.parquet`, `qrels.csv` and `test/data-00000-of-00001.arrow`."""
+    """Return the split of a file of judgements.
+
+    It is `test` for `test.tsv`, `test-00000-of-00001.parquet`, `qrels.csv` and `test/data-00000-of-00001.arrow`.
+    """
     folder, _, _ = name.rpartition("/")
     stem = _QRELS.sub("", _stem(name)) or "test"
     if folder and _stem(name) in ("data", "part"):

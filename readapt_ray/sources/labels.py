@@ -1,4 +1,5 @@
-"""Queries and judgements of a source, written beside its passages: none may point at a passage that is gone."""
+"""Write the queries and judgements of a source beside its passages, and point judgements of dropped duplicates to the
+passages that were kept."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +16,13 @@ from readapt_ray.sources.source import Source
 from readapt_ray.storage import Location
 
 KeptIds = Callable[[Sequence[str]], Mapping[str, str]]
-"""Maps doc_ids to kept passages: to themselves, or for a duplicate to the one that was kept. Ids
-of no passage are left out."""
+"""A function that maps doc_ids to the doc_ids of kept passages: a duplicate's to the passage kept instead, any other to
+itself. Unknown ids are left out."""
 
 
 @dataclass
 class WrittenLabels:
-    """What the manifest says of queries and judgements, and what the log does."""
+    """Counts and details of the written queries and judgements for the manifest, and warnings for the log."""
 
     counts: dict[str, int] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
@@ -31,14 +32,14 @@ class WrittenLabels:
 def write_labels(
     source: Source, output: Location, bad_rows: BadRows, kept_ids: KeptIds, *, any_dropped: bool
 ) -> WrittenLabels:
-    """Write the queries and judgements of a source. Both are in memory.
+    """Write the queries and judgements of a source to an artifact. Both are held in memory.
 
     Args:
-        source: of the passages.
+        source: the source of the passages.
         output: the artifact's folder.
-        bad_rows: gets the rows that are none.
-        kept_ids: maps an id to the id of the kept passage.
-        any_dropped: whether duplicates were dropped.
+        bad_rows: counts the rows that are not queries or judgements.
+        kept_ids: maps doc_ids to the doc_ids of kept passages.
+        any_dropped: whether any duplicates were dropped.
     """
     queries = bad_rows.good(source.queries())
     splits = {split: bad_rows.good(qrels) for split, qrels in source.qrels().items()}
@@ -65,7 +66,7 @@ def write_labels(
 
 
 def _count_unknown(written: WrittenLabels, queries: list[Query], qrels: list[Qrel], doc_ids: set[str]) -> None:
-    """Count the judgements of a passage or a query that is not there."""
+    """Count the judgements whose passage or query does not exist."""
     query_ids = {query.query_id for query in queries}
     lost = {
         "passages": [qrel.doc_id for qrel in qrels if qrel.doc_id not in doc_ids],
@@ -88,14 +89,14 @@ def _write(target: Location, records: list[Query] | list[Qrel], schema: pa.Schem
 
 
 def repointed(qrels: Iterable[Qrel], kept_id: Callable[[str], str]) -> tuple[list[Qrel], int]:
-    """Return judgements of dropped duplicates, moved to the passage that was kept.
+    """Move the judgements of dropped duplicates to the passages that were kept.
 
     Args:
         qrels: the judgements of one split.
-        kept_id: maps an id to the id of the kept passage; to itself where nothing was dropped.
+        kept_id: maps a doc_id to the doc_id of the kept passage (itself if it was not dropped).
 
     Returns:
-        The judgements, the highest relevance where two now meet, and how many were moved.
+        All judgements, and how many were moved. If a query has two judgements of one passage now, the higher one counts.
     """
     best: dict[tuple[str, str], int] = {}
     num_moved = 0
@@ -110,10 +111,10 @@ def repointed(qrels: Iterable[Qrel], kept_id: Callable[[str], str]) -> tuple[lis
 def with_passage(
     queries: Iterable[Query], qrels: Iterable[Qrel], is_kept: Callable[[str], bool]
 ) -> tuple[list[Query], list[Qrel], dict[str, int]]:
-    """Return queries that were made from passages: those whose passage was kept and whose text no other has.
+    """Keep the queries (made from passages) whose passage was kept and whose text no other query has.
 
     Returns:
-        The queries, their judgements, and how many queries were left out for which reason.
+        The kept queries, their judgements, and how many queries were left out, by reason.
     """
     answered = [qrel for qrel in qrels if is_kept(qrel.doc_id)]
     with_answer = {qrel.query_id for qrel in answered}

@@ -1,6 +1,6 @@
-"""Lines of a text file on any filesystem, plain or compressed (gz, bz2, zst, lz4 by its suffix).
+"""Read the lines of a text file on any filesystem, plain or compressed (suffix gz, bz2, zst or lz4).
 
-One line is in memory at a time, and of a line over the bound only the bound.
+One line is in memory at a time. Of a line longer than the limit, only the part up to the limit is.
 """
 
 import codecs
@@ -24,7 +24,7 @@ _LINES_PER_ADVANCE = 256
 
 
 class Line(NamedTuple):
-    """A line without its end. `number` counts from 1; `start` is its first byte in the file, decompressed."""
+    """A line without its line break. `number` counts from 1; `start` is its offset in the decompressed file in bytes."""
 
     number: int
     text: str
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 def plain_name(name: str) -> str:
-    """Return a file's name in lower case without the suffix of its compression."""
+    """Return a file's name in lower case, without a suffix of compression such as `.gz`."""
     lowered = name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         lowered = lowered.removesuffix(suffix)
@@ -40,7 +40,7 @@ def plain_name(name: str) -> str:
 
 
 def is_compressed(name: str) -> bool:
-    """Return whether a file's name ends as compressed ones do."""
+    """Return whether a file's name has a suffix of compression such as `.gz`."""
     return name.lower().endswith(tuple(COMPRESSED_SUFFIXES))
 
 
@@ -52,17 +52,18 @@ def read_lines(
     advance: Callable[[int], None] | None = None,
     span: Span | None = None,
 ) -> Iterator[Line | BadRow]:
-    """Yield the lines of a file that are not blank; those too long or not UTF-8 as bad rows.
+    """Yield the lines of a file that are not blank, and a bad row for each line that is too long or not UTF-8.
 
     Args:
         location: the file.
-        label: what to call it in a place.
-        max_line_bytes: bound on one line, as `ReadOptions` has it where not given.
-        advance: called now and then with the bytes of the file (compressed) that were read.
-        span: bytes of a file that is not compressed; the lines that begin there are read and numbered from 1.
+        label: name of the file in places and errors.
+        max_line_bytes: maximum length of a line. None means the default of `ReadOptions`.
+        advance: called every 256 lines with the number of (compressed) bytes that were read.
+        span: a range of bytes of a file that is not compressed. The lines that begin in it are read, and numbered from 1.
+            None means the whole file.
 
     Raises:
-        CorpusError: the file cannot be read to its end.
+        CorpusError: the file is damaged or cut short.
     """
     limit = max_line_bytes or ReadOptions().max_line_bytes
     start, end = (span.start, span.end) if span is not None else (0, sys.maxsize)
@@ -92,10 +93,10 @@ def read_lines(
 
 
 def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
-    """Return a file's content, decompressed and in UTF-8, cut after `max_bytes`.
+    """Read a file, decompressed and converted to UTF-8, up to `max_bytes`.
 
     Raises:
-        CorpusError: the file cannot be read.
+        CorpusError: the file is damaged or missing.
     """
     try:
         with contextlib.closing(location.open_input()) as raw:
@@ -106,10 +107,10 @@ def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
 
 
 def refuse_damaged(label: str, where: str, error: Exception) -> None:
-    """Say that the user must repair a file that cannot be read; nothing if the disk or the network failed.
+    """Raise an error for the user if a read error means that a file is damaged. Do nothing if disk or network failed.
 
     Raises:
-        CorpusError: the file is gone or damaged.
+        CorpusError: the file is missing or damaged.
     """
     if isinstance(error, FileNotFoundError) or is_damage(error):
         raise CorpusError(
@@ -118,14 +119,14 @@ def refuse_damaged(label: str, where: str, error: Exception) -> None:
 
 
 def open_text(location: Location, raw: IO[bytes]) -> IO[bytes]:
-    """Return a file's content, decompressed, in UTF-8: UTF-16 is brought to it."""
+    """Return a stream of a file's content, decompressed, with UTF-16 converted to UTF-8."""
     stream = io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES)
     encoding = utf16(stream.peek(2)[:2])
     return io.BufferedReader(_Utf8(stream, encoding), _BUFFER_BYTES) if encoding else stream
 
 
 def utf16(first: bytes) -> str | None:
-    """Return which UTF-16 a text is in by its first two bytes: a byte order mark, or an ASCII character; None for none."""
+    """Detect UTF-16 by the first two bytes of a text: a byte order mark or an ASCII character. None if not UTF-16."""
     if first in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     if len(first) == 2 and (first[0] == 0) != (first[1] == 0):
@@ -134,7 +135,7 @@ def utf16(first: bytes) -> str | None:
 
 
 def is_divisible(location: Location) -> bool:
-    """Return whether ranges of a file's bytes are lines: it is neither compressed nor in UTF-16."""
+    """Return whether a file can be read in byte ranges: it is neither compressed nor UTF-16."""
     if is_compressed(location.name):
         return False
     with contextlib.closing(location.open_input()) as raw:
@@ -142,7 +143,7 @@ def is_divisible(location: Location) -> bool:
 
 
 class _Utf8(io.RawIOBase):
-    """A text in another encoding as UTF-8; what is not of that encoding becomes bytes that are not UTF-8."""
+    """A stream that converts a text to UTF-8. Invalid input becomes bytes that are not UTF-8, so that it is noticed."""
 
     def __init__(self, stream: Any, encoding: str) -> None:
         self._stream, self._rest = stream, b""
@@ -167,7 +168,7 @@ def _decompressed(raw: IO[bytes], name: str) -> io.RawIOBase:
 
 
 def _skip_line(stream: IO[bytes], limit: int, most: int) -> int:
-    """Read on to the end of the line, or past `most` bytes; return how many were read."""
+    """Skip to the end of the line, or past `most` bytes. Return how many bytes were read."""
     num_read = 0
     while num_read <= most and (rest := stream.readline(limit)):
         num_read += len(rest)

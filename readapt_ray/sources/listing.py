@@ -1,4 +1,4 @@
-"""List the files of a source, and count the other files there, which are not read."""
+"""List the files of a source, and count the files in its folder that are not read."""
 
 import collections
 import logging
@@ -15,36 +15,36 @@ from readapt_ray.storage import Location, state_of
 logger = logging.getLogger("readapt_ray")
 
 HIDDEN = (".", "_")
-"""How a name begins that is not of data beside tables: `.git`, and `_SUCCESS`, `_temporary` of Spark."""
+"""First characters of hidden names, which are not data: `.git`, and `_SUCCESS` and `_temporary` of Spark."""
 _NAMED_KINDS = 8
 
 
 class DataFile(NamedTuple):
-    """A file of a source: what to call it, where it is, and what the listing of its folder said of it."""
+    """A file of a source: its label (relative name), its location, and its entry in the listing of its folder."""
 
     label: str
     location: Location
     info: pafs.FileInfo | None = None
 
     def size_bytes(self) -> int:
-        """Return the length, from the listing where it has it."""
+        """Return the length in bytes, from the listing if it is known there."""
         known = None if self.info is None else self.info.size
         return self.location.size_bytes() if known is None else int(known)
 
     def content(self) -> list[str]:
-        """Return the `content_fingerprint`; on an object store that is size and time, from the listing."""
+        """Return digests of the content: SHA-256 on a local disk; size and time (from the listing) on an object store."""
         info = self.info
         if info is None or info.size is None or info.mtime_ns is None or self.location.is_local:
             return list(self.location.content_fingerprint().values())
         return [self.state()]
 
     def state(self) -> str:
-        """Return size and time as they were when the file was listed."""
+        """Return the file's size and modification time at the time of the listing, as text."""
         return state_of(self.info or self.location.info())
 
 
 class Listing(NamedTuple):
-    """The files that are read, and of the others the number and the first by suffix."""
+    """The files to read, and for the others the number of files and the first one, by suffix."""
 
     files: list[DataFile]
     not_read: dict[str, tuple[int, str]]
@@ -67,12 +67,14 @@ class Listing(NamedTuple):
             )
 
     def counts(self) -> dict[str, int]:
-        """Return the number of files that are not read by suffix."""
+        """Return the number of files that are not read, by suffix."""
         return {suffix: count for suffix, (count, _) in sorted(self.not_read.items())}
 
 
 def listed(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, ...] = HIDDEN) -> Listing:
-    """List a file, or the files of some kinds under a folder, none of which has a hidden part in its relative path."""
+    """List a single file, or all files with these suffixes under a folder. Files with a hidden part in their path are not
+    read.
+    """
     info = location.info()
     if info.type == pafs.FileType.File:
         return Listing([DataFile(location.name, location, info)], {})
@@ -84,7 +86,7 @@ def listed(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, 
 def others(
     found: Iterable[DataFile], files: Iterable[DataFile], hidden: tuple[str, ...] = HIDDEN
 ) -> dict[str, tuple[int, str]]:
-    """Count the files that are not among those that are read, by suffix."""
+    """Count the files in `found` that are not in `files`, by suffix, with the first of each."""
     read = {file.label for file in files}
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for file in found:
@@ -100,27 +102,27 @@ def _kind(name: str, hidden: tuple[str, ...]) -> str:
 
 
 def data_files(folder: Location, suffixes: tuple[str, ...]) -> list[DataFile]:
-    """List the files of some kinds under a folder, none of which has a hidden part in its relative path."""
+    """List the files with these suffixes under a folder, without those that have a hidden part in their path."""
     return [
         DataFile(name, folder / name, info) for name, info in folder.listing(recursive=True) if is_data(name, suffixes)
     ]
 
 
 def is_data(name: str, suffixes: tuple[str, ...], hidden: tuple[str, ...] = HIDDEN) -> bool:
-    """Return whether a relative path names a file of some kinds, and no part of it is hidden."""
+    """Return whether a relative path ends with one of the suffixes and has no hidden part."""
     return plain_name(name).endswith(suffixes) and not is_hidden(name, hidden)
 
 
 def is_hidden(name: str, hidden: tuple[str, ...] = HIDDEN) -> bool:
-    """Return whether a part of a relative path is hidden."""
+    """Return whether any part of a relative path is hidden."""
     return any(part.startswith(hidden) for part in name.split("/"))
 
 
 def contents_of(files: Iterable[DataFile]) -> dict[str, list[str]]:
-    """Return what identifies the content of each file, by its name.
+    """Return digests of the content of each file, by its label.
 
     Raises:
-        CorpusError: one cannot be read.
+        CorpusError: a file is damaged or missing.
     """
     contents = {}
     for file in files:

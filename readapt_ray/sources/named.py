@@ -1,6 +1,6 @@
-"""Public collections by their name in ir_datasets (`ir_datasets:beir/nfcorpus/test`).
+"""Read public collections by their name in the package ir_datasets (`ir_datasets:beir/nfcorpus/test`).
 
-The package is the extra `datasets`; it downloads a collection once, into its own cache.
+The extra `datasets` installs the package. It downloads each collection once, into its cache.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ _SPLITS = ("train", "dev", "test")
 
 
 class NamedSource(Source):
-    """One collection of ir_datasets: its documents, and its queries and judgements where it has them."""
+    """A collection of ir_datasets as a source: its documents, and its queries and judgements if it has any."""
 
     format = "ir_datasets"
 
@@ -45,7 +45,7 @@ class NamedSource(Source):
         self.has_qrels = bool(self._dataset.has_qrels())
 
     def check(self) -> None:
-        """Check that it has documents and that they can be fetched."""
+        """Check that the collection has documents and that they can be downloaded."""
         if not self._dataset.has_docs():
             raise CorpusError(f"{PREFIX}{self._name} has no documents; name a collection that has them")
         peeked = list(itertools.islice(self._documents(), _PEEKED_DOCUMENTS if self._choice.keep else 1))
@@ -57,7 +57,7 @@ class NamedSource(Source):
             self.kept = kept_schema(self._choice, types)
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the rows of one document after the other."""
+        """Yield a row per document."""
         total = self._expected_rows()
         for number, document in enumerate(self._documents(), start=1):
             place, title = f"{self._name}:{number}", getattr(document, "title", None)
@@ -71,10 +71,10 @@ class NamedSource(Source):
         return self._read("docs_iter")
 
     def _read(self, what: str) -> Iterator[Any]:
-        """Yield what the package yields; where it cannot, in our words.
+        """Yield the records of one of the package's iterators, and turn its errors into ours.
 
         Raises:
-            CorpusError: it cannot be fetched or read.
+            CorpusError: the collection cannot be downloaded or read.
         """
         try:
             yield from getattr(self._dataset, what)()
@@ -84,11 +84,11 @@ class NamedSource(Source):
             ) from error
 
     def _expected_rows(self) -> int:
-        """Return the number from the package's own table, which needs no download."""
+        """Return the number of documents from the package's metadata, without a download; 0 if unknown."""
         return int(self._dataset.metadata().get("docs", {}).get("count") or 0)
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """Return its queries, if it has them."""
+        """Yield the queries of the collection, if it has any."""
         if self._dataset.has_queries():
             for number, query in enumerate(self._read("queries_iter"), start=1):
                 text = _text(query, QUERY_TEXT_NAMES)
@@ -100,7 +100,7 @@ class NamedSource(Source):
                 )
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Return its judgements, under the split that its name ends with; else "test"."""
+        """Return the judgements of the collection, under the split in its name ("test" if the name has none)."""
         if not self.has_qrels:
             return {}
         split = next((part for part in reversed(self._name.split("/")) if part in _SPLITS), "test")
@@ -108,7 +108,7 @@ class NamedSource(Source):
         return {split: (Qrel(clean_id(q.query_id), clean_id(q.doc_id), int(q.relevance)) for q in qrels)}
 
     def fingerprint(self) -> str:
-        """Hash the name: a published collection does not change."""
+        """Hash the name. The content of a published collection does not change."""
         return fingerprint({"ir_datasets": self._name})
 
 

@@ -1,18 +1,19 @@
-"""Find near duplicates by an exchange of MinHashes, in the tasks of a parallel ingest.
+"""Find near duplicates in a parallel ingest, by exchanging MinHashes between its tasks.
 
-In: the passages of all pieces, without repeats of ids and contents. Out: for each piece files that say which passages are
-dropped, and which ones were kept in their place. The rule is the same as in one process: in the order of the source a
-passage is dropped if a passage that was kept before shares a band of MinHash values with it and at least `near_threshold`
-of all values.
+In: the passages of all pieces, without repeated ids and contents. Out: per piece, files that say which passages are
+dropped and which passage is kept instead of each. The rule is the same as in one process. Passages are taken in the order
+of the source. A passage is dropped if an earlier kept passage shares a band of MinHash values with it, and at least
+`near_threshold` of all values.
 
-    sketches   with `read_piece`: each passage's MinHash, and its bands by hash
-    buckets    once per partition of bands: which passages share one; asks their pieces for the MinHashes
-    send       per piece: the MinHashes that were asked for, of passages that are not dropped yet
-    compare    per partition: pairs of passages that are alike
-    decide     one task, through the pieces in order
+    sketches   with `read_piece`: write each passage's MinHash, and its bands by hash
+    buckets    per partition of bands: find passages that share a band, and ask their pieces for the MinHashes
+    send       per piece: write the MinHashes that were asked for, of passages that are not dropped yet
+    compare    per partition: write the pairs of similar passages
+    decide     one task: go through the pieces in order
 
-The last three are a round. A passage that has many alike is listed with the first of them only; if these are all dropped,
-another round decides it, which is rare. A task holds a partition (32 MB of source) or a piece; `decide` one byte per passage.
+The last three steps are a round. Of a passage with many similar ones, only the first few pairs are listed. If all of these
+are dropped, another round decides; this is rare. A task holds one partition (32 MB of source) or one piece in memory;
+`decide` holds one byte per passage.
 """
 
 from array import array
@@ -29,11 +30,11 @@ from readapt_ray.sources.duplicates import NUM_PERMUTATIONS, Sketches, bands
 from readapt_ray.sources.piece_job import Lists, PieceJob, dropped_rows, write_moves
 
 _CHUNK_ROWS = 65_536
-"""Passages whose MinHashes are written to one file: 34 MB."""
+"""Number of passages whose MinHashes are written to one file of 34 MB."""
 _SMALL_BUCKET = 16
-"""In a bucket of so many passages each pair is compared."""
+"""In buckets of at most this many passages, every pair is compared."""
 _MOST_ALIKE = 8
-"""In a larger one so many of the earlier passages that a passage is like are listed."""
+"""In larger buckets, at most this many earlier similar passages are listed per passage."""
 _BLOCK = 256
 _PAIRS_AT_ONCE = 1 << 16
 _MIXER = np.uint64(0x9E3779B97F4A7C15)
@@ -42,11 +43,11 @@ _UNDECIDED, _KEPT, _DROPPED = 0, 1, 2
 _BAND = np.dtype([("key", "<u8"), ("row", "<u8")])
 _SENT = np.dtype([("row", "<u8"), ("undecided", "<u4"), ("size", "<u4"), ("values", "<u4", NUM_PERMUTATIONS)])
 _ALIKE = np.dtype([("row", "<u8"), ("earlier", "<u8"), ("size", "<u4"), ("more", "<u4")])
-"""Two passages that are alike. `more`: there may be others like `row` behind `earlier`, which are not listed."""
+"""A pair of similar passages. `more` is 1 if `row` may have further similar passages after `earlier` that are not listed."""
 
 
 class SketchWriter:
-    """Writes the MinHashes of the passages of a piece and their bands."""
+    """Writes the MinHashes and bands of the passages of one piece."""
 
     def __init__(self, job: PieceJob, piece: int) -> None:
         self._job, self._piece, self._num_chunks = job, piece, 0
@@ -55,14 +56,14 @@ class SketchWriter:
         self._values, self._sizes = array("I"), array("I")
 
     def add(self, passage: Passage, size_bytes: int) -> None:
-        """Take the next passage."""
+        """Add the next passage of the piece."""
         self._values.frombytes(self._make.of(passage).hashvalues.astype("<u4").tobytes())
         self._sizes.append(size_bytes)
         if len(self._sizes) == _CHUNK_ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last time."""
+        """Write the passages that were added since the last flush."""
         if not self._sizes:
             return
         job = self._job
@@ -82,7 +83,7 @@ class SketchWriter:
         self._values, self._sizes = array("I"), array("I")
 
     def _keys(self, values: NDArray[np.uint32]) -> NDArray[np.uint64]:
-        """Return a hash of each band, [N, bands]."""
+        """Return a hash per band: uint64 [N, number of bands]."""
         used = values[:, : self._num_bands * self._band_values].reshape(len(values), self._num_bands, -1)
         keys = np.tile(np.arange(1, self._num_bands + 1, dtype=np.uint64), (len(values), 1))
         for number in range(self._band_values):
@@ -92,12 +93,12 @@ class SketchWriter:
 
 
 def near_buckets(partition: int, num_rows: list[int], job: PieceJob) -> None:
-    """Write the bands of a partition that several passages share, and which MinHashes are needed from each piece.
+    """Write the bands of a partition that several passages share, and the rows whose MinHashes each piece must send.
 
     Args:
-        partition: of the bands.
-        num_rows: how many passages each piece has.
-        job: what all tasks know.
+        partition: number of the partition of bands.
+        num_rows: number of passages per piece.
+        job: settings of the ingest.
     """
     num = job.num_near_partitions
     found = exchange.read_partition(_chunk_files("bands", num_rows, job), partition, num, _BAND)
@@ -112,14 +113,14 @@ def near_buckets(partition: int, num_rows: list[int], job: PieceJob) -> None:
 
 
 def near_send(piece: int, num_rows: int, lists: Lists, rounds: int, job: PieceJob) -> None:
-    """Write the MinHashes of a piece for the partitions that want them, of passages that are not dropped.
+    """Write the MinHashes of a piece for the partitions that asked for them. Dropped passages are left out.
 
     Args:
         piece: number of the piece.
-        num_rows: how many passages it has.
-        lists: the files that name passages that were dropped before the first round.
+        num_rows: number of its passages.
+        lists: the files that name passages dropped before the first round.
         rounds: number of the round, from 0.
-        job: what all tasks know.
+        job: settings of the ingest.
     """
     first = np.uint64(piece << exchange.ROW_BITS)
     if rounds == 0:
@@ -140,7 +141,7 @@ def near_send(piece: int, num_rows: int, lists: Lists, rounds: int, job: PieceJo
 
 
 def near_compare(partition: int, num_rows: list[int], rounds: int, job: PieceJob) -> None:
-    """Write which passages of a partition are like an earlier one, by the piece of the later one."""
+    """Write the pairs of similar passages in a partition, grouped by the piece of the later passage."""
     files = _chunk_files(f"sent-{rounds}", num_rows, job)
     sent = exchange.read_partition(files, partition, job.num_near_partitions, _SENT)  # in the order of rows
     shared = np.frombuffer(job.file("buckets", partition).read_bytes(), _BAND)
@@ -165,7 +166,7 @@ def _in_small(
     sizes: NDArray[np.int64],
     job: PieceJob,
 ) -> Iterator[NDArray[np.void]]:
-    """Yield the pairs that are alike in buckets of a few passages each."""
+    """Yield the similar pairs in small buckets, in which all pairs are compared."""
     for distance in range(1, _SMALL_BUCKET):
         firsts, counts = starts[sizes > distance], sizes[sizes > distance] - distance
         ends = np.cumsum(counts)
@@ -179,7 +180,7 @@ def _in_small(
 
 
 def _in_large(sent: NDArray[np.void], places: NDArray[np.int64], job: PieceJob) -> NDArray[np.void]:
-    """Return for the passages of one bucket the first few that each is like."""
+    """Return, for each passage of a large bucket, the first few earlier passages that are similar to it."""
     values = sent["values"][places]
     later: list[int] = []
     before: list[int] = []
@@ -215,11 +216,11 @@ def _records(sent: NDArray[np.void], later: NDArray[np.int64], before: NDArray[n
 
 
 def near_decide(rounds: int, job: PieceJob) -> dict[str, Any]:
-    """Decide in the order of the source: drop a passage that is like a kept one, keep any other.
+    """Decide in the order of the source: drop each passage that is similar to a kept one, and keep all others.
 
     Returns:
-        `count` and `num_bytes` of what this round drops, the `first` of them with what is kept, the `pieces` that have any,
-        and how many passages are `undecided`.
+        `count` and `num_bytes` of the passages that this round drops; `first`: some of them, each with the kept passage;
+        `pieces`: the pieces that have dropped passages; `undecided`: how many passages need another round.
     """
     files = job.files(f"alike-{rounds}", range(job.num_near_partitions))
     states: list[NDArray[np.uint8]] = []
@@ -246,7 +247,7 @@ def near_decide(rounds: int, job: PieceJob) -> dict[str, Any]:
 def _decided(
     alike: NDArray[np.void], states: Sequence[NDArray[np.uint8]], piece: int
 ) -> tuple[list[tuple[int, int]], int]:
-    """Decide the passages of a piece, given those before; return what is dropped, and how many are left undecided."""
+    """Decide the passages of a piece after those of earlier pieces. Returns (dropped, kept) pairs and the undecided count."""
     state = states[piece]
     waits = state == _UNDECIDED
     state[waits] = _KEPT
@@ -272,7 +273,7 @@ def _partition_of(keys: NDArray[np.uint64], job: PieceJob) -> NDArray[np.int64]:
 
 
 def _chunk_files(what: str, num_rows: Sequence[int], job: PieceJob) -> list[Any]:
-    """Return the files of all pieces, of which each has one per `_CHUNK_ROWS` passages."""
+    """Return the files of all pieces: one per `_CHUNK_ROWS` passages of each piece."""
     return job.chunk_files(what, [-(-rows // _CHUNK_ROWS) for rows in num_rows])
 
 

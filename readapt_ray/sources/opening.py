@@ -1,4 +1,4 @@
-"""From the text of `--source` to a source."""
+"""Open the source that the text of `--source` names, and detect its format."""
 
 import re
 from collections.abc import Sequence
@@ -36,11 +36,16 @@ _DETECTED: Final = "corpus.jsonl, passages/*.parquet, or files that end with " +
 
 
 def open_source(name: str, format: Format, options: ReadOptions) -> Source:
-    """Return the source of a name: a URI or path, `ir_datasets:NAME`, `hub:OWNER/NAME`, `python-docs:PACKAGE,...`, or a
-    corpus of the catalog: by its name from ir_datasets, by its hub id from the hub.
+    """Open a source of passages by its name.
+
+    Args:
+        name: a path or URI, `ir_datasets:NAME`, `hub:OWNER/NAME`, `python-docs:PACKAGE,...`, or a corpus of the catalog (its
+            name is read from ir_datasets, its hub id from the hub).
+        format: the format; "auto" detects it.
+        options: how to read it.
 
     Raises:
-        InputError: nothing is there, its format cannot be told or is another, or a package is not installed.
+        InputError: the source does not exist, its format is unknown or does not match, or a package is not installed.
     """
     if format not in get_args(Format):
         raise InputError(f"no format {format!r}; the formats are {', '.join(get_args(Format))}")
@@ -63,10 +68,10 @@ def open_source(name: str, format: Format, options: ReadOptions) -> Source:
 
 
 def check_source(name: str, format: Format, options: ReadOptions) -> None:
-    """Check that a source is there and can be read; what would be fetched is known by its name alone.
+    """Check that a source exists and can be read. Of a source that must be downloaded, only the name is checked.
 
     Raises:
-        InputError: as `open_source` and the check of the source.
+        InputError: for the same reasons as `open_source` and `Source.check`.
     """
     name = _full_name(name)
     if name.startswith(hub.PREFIX):
@@ -78,7 +83,7 @@ def check_source(name: str, format: Format, options: ReadOptions) -> None:
 
 
 def _full_name(name: str) -> str:
-    """Return the source of a name of the catalog; other names are returned as they are."""
+    """Replace a name of the catalog by the source it stands for. Other names are returned unchanged."""
     row = None if Location(name).exists() else corpora.find_corpus(name)
     if row is None:
         return name
@@ -110,7 +115,7 @@ def _labelled(folder: Location, options: ReadOptions) -> Source:
 
 
 def _ingested(folder: Location, options: ReadOptions) -> Source:
-    """Return what `ingest` wrote, or a folder like it."""
+    """Open the output of `ingest`, or a folder with the same layout."""
     queries = folder / "queries"
     return LabelledTableSource(
         folder / "passages",
@@ -123,10 +128,10 @@ def _ingested(folder: Location, options: ReadOptions) -> Source:
 
 
 def detected_format(location: Location) -> str:
-    """Return the format of a file by its suffix, of a folder by the files in it.
+    """Detect the format of a file by its suffix, or of a folder by its files.
 
     Raises:
-        CorpusError: none fits, or several do, or the folder holds several data sets.
+        CorpusError: no format fits, or several do, or the folder holds several data sets.
     """
     if location.is_file():
         found = [kind for kind, suffixes in _SUFFIXES.items() if plain_name(location.name).endswith(suffixes)]
@@ -156,7 +161,10 @@ def detected_format(location: Location) -> str:
 
 
 def _formats_of(names: Sequence[str]) -> list[str]:
-    """Return the formats in a folder. A README, a page or JSON beside tables is not data; hidden names alone may be text."""
+    """Return the formats of the files in a folder.
+
+    Beside tables, a README, a page or JSON is not data. If all names are hidden for tables (`_posts`), they may be text.
+    """
     found = [kind for kind, suffixes in _SUFFIXES.items() if any(is_data(name, suffixes) for name in names)]
     tables = [kind for kind in found if kind not in ("text", "json")]
     notes = (*PLAIN_SUFFIXES, *MARKDOWN_SUFFIXES)
@@ -170,7 +178,7 @@ def _formats_of(names: Sequence[str]) -> list[str]:
 
 
 def _check_one_data_set(folder: Location, names: Sequence[str], kind: str) -> None:
-    """Refuse a folder of several data sets, such as one per language."""
+    """Refuse a folder that holds several data sets, such as one per language."""
     card = folder / "README.md"
     in_card = configurations.in_card(card.read_text()) if card.is_file() else {}
     configs = configurations.in_names([name for name in names if is_data(name, _SUFFIXES[kind])])

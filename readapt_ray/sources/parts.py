@@ -1,9 +1,9 @@
-"""Passages into numbered Parquet parts, each written whole or not at all.
+"""Write passages to numbered Parquet parts. Each part is written atomically.
 
-A part is a pure function of the passages before it, so a part that an earlier process wrote is
-compared and kept, and the writer continues after it. With parts of an earlier corpus, parts begin where those do, and one of
-the same rows is shared with it instead of written. At most one part is in memory: `rows_per_file` rows, half as many again
-with earlier parts, or 256 MB of text.
+The parts depend only on the sequence of passages. So if a killed process already wrote a part, it is compared and kept. With
+the parts of an earlier corpus, new parts begin with the same passages where possible, and a part with the same rows is
+shared, not written. At most one part is in memory: `rows_per_file` rows (1.5 times as many with earlier parts), or 256 MB
+of text.
 """
 
 import bisect
@@ -30,15 +30,15 @@ FIRST_ID, DIGEST = "first_doc_id", "rows_digest"
 
 
 class EarlierPart(NamedTuple):
-    """A part of an earlier corpus."""
+    """A part of an earlier corpus, which may be shared."""
 
     file: Location
     digest: str
-    """Stands for its rows."""
+    """Digest of its rows. Parts with equal digests have the same rows."""
 
 
 class PartWriter:
-    """Takes passages one by one. `num_rows` is how many it took."""
+    """Writes passages, added one by one, to Parquet parts. `num_rows` is the number of added passages."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class PartWriter:
         kept: pa.Schema | None = None,
         earlier: Mapping[str, EarlierPart] | None = None,
     ) -> None:
-        """Begin with no part.
+        """Make a writer that has written no part yet.
 
         Args:
-            folder: of the parts.
-            rows_per_file: passages per part.
-            prefix: comes before the numbers of the parts, in digits.
-            kept: columns after a passage's own.
-            earlier: parts of an earlier corpus by the doc_id of their first passage.
+            folder: folder of the parts.
+            rows_per_file: number of passages per part.
+            prefix: digits in front of the part's number in its name.
+            kept: schema of the kept columns, which follow the columns of every passage.
+            earlier: parts of an earlier corpus, by the doc_id of their first passage.
         """
         self._earlier = earlier or {}
         self._most_rows = rows_per_file + (rows_per_file // 2 if self._earlier else 0)
@@ -65,7 +65,7 @@ class PartWriter:
         self._prefix = prefix
         self.num_rows = 0
         self.shared: dict[str, str] = {}
-        """Names of the earlier parts that are shared, by their names here."""
+        """Shared parts: the name of the earlier part, by its new name."""
         self._folder, self._rows_per_file = folder, rows_per_file
         self._group: list[Passage] = []
         self._hashes: list[bytes] = []
@@ -75,7 +75,7 @@ class PartWriter:
         self._starts = [0]
 
     def add(self, passage: Passage, num_bytes: int) -> bytes:
-        """Take one passage of so many bytes; return the hash of its title and text."""
+        """Add a passage, and return the hash of its title and text. `num_bytes` is the size of both in UTF-8."""
         if passage.doc_id in self._earlier and self.num_rows - self._starts[-1] >= max(1, self._rows_per_file // 2):
             self._close_part()
         hashed = content_hash(passage.title, passage.text)
@@ -90,26 +90,26 @@ class PartWriter:
         return hashed
 
     def close(self) -> None:
-        """Write what is left. Parts behind the last, which only another stream could have left, go."""
+        """Write the last part, and remove parts with higher numbers, which another sequence of passages has left."""
         if self.num_rows > self._starts[-1]:
             self._close_part()
         self.remove_behind(len(self._starts) - 1)
 
     def remove_behind(self, num_parts: int) -> None:
-        """Remove the parts behind so many."""
+        """Remove the parts whose number is `num_parts` or higher."""
         for name, _ in self._folder.listing(".parquet"):
             found = self._name.fullmatch(name)
             if found and int(found[1]) >= num_parts:
                 (self._folder / name).delete()
 
     def share(self, part: Location, number: int) -> str:
-        """Share an earlier part as it is, under a number; return its name."""
+        """Share an unchanged earlier part under a new number, and return its new name."""
         target = self._file(number)
         share(part, target)
         return target.name
 
     def doc_ids(self, rows: Iterable[int]) -> dict[int, str]:
-        """Return the ids of some rows, counted from 0 over all parts; after `close`."""
+        """Return the doc_ids of some rows, which are counted from 0 over all parts. Call it after `close`."""
         by_part: dict[int, list[int]] = {}
         for row in set(rows):
             by_part.setdefault(bisect.bisect_right(self._starts, row) - 1, []).append(row)
@@ -121,7 +121,7 @@ class PartWriter:
         return found
 
     def rows_by_file(self) -> dict[str, int]:
-        """Return how many rows each part has, by its name; after `close`."""
+        """Return the number of rows of each part, by its name. Call it after `close`."""
         ends = zip(self._starts, self._starts[1:], strict=False)
         return {self._file(part).name: end - start for part, (start, end) in enumerate(ends)}
 
@@ -143,7 +143,7 @@ class PartWriter:
         self._groups, self._part_bytes = [], 0
 
     def _write(self, target: Location) -> None:
-        """Share the earlier part that has these rows, or write them."""
+        """Share the earlier part with the same rows if there is one; else write the rows."""
         first, digest = self._groups[0]["doc_id"][0].as_py(), _digest(self._groups)
         if first in self._earlier and self._earlier[first].digest == digest:
             share(self._earlier[first].file, target)
@@ -156,7 +156,7 @@ class PartWriter:
 
 
 def _digest(groups: Iterable[pa.Table]) -> str:
-    """Return the rows of a part with hashes in place of their texts."""
+    """Return a digest of the rows of a part. Texts are represented by their content hashes."""
     found = hashlib.blake2b(digest_size=16)
     for group in groups:
         stream = pa.BufferOutputStream()
@@ -167,12 +167,18 @@ def _digest(groups: Iterable[pa.Table]) -> str:
 
 
 def passage_schema(kept: pa.Schema | None = None) -> pa.Schema:
-    """Return the columns of passages, with those that are kept behind them."""
+    """Return the Arrow schema of passages, followed by the kept columns."""
     return pa.schema([*PASSAGE_SCHEMA, *(kept or ())])
 
 
 def passage_table(passages: list[Passage], hashes: list[bytes], schema: pa.Schema = PASSAGE_SCHEMA) -> pa.Table:
-    """Return passages as Arrow, with the hash of each one's title and text, and the kept columns of a schema."""
+    """Return passages as an Arrow table.
+
+    Args:
+        passages: the passages.
+        hashes: the content hash of each passage.
+        schema: the schema of `passage_schema`, with kept columns.
+    """
     own = [[passage[number] for passage in passages] for number in range(len(PASSAGE_SCHEMA) - 1)]
     kept = [[(passage.columns or {}).get(name) for passage in passages] for name in schema.names[len(PASSAGE_SCHEMA) :]]
     arrays = [pa.array(column, field.type) for column, field in zip([*own, hashes, *kept], schema, strict=True)]
@@ -180,7 +186,7 @@ def passage_table(passages: list[Passage], hashes: list[bytes], schema: pa.Schem
 
 
 def _holds(file: Location, groups: list[pa.Table]) -> bool:
-    """Return whether a file is there with exactly these row groups."""
+    """Return whether a file exists and has exactly these row groups."""
     if not file.exists():
         return False
     try:

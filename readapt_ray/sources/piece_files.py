@@ -1,9 +1,8 @@
-"""Do the work of one task of a parallel ingest: read a piece, find duplicates in a partition, or remove them from a
-piece.
+"""Do the work of one task of a parallel ingest: read a piece, find duplicates in a partition, or remove duplicates.
 
-In `passages/` a piece first writes all its passages. Parts from which repeats were taken are marked in their footers, so that
-a killed run resumes. `exchange/` holds digests and what each task found, and is removed at the end. A task holds
-one part of passages, and the digests of a million of them or of one partition.
+A piece first writes all its passages to `passages/`. Parts from which duplicates were removed are marked in their footers,
+so that a killed run resumes. `exchange/` holds digests and the results of tasks, and is removed at the end. A task holds
+in memory one part of passages, and the digests of a million passages or of one partition.
 """
 
 import itertools
@@ -39,12 +38,12 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 _CHUNK_ROWS = 1 << 20
-"""Passages whose digests are written to one file."""
+"""Number of passages whose digests are written to one file."""
 _FILTERED = b"readapt.repeats_taken_out"
 
 
 class _Digests:
-    """Write digests of the passages of a piece for the exchange, a million of them per file."""
+    """Writes digests of the passages of a piece for the exchange, a million per file."""
 
     def __init__(self, job: PieceJob, piece: int) -> None:
         self.num_chunks = 0
@@ -53,7 +52,7 @@ class _Digests:
         self._clear()
 
     def add(self, doc_id: str, content: bytes, line: int, size_bytes: int, *, place: int | None = None) -> None:
-        """Add a passage, given where it is among those of the piece; if omitted, behind the last one."""
+        """Add a passage. `place` is its index among the passages of the piece; None means after the last one."""
         self._ids += digest(doc_id)
         self._contents += content
         self._rows.append(self._next if place is None else place)
@@ -64,7 +63,7 @@ class _Digests:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last time."""
+        """Write the digests that were added since the last flush."""
         if not self._lines:
             return
         job, num_rows = self._job, len(self._lines)
@@ -90,9 +89,9 @@ class _Digests:
 
 
 def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
-    """Write the passages of a piece and their digests, unless they are there; return what the piece holds.
+    """Write the passages and digests of a piece, unless that is done, and return its record: parts, counts, bad rows.
 
-    Lines in the result are counted from the beginning of the piece.
+    Lines in the record are counted from the beginning of the piece.
     """
     record = job.file("piece", piece.number)
     if not record.is_file():
@@ -108,8 +107,10 @@ def _writer(number: int, job: PieceJob) -> PartWriter:
 
 
 def _share_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
-    """Share the passages of a piece with an earlier corpus, and write their digests, unless only those that repeat changed
-    passages are sought (`repeats_in_known`). If a file is damaged, read the source."""
+    """Share the files of an unchanged piece with an earlier corpus, and write their digests.
+
+    Digests are not written if `repeats_in_known` writes the few that are needed. If a file is damaged, the source is read.
+    """
     number = piece.number
     folder, record = job.known[number]
     writer, digests, parts = _writer(number, job), _Digests(job, number), {}
@@ -129,17 +130,17 @@ def _share_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
 
 
 def repeats_in_known(numbers: Sequence[int], changed: Sequence[str], job: PieceJob) -> dict[int, int | None]:
-    """Write digests of those passages of known pieces that share a doc_id or a content with a changed piece.
+    """Write digests of the passages of unchanged pieces that share a doc_id or content with a changed piece.
 
-    The passages of known pieces repeat none of each other: an earlier ingest compared them, and dropped none.
+    Passages of unchanged pieces need not be compared with each other: an earlier ingest found no duplicates among them.
 
     Args:
-        numbers: of the known pieces.
+        numbers: numbers of the unchanged (known) pieces.
         changed: names of the parts of all changed pieces.
-        job: the same for all tasks.
+        job: settings of the ingest.
 
     Returns:
-        How many files of digests each piece has; None for one whose files are damaged.
+        The number of digest files per piece; None for a piece whose files are damaged.
     """
     there = KnownKeys.of((job.output / "passages" / name for name in changed), with_contents=job.deduplicate != "none")
     found: dict[int, int | None] = {}
@@ -199,7 +200,7 @@ def _read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
 
 
 def repeated_ids(partition: int, num_chunks: list[int], job: PieceJob) -> dict[str, Any]:
-    """Find the passages whose doc_id an earlier one has; of them only the first stays."""
+    """Find passages whose doc_id an earlier passage has, in one partition, and write them to the lists of dropped ones."""
     records = exchange.read_partition(job.chunk_files("ids", num_chunks), partition, job.num_partitions, exchange.ID)
     lost, kept = exchange.repeats(records)
     if len(lost):
@@ -212,7 +213,10 @@ def repeated_ids(partition: int, num_chunks: list[int], job: PieceJob) -> dict[s
 
 
 def repeated_contents(partition: int, num_chunks: list[int], with_lost_ids: list[int], job: PieceJob) -> dict[str, Any]:
-    """Find the passages whose title and text an earlier one has, rows of repeated doc_ids left out."""
+    """Find passages with the same title and text as an earlier one, in one partition, and list them as dropped.
+
+    Passages that are dropped for a repeated doc_id are left out before.
+    """
     num = job.num_partitions
     records = exchange.read_partition(job.chunk_files("contents", num_chunks), partition, num, exchange.CONTENT)
     left_out = exchange.read_partition(job.files("lost-ids", with_lost_ids), partition, num, exchange.ROW)
@@ -228,12 +232,13 @@ def _found(partition: int, lost: NDArray[np.void]) -> dict[str, Any]:
 
 
 def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[tuple[int, int]]], job: PieceJob) -> int:
-    """Write the parts of a piece again without the repeats; return how many passages are left.
+    """Remove dropped passages from the parts of a piece, and return how many passages are left.
 
     Args:
-        number: of the piece.
-        parts: how many passages each part had at first.
-        lists: for "drop-ids", "drop-contents" and "drop-near" the numbers of the files that name dropped passages.
+        number: number of the piece.
+        parts: number of passages that each part had at first, by name.
+        lists: the files that name dropped passages, under "drop-ids", "drop-contents" and "drop-near".
+        job: settings of the ingest.
     """
     lists = lists | {"drop-near": [each for each in lists["drop-near"] if each[0] == number]}
     lost = dropped_rows(number, lists, job)
@@ -248,13 +253,13 @@ def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[t
 
 
 def split_into_passages(name: str, job: PieceJob) -> dict[str, int]:
-    """Split the documents of a part, unless that was done; return how many it has, and how many passages."""
+    """Split the documents of a part into passages, unless that is done, and return counts of documents and passages."""
     assert job.splitting is not None
     return split_part(job.output / "passages" / name, job.splitting)
 
 
 def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:
-    """Write a part again without some rows; one without rows is removed. Row groups keep their bounds."""
+    """Write a part again without some rows. If no row is left, the part is removed. Row groups are not merged."""
     if len(lost) == num_rows:
         file.delete()
         return
@@ -263,7 +268,7 @@ def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:
     with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         if _FILTERED in (parquet.metadata.metadata or {}):
             return
-        start, schema = 0, parquet.schema_arrow.remove_metadata()  # its digest is over all rows
+        start, schema = 0, parquet.schema_arrow.remove_metadata()  # the digest in the metadata is of all rows
         with file.open_output() as target, pq.ParquetWriter(target, schema, compression="zstd") as writer:
             for number in range(parquet.num_row_groups):
                 group = parquet.read_row_group(number)

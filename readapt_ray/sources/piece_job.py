@@ -1,4 +1,4 @@
-"""What all tasks of a parallel ingest know, and the files by which they say what is dropped."""
+"""Define the settings that all tasks of a parallel ingest share, and the files that list dropped passages."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from readapt_ray.sources.splitting import Splitting
 from readapt_ray.storage import Location
 
 Lists = Mapping[str, Sequence[tuple[int, int]]]
-"""For "drop-ids", "drop-contents" and "drop-near" the numbers and chunks of the files that name dropped passages."""
+"""The files that name dropped passages: (number, chunk) of each, under "drop-ids", "drop-contents" and "drop-near"."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PieceJob:
-    """What all tasks of one ingest need to know."""
+    """Settings that all tasks of one ingest share."""
 
     output: Location
     table_format: str
@@ -39,43 +39,43 @@ class PieceJob:
     earlier: Mapping[str, EarlierPart]
     """Parts of an earlier corpus, for `PartWriter`."""
     known: Mapping[int, KnownPiece]
-    """What an earlier ingest found in pieces that did not change."""
+    """Results of an earlier ingest for the pieces that did not change, by piece number."""
     by_changes: bool
-    """Whether known pieces are looked at only for passages that repeat changed ones."""
+    """Whether unchanged pieces are only searched for passages that repeat passages of changed pieces."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether rows of the source become passages as they are, and are compared as wholes."""
+        """Whether documents are not split, and near duplicates are not dropped."""
         return self.splitting is None and self.deduplicate != "near"
 
     @property
     def made_by(self) -> str:
-        """Fingerprint of what decides how a piece is read."""
+        """Fingerprint of everything that decides how a piece is read."""
         reading = (self.table_format, self.options, self.kept, self.rows_per_file, version("readapt-ray"))
         return fingerprint([str(each) for each in reading])
 
     def file(self, what: str, number: int, chunk: int = 0) -> Location:
-        """Return the place of one file of the exchange."""
+        """Return the location of a file of the exchange, by its kind, number and chunk."""
         return self.output / "exchange" / f"{what}-{number:06d}-{chunk:05d}"
 
     def files(self, what: str, numbers: Iterable[int]) -> list[Location]:
-        """Return the places of several files of the exchange."""
+        """Return the locations of several files of one kind, by their numbers."""
         return [self.file(what, number) for number in numbers]
 
     def chunk_files(self, what: str, num_chunks: Iterable[int]) -> list[Location]:
-        """Return the places of the digests of all pieces, given how many files each piece has."""
+        """Return the locations of the files of all pieces, given the number of files per piece."""
         return [self.file(what, piece, chunk) for piece, num in enumerate(num_chunks) for chunk in range(num)]
 
 
 def write_moves(job: PieceJob, to: Location, rows: NDArray[np.uint64], kept: NDArray[np.uint64]) -> None:
-    """Write which passages are dropped, by their pieces, and which ones were kept in their place."""
+    """Write a list of dropped passages (`rows`) and of the passages kept instead (`kept`), partitioned by piece."""
     moves = np.zeros(len(rows), exchange.MOVE)
     moves["row"], moves["kept"] = rows, kept
     exchange.write_partitions(to, moves, exchange.pieces_of(rows), job.num_pieces)
 
 
 def dropped_rows(piece: int, lists: Lists, job: PieceJob) -> NDArray[np.uint64]:
-    """Return the passages of a piece that some files name as dropped."""
+    """Return the row numbers of a piece that the files in `lists` name as dropped: uint64."""
     files = [job.file(what, *each) for what, numbers in lists.items() for each in numbers]
     found: NDArray[np.uint64] = exchange.read_partition(files, piece, job.num_pieces, exchange.MOVE)["row"]
     return found

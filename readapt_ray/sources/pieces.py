@@ -1,8 +1,8 @@
-"""Split a source of rows into pieces that are read independently: byte ranges of text files, row groups of Parquet.
+"""Split a source of rows into pieces that tasks read independently: byte ranges of text files, row groups of Parquet.
 
-Enters: the files of a `TableSource`. Leaves: pieces of 4 to 512 MB, in the order of the rows; small files share one. The cut
-depends on the files alone, never on the cluster. A line belongs to the range of its first byte. A compressed
-file is never cut.
+In: the files of a `TableSource`. Out: pieces of about 4 to 512 MB, in the order of the rows. Small files share a piece. The
+pieces depend only on the files, not on the cluster. A line belongs to the range that contains its first byte. A compressed
+file is never split.
 """
 
 import logging
@@ -25,12 +25,12 @@ from readapt_ray.storage import Location, state_of
 logger = logging.getLogger("readapt_ray")
 
 MIN_PIECE_BYTES = 4 << 20
-"""A piece is read again as a whole where something in it changed."""
+"""Smallest target size of a piece. Pieces are small because a piece is read again as a whole if anything in it changes."""
 _MAX_PIECE_BYTES = 512 << 20
 _WANTED_PIECES = 1000
 _THREADS = 32
 _TIMES_DECOMPRESSED = 5
-"""How much larger than its file a compressed text, or a small Parquet file, is taken to be."""
+"""Assumed ratio of decompressed to compressed size, for compressed text and small Parquet files."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class FileRange:
     label: str
     file: Location
     state: str
-    """Size and time of the file when the source was listed."""
+    """Size and modification time of the file when the source was listed."""
     start: int
     end: int
 
     def check_unchanged(self) -> None:
-        """Check that the file still is the one that was listed.
+        """Check that the file did not change since it was listed.
 
         Raises:
-            CorpusError: it is not.
+            CorpusError: its size or modification time changed.
         """
         if state_of(self.file.info()) != self.state:
             raise CorpusError(
@@ -68,8 +68,8 @@ class Piece:
 
         Args:
             table_format: a key of `FORMATS`.
-            options: bounds on a row.
-            num_lines: gets the number of lines of each range.
+            options: how to read the rows.
+            num_lines: a list to which the number of lines of each range is appended.
 
         Raises:
             CorpusError: a file changed since it was listed, or is damaged.
@@ -86,12 +86,15 @@ class Piece:
 
 
 def plan_pieces(source: TableSource, earlier: Set[tuple[str, int]] = frozenset()) -> tuple[list[Piece], int]:
-    """Return the pieces in the order of the rows, and about how many bytes they hold when decompressed.
+    """Plan the pieces of a source, in the order of the rows.
 
     Args:
-        source: what is read.
-        earlier: file and place where pieces of an earlier state began. Pieces begin there again where they can, so that
-            those behind a change are what they were.
+        source: the source to split.
+        earlier: file and offset where the pieces of an earlier ingest began. New pieces begin there again if possible, so
+            that pieces after a change stay the same.
+
+    Returns:
+        The pieces, and their estimated total size in bytes when decompressed.
     """
     files = source.files()
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -130,7 +133,7 @@ def _unit_bytes(file: DataFile, cut: Cut, source: TableSource) -> list[int]:
 
 
 def _cut(file: DataFile, source: TableSource) -> Cut:
-    """Return where a file is cut; one that is smaller than a piece need not be looked at, so its folder's listing suffices."""
+    """Return where a file can be split. A file smaller than a piece is never split, so it is not opened."""
     table_format = source.table_format
     is_large = file.size_bytes() > MIN_PIECE_BYTES
     return table_format.cut(file.location, file.label, source.options) if is_large else "nowhere"
@@ -150,7 +153,7 @@ def _name_uncut(labels: Sequence[str]) -> None:
 
 
 def _ranges(cut: Cut, sizes: Sequence[int], piece_bytes: int) -> Iterator[tuple[tuple[int, int], int]]:
-    """Yield each range of a file and its bytes."""
+    """Yield each range of a file (bytes or row groups), and its size in bytes."""
     if cut == "lines":
         size = sizes[0]
         for start in range(0, size, piece_bytes):

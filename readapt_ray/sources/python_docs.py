@@ -1,9 +1,8 @@
-"""Docstrings of installed Python packages as passages, with queries that need no labels.
+"""Read the docstrings of installed Python packages as passages, with queries made from them without labels.
 
-Enters: names of top-level packages, or `stdlib`. Leaves: one passage for each documented
-module, class and function, and, where the docstring has more than one sentence, a query (its
-summary sentence) whose one relevant passage is the rest of that docstring. Sources are parsed,
-never imported. About 500 files a second on one core.
+In: names of top-level packages, or `stdlib`. Out: one passage per documented module, class and function. If the docstring
+is long enough, its summary sentence becomes a query, and the rest of the docstring is the query's only relevant passage.
+Source files are parsed, never imported. One core reads about 500 files per second.
 """
 
 import ast
@@ -45,26 +44,26 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\s*\n")
 
 @dataclass(frozen=True, kw_only=True)
 class Docstring:
-    """One docstring. `name` is the dotted name, `summary` its first sentence, `rest` all after it."""
+    """A docstring. `name` is the dotted name, `summary` the first sentence, `rest` the text after it."""
 
     name: str
     summary: str
     rest: str
     place: str = ""
-    """File and line of what it documents."""
+    """File and line of the documented module, class or function."""
 
 
 def package_files(package: str) -> list[Path]:
-    """Return the .py files of an installed top-level package, or of the standard library, sorted.
+    """Return the .py files of an installed top-level package (or of `stdlib`), sorted. Tests are left out.
 
     Raises:
-        InputError: no package of that name is installed, or it has no Python files.
+        InputError: the package is not installed, or has no Python files.
     """
     return [path for path, _ in _modules(package)]
 
 
 def _modules(package: str) -> list[tuple[Path, str]]:
-    """Return the files of a package and the dotted names of their modules."""
+    """Return the files of a package with the dotted names of their modules, sorted."""
     found = []
     for root in _roots(package):
         if root.suffix == ".py" and root.is_file():
@@ -80,7 +79,7 @@ def _modules(package: str) -> list[tuple[Path, str]]:
 
 
 def _roots(package: str) -> list[Path]:
-    """Return the folders of a package, or its one file."""
+    """Return the folders of a package, or the file of a package that is a single module."""
     if package == STDLIB:
         return [Path(sysconfig.get_path("stdlib"))]
     try:
@@ -96,7 +95,7 @@ def _roots(package: str) -> list[Path]:
 
 
 def read_docstrings(package: str) -> Iterator[Docstring]:
-    """Yield every docstring of a package in the order of its files; how many files do not parse is logged."""
+    """Yield every docstring of a package, in the order of its files. Files that do not parse are counted in the log."""
     num_bad = 0
     for path, module in _modules(package):
         for found in file_docstrings(path, module):
@@ -109,7 +108,7 @@ def read_docstrings(package: str) -> Iterator[Docstring]:
 
 
 def file_docstrings(path: Path, module: str) -> Iterator[Docstring | BadRow]:
-    """Yield the docstrings of the file of a module; one bad row where it does not parse."""
+    """Yield the docstrings of a module's file; a single bad row if it does not parse."""
     try:
         tree = _parsed(path)
     except (SyntaxError, ValueError, RecursionError):
@@ -120,7 +119,7 @@ def file_docstrings(path: Path, module: str) -> Iterator[Docstring | BadRow]:
 
 def _parsed(path: Path) -> ast.Module:
     collects = gc.isenabled()
-    gc.disable()  # a tree has no cycles, and looking for them takes 40% of the time
+    gc.disable()  # a syntax tree has no cycles, and searching for them takes 40% of the time
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -144,22 +143,22 @@ def _walk(node: ast.AST, name: str, place: str) -> Iterator[Docstring]:
 
 
 def split_summary(text: str) -> tuple[str, str]:
-    """Return a docstring's first sentence on one line, and what follows it."""
+    """Split a docstring into its first sentence (on one line) and the text after it."""
     parts = _SENTENCE_END.split(text.strip(), maxsplit=1)
     return " ".join(parts[0].split()), parts[1].strip() if len(parts) > 1 else ""
 
 
 def makes_query(docstring: Docstring) -> bool:
-    """Return whether the summary says enough to ask with and the rest enough to be found by."""
+    """Return whether a docstring makes a query: the summary has 4 words or more, the rest 60 characters or more."""
     return len(docstring.rest) >= _MIN_REST_CHARS and len(docstring.summary.split()) >= _MIN_SUMMARY_WORDS
 
 
 class PythonDocsSource(Source):
-    """The docstrings of some packages.
+    """The docstrings of some Python packages as a source.
 
-    Where a docstring makes a query, the passage is the rest of it; else the whole. The title is the
-    dotted name, and so is the id, with #2, #3 ... where a name occurs again. The id of a query is
-    `q:` and the id of its passage, so that no query has the id of a passage.
+    If a docstring makes a query, its passage is the text after the summary; otherwise it is the whole docstring. The dotted
+    name is the title and the doc_id. If a name occurs again, the doc_id gets #2, #3 and so on. A query's id is `q:` plus
+    the id of its passage, so that queries and passages never share an id.
     """
 
     format = "python-docs"
@@ -177,18 +176,18 @@ class PythonDocsSource(Source):
         self._queries: list[Query] | None = None
 
     def check(self) -> None:
-        """Check that there is a docstring."""
+        """Check that the packages have at least one docstring."""
         if next(self._rows([]), None) is None:
             raise CorpusError(f"the packages {', '.join(self._packages)} have no docstrings; name others")
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield one docstring after the other, in the order of the packages and their files."""
+        """Yield a row per docstring, in the order of the packages and their files."""
         queries: list[Query] = []
         yield from self._rows(queries)
         self._queries = queries
 
     def _rows(self, queries: list[Query]) -> Iterator[Row | BadRow]:
-        """Yield the rows; the query that each makes is put into `queries`."""
+        """Yield the rows, and append the queries that they make to `queries`."""
         seen: Counter[str] = Counter()
         for number, (path, module) in enumerate(self._files):
             for found in file_docstrings(path, module):
@@ -204,14 +203,14 @@ class PythonDocsSource(Source):
             self.fraction_read = (number + 1) / len(self._files)
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """Yield the summary sentences, remembered from `rows` where that was read to its end."""
+        """Yield the summary sentences. If `rows` was not read to its end before, the files are read now."""
         if self._queries is None:
             for _ in self.rows():
                 continue
         yield from self._queries or ()
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Return one relevant passage per query: the rest of its docstring."""
+        """Return the judgements under the split "test": one relevant passage per query, the rest of its docstring."""
         return {
             SPLIT: (
                 Qrel(q.query_id, q.query_id.removeprefix(QUERY_PREFIX), 1)
@@ -221,7 +220,7 @@ class PythonDocsSource(Source):
         }
 
     def fingerprint(self) -> str:
-        """Hash the dotted names and the content of the files."""
+        """Hash the dotted names of the modules and the content of their files."""
         return fingerprint(
             {"python-docs": [[module, hashlib.sha256(path.read_bytes()).hexdigest()] for path, module in self._files]}
         )

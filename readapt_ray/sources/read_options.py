@@ -1,4 +1,4 @@
-"""Define the options of reading a source."""
+"""Define the options for reading a source."""
 
 from dataclasses import dataclass, field
 from typing import Final
@@ -11,7 +11,7 @@ DEFAULT_MAX_PASSAGE_CHARS: Final = 2_000
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What is read, and its bounds."""
+    """Options for reading a source: limits, and which columns to read."""
 
     max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
     """A text of this many UTF-8 bytes or more is a bad row."""
@@ -19,9 +19,9 @@ class ReadOptions:
     """Text files are split into passages of at most this many characters."""
 
     columns: ColumnChoice = field(default_factory=ColumnChoice)
-    """Which columns hold doc_id, title and text, and which are carried along."""
+    """Which columns hold doc_id, title and text, and which are kept besides."""
 
     @property
     def max_line_bytes(self) -> int:
-        """Return the longest line held in memory: a text at its bound with every character escaped, and other fields."""
+        """The longest line held in memory, in bytes: a text of maximum length with every character escaped, plus 1 MB."""
         return 6 * self.max_text_bytes + (1 << 20)

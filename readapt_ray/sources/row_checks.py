@@ -1,6 +1,7 @@
-"""Check rows, and count what they are.
+"""Turn rows into clean passages, and count kinds of rows and values that do not fit.
 
-Values of kept columns are brought to the types in which they are stored; what does not fit is null, and counted.
+Values of kept columns are converted to the types in which they are stored. A value that does not fit becomes null and is
+counted.
 """
 
 import logging
@@ -21,17 +22,17 @@ Place = TypeVar("Place")
 
 
 class RowChecks(Generic[Place]):
-    """Makes clean passages of rows, with the columns that are kept, and counts what the manifest says of them."""
+    """Turns rows into clean passages with their kept columns, and keeps the counts for the manifest."""
 
     def __init__(self, kept: pa.Schema, *, max_text_bytes: int) -> None:
         self.num_changed_ids = 0
         self.kinds: Counter[str] = Counter()
         self.unfit: dict[str, tuple[int, Place, str]] = {}
-        """For a kept column how many values are not of its type, the place of the first, and its value."""
+        """Per kept column: the number of values that do not fit its type, the place of the first, and that value."""
         self._kept, self._max_text_bytes = kept, max_text_bytes
 
     def passage(self, row: Row | BadRow, place: Place) -> Passage | BadRow:
-        """Return the passage of a row, or why there is none. `place` is how the caller knows it."""
+        """Convert a row to a passage, or return a bad row with the reason. `place` identifies the row for the caller."""
         if isinstance(row, BadRow):
             return row
         passage = checked(row, max_text_bytes=self._max_text_bytes)
@@ -56,7 +57,7 @@ class RowChecks(Generic[Place]):
 def merged(
     unfit: Iterable[tuple[int, Mapping[str, tuple[int, int, str]]]],
 ) -> dict[str, tuple[int, tuple[int, int], str]]:
-    """Sum up what tasks counted, in the order of their pieces; a place becomes piece and line."""
+    """Sum the values that did not fit over all tasks, in the order of their pieces. A place becomes (piece, line)."""
     total: dict[str, tuple[int, tuple[int, int], str]] = {}
     for piece, found in unfit:
         for name, (count, line, value) in found.items():
@@ -68,7 +69,7 @@ def merged(
 def told(
     unfit: Mapping[str, tuple[int, Place, str]], kept: pa.Schema, place_of: Callable[[Place], str]
 ) -> dict[str, dict[str, Any]]:
-    """Log what did not fit and return it for the manifest."""
+    """Log the values that did not fit their columns, and return them for the manifest."""
     details = {}
     for name, (count, place, value) in unfit.items():
         details[name] = {"count": count, "first": f"{place_of(place)}: {value}"}

@@ -1,7 +1,7 @@
-"""What a source of passages is, whatever it is read from.
+"""Define `Source`, the base class of all readers of corpora.
 
-A source yields raw rows, each with its place (file and line), one at a time; what cannot be a row
-at all it yields as a `BadRow`. Cleaning, the bad-row policy and duplicates are not its business.
+A source yields raw rows one at a time, each with its place (file and line). Input that cannot be a row is yielded as a
+`BadRow`. Cleaning, the policy for bad rows and deduplication happen elsewhere.
 """
 
 from abc import ABC, abstractmethod
@@ -20,22 +20,22 @@ class _Missing:
 
 
 MISSING: Final = _Missing()
-"""The value of a field that a row does not have, which is not the same as null."""
+"""The value of a field that a row does not have. This differs from null."""
 
 
 class Row(NamedTuple):
-    """A passage as its source gives it: nothing is checked yet. `place` is file and line."""
+    """A raw, unchecked passage from a source. `place` is file and line."""
 
     place: str
     doc_id: object
     title: object
     text: object
     kept: tuple[object, ...] = ()
-    """Values of the columns that are carried along."""
+    """Values of the kept columns, in the order of `Source.kept`."""
 
 
 class BadRow(NamedTuple):
-    """What cannot become a record: its place, why (a key of `REASONS`), and the value where that helps."""
+    """A row that cannot become a record: its place, the reason (a key of `REASONS`), and the value if that helps."""
 
     place: str
     reason: str
@@ -43,11 +43,11 @@ class BadRow(NamedTuple):
 
     @property
     def told(self) -> str:
-        """Its place and reason in words."""
+        """Place, reason and value as text for a message."""
         return f"{self.place}: {REASONS[self.reason]}{f': {self.value}' if self.value else ''}"
 
     def as_json(self) -> dict[str, str]:
-        """Return its fields for a manifest."""
+        """Return the fields that are not empty, for the manifest."""
         return {name: text for name, text in self._asdict().items() if text}
 
 
@@ -71,17 +71,20 @@ REASONS: Final[dict[str, str]] = {
     "not_pdf": "it cannot be read as PDF",
     "not_python": "it does not parse as Python",
 }
-"""Every reason for which a row is bad, in words."""
+"""Every reason why a row can be bad, with the text for messages."""
 
 
 def in_words(by_reason: Mapping[str, int]) -> str:
-    """Return how many rows are bad for which reason: "it has no id: 2"."""
+    """Return counts of bad rows per reason as text: "it has no id: 2"."""
     return "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in by_reason.items())
 
 
 @dataclass
 class Span:
-    """A part of a file: bytes of a text, row groups of Parquet. Who reads it to its end sets `num_lines`."""
+    """A part of a file: a range of bytes of a text file, or of row groups of Parquet.
+
+    A reader sets `num_lines` when it reaches the end of the part.
+    """
 
     start: int
     end: int
@@ -89,49 +92,49 @@ class Span:
 
 
 class Source(ABC):
-    """Passages, and queries and judgements where there are some, from one place."""
+    """A corpus that can be read: passages, and queries and judgements if it has any."""
 
     format: str
-    """Its name on the command line."""
+    """Name of the format on the command line."""
     title_tells_apart: ClassVar[bool] = True
-    """Whether passages of one text and two titles are two passages."""
+    """Whether two passages with the same text but different titles are different passages."""
     labels_from_passages: ClassVar[bool] = False
-    """Whether queries are made from the passages: one loses its sense where its passage was dropped."""
+    """Whether queries are made from the passages. Then a query is dropped together with its passage."""
     has_qrels: bool = False
-    """Whether it comes with judgements, which point at ids."""
+    """Whether the source has judgements."""
     fraction_read: float = 0.0
-    """How much of it `rows` has read, from 0 to 1; 0 where that is not known."""
+    """Fraction of the source that `rows` has read, from 0 to 1; 0 if unknown."""
     kept: pa.Schema = pa.schema([])
-    """The columns that are carried along, with the types in which they are stored; known after `check`."""
+    """The kept columns, with the types in which they are stored. Known after `check`."""
 
     @abstractmethod
     def check(self) -> None:
-        """Look whether it can be read at all: opens it, reads a little.
+        """Check that the source can be read, by opening it and reading a little.
 
         Raises:
-            CorpusError: it is empty, has no text or id column, or is not of its format.
+            CorpusError: the source is empty, has no text or id column, or does not have its format.
         """
 
     @abstractmethod
     def rows(self) -> Iterator[Row | BadRow]:
-        """Return every row, always in the same order, with bounded memory.
+        """Yield every row, always in the same order, with bounded memory.
 
         Raises:
-            CorpusError: a file is cut short.
+            CorpusError: a file is damaged or cut short.
         """
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash all that it holds."""
+        """Return a hash of the content of the source."""
 
     def description(self) -> dict[str, Any]:
-        """Return what the manifest says of it: files and columns that are read, and those that are not."""
+        """Return a description for the manifest: files and columns that are read, and those that are not."""
         return {}
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """Return its queries."""
+        """Yield the queries of the source; none by default."""
         yield from ()
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Return its judgements by split."""
+        """Return the judgements by split; empty by default."""
         return {}

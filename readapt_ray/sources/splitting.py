@@ -1,7 +1,7 @@
-"""Split long documents into passages of a number of tokens, between paragraphs or sentences where it can.
+"""Split long documents into passages of a limited number of tokens, between paragraphs or sentences if possible.
 
-Enters: one file of ingested documents. Leaves: the same file with passages `doc#1`, `doc#2` ... in their place, each with the
-title and the kept columns of its document, and its id as `parent_id`. In memory is one row group.
+In: a file of ingested documents. Out: the same file with passages `doc#1`, `doc#2` ... instead of each document. A passage
+has the title and the kept columns of its document, and the document's id as `parent_id`. One row group is in memory.
 """
 
 import bisect
@@ -26,25 +26,25 @@ _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])")
 _LINE_END = re.compile(r"\n")
 _SPACE = re.compile(r"\s+")
 PIECE: Final = r"#\d+$"
-"""End of a passage id after the id of its document."""
+"""Pattern of the end of a passage id, after the id of its document."""
 _ROWS_AT_ONCE = 256
 _DONE: Final = b"readapt.split"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Splitting:
-    """How documents are split."""
+    """Settings for splitting documents into passages."""
 
     max_tokens: int
-    """A passage has at most so many tokens, title and special tokens not counted."""
+    """Maximum number of tokens per passage, without title and special tokens."""
     overlap: int
-    """Tokens at the end of a passage with which the next one begins, at most."""
+    """Maximum number of tokens at the end of a passage that are repeated at the start of the next one."""
     tokenizer: str
-    """Model whose tokenizer counts."""
+    """Model whose tokenizer counts the tokens."""
     tokenizer_fingerprint: str = ""
 
     def split(self, texts: Sequence[str]) -> list[list[str]]:
-        """Return the pieces of each text; none of them has more tokens than allowed, read on its own."""
+        """Split each text into pieces of at most `max_tokens` tokens, counted when the piece is tokenized alone."""
         most = dict.fromkeys(range(len(texts)), self.max_tokens)
         pieces: dict[int, list[str]] = {}
         token_spans = self._token_spans(texts)
@@ -61,7 +61,7 @@ class Splitting:
         return [pieces[at] for at in range(len(texts))]
 
     def _token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
-        """Return where the tokens of each text begin and end."""
+        """Return start and end (in characters) of each token of each text."""
         if not texts:
             return []
         tokenizer = _tokenizer(self.tokenizer, self.tokenizer_fingerprint, os.getpid())
@@ -74,17 +74,17 @@ class Splitting:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(name: str, fingerprint: str, process: int) -> Any:
-    """Load a tokenizer once per process."""
+    """Load a tokenizer, once per process."""
     del fingerprint, process
     return open_model(name, with_weights=False).tokenizer
 
 
 def open_splitting(max_tokens: int, overlap: int, tokenizer: str) -> Splitting:
-    """Return how documents are split, by a tokenizer that can be had.
+    """Load the tokenizer, and return the settings for splitting documents.
 
     Raises:
-        InputError: the tokenizer cannot say where its tokens are in a text.
-        ModelError: there is no such model, or it has no tokenizer.
+        InputError: the tokenizer cannot report the offsets of tokens in a text (it has no tokenizer.json).
+        ModelError: the model does not exist, or has no tokenizer.
     """
     model = open_model(tokenizer, with_weights=False)
     if not model.tokenizer.is_fast:
@@ -101,7 +101,7 @@ def open_splitting(max_tokens: int, overlap: int, tokenizer: str) -> Splitting:
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]], max_tokens: int, overlap: int) -> list[str]:
-    """Return a text in pieces: each ends with a paragraph or sentence if one ends in its second half, else with a word."""
+    """Cut a text into pieces. A piece ends after a paragraph or sentence that ends in its second half, else after a word."""
     if len(spans) <= max_tokens:
         return [text]
     starts, ends = [start for start, _ in spans], [end for _, end in spans]
@@ -122,13 +122,13 @@ def _cut(text: str, spans: Sequence[tuple[int, int]], max_tokens: int, overlap: 
 
 
 def _last(places: Sequence[int], after: int, until: int) -> int | None:
-    """Return the last of some places in (after, until]."""
+    """Return the last place that is above `after` and at most `until`; None if there is none. `places` are sorted."""
     at = bisect.bisect_right(places, until)
     return places[at - 1] if at and places[at - 1] > after else None
 
 
 def _resumed(starts: Sequence[int], boundaries: Sequence[Sequence[int]], following: int, overlap: int, end: int) -> int:
-    """Return the token with which the next piece begins: a sentence or word that begins in the overlap."""
+    """Return the index of the token with which the next piece begins: the start of a sentence or word in the overlap."""
     if not overlap:
         return following
     earliest = starts[max(0, following - overlap)]
@@ -140,7 +140,7 @@ def _resumed(starts: Sequence[int], boundaries: Sequence[Sequence[int]], followi
 
 
 def parent_of(passage_id: str) -> str:
-    """Return the document of a passage of a corpus that was split."""
+    """Return the id of the document of a passage, in a corpus that was split: `doc` for `doc#3`."""
     return re.sub(PIECE, "", passage_id)
 
 
@@ -150,14 +150,14 @@ def first_piece(doc_id: str) -> str:
 
 
 def piece_ids(doc_id: str, num_pieces: int) -> list[str]:
-    """Return the ids of a document's passages, from which `parent_of` gives its own."""
+    """Return the ids of a document's passages. `parent_of` returns the document's id for each of them."""
     if num_pieces == 1 and not re.search(PIECE, doc_id):
         return [doc_id]
     return [f"{doc_id}#{number}" for number in range(1, num_pieces + 1)]
 
 
 def split_part(file: Location, splitting: Splitting) -> dict[str, int]:
-    """Write a file of documents again as passages, unless it was; return how many documents, passages and bytes it has."""
+    """Replace the documents of a file by passages, unless that is done, and return counts of documents, passages, bytes."""
     with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         metadata = parquet.metadata.metadata or {}
         if _DONE in metadata:
@@ -180,7 +180,7 @@ def split_part(file: Location, splitting: Splitting) -> dict[str, int]:
 
 
 def split_schema(documents: pa.Schema) -> pa.Schema:
-    """Return the columns of passages: the columns of documents, with the parent_id after the content_hash."""
+    """Return the schema of passages: the schema of documents, with `parent_id` after `content_hash`."""
     at = documents.get_field_index("content_hash") + 1
     return documents.remove_metadata().insert(at, pa.field("parent_id", pa.string()))
 
@@ -209,6 +209,6 @@ def _split_rows(rows: pa.Table, schema: pa.Schema, splitting: Splitting, counts:
 
 
 def total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """Sum up what the parts hold."""
+    """Sum the counts of several parts."""
     found = list(counts)
     return {name: sum(each[name] for each in found) for name in found[0]} if found else {}

@@ -1,4 +1,4 @@
-"""Passages from files of rows, one file or a folder of them, with queries and judgements where there are some."""
+"""Read passages from tables: one file, or a folder of files; also with queries and judgements beside them."""
 
 import fnmatch
 import functools
@@ -21,16 +21,23 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 _USUAL = frozenset({*FIELDS, "_id", "id"})
-"""Columns whose choice is not worth a line in the log."""
+"""Usual column names. If only these are read, the log does not mention the choice of columns."""
 
 
 class TableSource(Source):
-    """A file of rows, or a folder of them in the order of their names."""
+    """A table, or a folder of tables in the order of their names, as a source."""
 
     def __init__(
         self, location: Location, table_format: TableFormat, options: ReadOptions, *, only: Sequence[str] = ()
     ) -> None:
-        """`only` are patterns of the relative names of the files to read; all if there are none."""
+        """Make a source of the files at a location.
+
+        Args:
+            location: a file or folder.
+            table_format: the format of the files.
+            options: how to read them.
+            only: patterns of the relative names of the files to read. Empty means all.
+        """
         self.format = table_format.name
         self.options = options
         self._location, self.table_format = location, table_format
@@ -38,10 +45,10 @@ class TableSource(Source):
         self.name = str(location)
         self._columns: dict[str, Any] = {}
         self.contents: dict[str, list[str]] = {}
-        """What identifies the content of each file of passages, by its label; known after `fingerprint`."""
+        """Digests of the content of each file of passages, by its label. Known after `fingerprint`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was listed: a task that reads queries and judgements does not need it."""
+        """Leave out the listing of files, which may be large: a task that reads queries and judgements does not need it."""
         return {name: value for name, value in self.__dict__.items() if name not in ("_listing", "contents")}
 
     @functools.cached_property
@@ -65,7 +72,7 @@ class TableSource(Source):
         return self._files
 
     def check(self) -> None:
-        """Check that the first file with rows has the columns."""
+        """Check that the first file with rows has the required columns."""
         files = self._files
         layouts = (self.table_format.layout(file, label, self.options) for label, file, _ in files)
         layout = next(filter(None, layouts), None)
@@ -82,7 +89,7 @@ class TableSource(Source):
         return {"files": len(self._files), "files_not_read": self._listing.counts(), "columns": self._columns}
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the rows of one file after the other."""
+        """Yield the rows of all files, one file after the other."""
         files = self._files
         sizes = [max(file.size_bytes(), 1) for file in files]
         total, before = sum(sizes), 0
@@ -96,13 +103,13 @@ class TableSource(Source):
             self.fraction_read = before / total
 
     def fingerprint(self) -> str:
-        """Hash the content of its files."""
+        """Hash the content of the files."""
         self.contents = contents_of(self._files)
         return fingerprint(self.contents)
 
 
 def _described(layout: Layout) -> dict[str, Any]:
-    """Return which columns are read and which are not, and log it unless they are called as ours are."""
+    """Return which columns are read and which are not. Log it unless only columns with usual names are there."""
     columns = layout.columns
     used = dict(zip(FIELDS, ([columns.doc_id], list(columns.title), list(columns.text)), strict=True))
     not_read = [name for name in layout.found if name not in columns.names]
@@ -117,7 +124,7 @@ def _described(layout: Layout) -> dict[str, Any]:
 
 
 class LabelledTableSource(TableSource):
-    """Passages with queries and judgements beside them: a BEIR folder, or what `ingest` wrote."""
+    """Tables of passages with queries and judgements beside them: a BEIR folder, or an output of `ingest`."""
 
     def __init__(
         self,
@@ -135,12 +142,12 @@ class LabelledTableSource(TableSource):
         self._queries, self._qrels = queries, qrels
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """Return the queries of the file of queries."""
+        """Yield the queries, if the source has any."""
         if self._queries is not None:
             yield from iter_queries(self._queries, self.options.columns)
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Return the judgements of the files, one per split."""
+        """Return the judgements by split, one file per split."""
         return {split: iter_qrels(file, self.options.columns) for split, file in self._qrels.items()}
 
     def fingerprint(self) -> str:

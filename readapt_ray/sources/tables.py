@@ -1,4 +1,4 @@
-"""Define what a format of rows is: JSON, CSV, TSV, Parquet or Arrow.
+"""Define `TableFormat`, the interface of all readers of rows: JSON, CSV, TSV, Parquet and Arrow.
 
 One line, one JSON object, or one batch of 512 rows is in memory at a time.
 """
@@ -15,29 +15,30 @@ from readapt_ray.storage import Location
 
 BATCH_ROWS: Final = 512
 REMEMBERED_FILES: Final = 64
-"""Files whose columns a process remembers, since each range of a file asks for them."""
+"""Number of files whose columns are cached in a process, because every range of a file needs them."""
 
 Advance = Callable[[float], None]
 
 Values = tuple[str, tuple[object, ...]]
-"""The place of a row, and its values in some columns."""
+"""The place of a row (file and line), and its values in some columns."""
 
 Cut = Literal["lines", "row groups", "nowhere"]
-"""Where each line is a row; where there are row groups; where a row may hold line breaks."""
+"""Where a file can be split: at lines (each is a row), at row groups, or nowhere (a row may contain line breaks)."""
 
 
 class Layout(NamedTuple):
-    """What one file of rows holds."""
+    """The columns of one file."""
 
     columns: Columns
+    """The columns that make a passage."""
     found: tuple[str, ...]
-    """Every column that was seen."""
+    """All column names in the file."""
     kept_types: tuple[pa.DataType, ...]
-    """Of the columns to keep, as far as the file says."""
+    """Types of the kept columns, from the file's schema or its first rows."""
 
 
 class TableFormat(Protocol):
-    """The layout of rows in one file."""
+    """A format of tables: how to find the columns of a file, and to read its rows."""
 
     @property
     def name(self) -> str:
@@ -45,21 +46,29 @@ class TableFormat(Protocol):
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """How its files end."""
+        """The suffixes of its files, such as ".csv"."""
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Return where a file can be cut into parts that are read on their own."""
+        """Return where a file can be split into parts that are read independently."""
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Return which columns make a passage; None for a file without rows. Raises CorpusError where none do."""
+        """Return which columns make a passage; None for a file without rows. Raises CorpusError if columns are missing."""
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Return the rows; `advance` is told the part of the file, from 0 to 1, that was read, `span` the part to read."""
+        """Yield the rows of a file.
+
+        Args:
+            file: the file to read.
+            label: name of the file in places and errors.
+            options: how to read it.
+            advance: called with the fraction of the file that was read, from 0 to 1.
+            span: the part of the file to read; None means all.
+        """
 
 
 def shares(file: Location, advance: Advance) -> Callable[[int], None]:
-    """Return what turns bytes that were read into the share of the file."""
+    """Return a function that converts a number of bytes read to the fraction of the file, and calls `advance` with it."""
     size_bytes = max(file.size_bytes(), 1)
     return lambda read_bytes: advance(read_bytes / size_bytes)

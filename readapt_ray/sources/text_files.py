@@ -1,9 +1,9 @@
-"""Files of text as passages: plain text, Markdown, reStructuredText, HTML and PDF.
+"""Read text files as passages: plain text, Markdown, reStructuredText, HTML and PDF.
 
-Enters: a file, or a folder of such files, at any depth. Leaves: a passage a file, or several where it is long. The doc_id
-is the path relative to the folder, white space in it as %20 (the TREC format has none in ids), with #1, #2 ... where the
-file was split. The title comes from the front matter or the page, or the first Markdown heading, else the name without
-its suffix. 17 files are in memory, read ahead for stores that answer slowly.
+In: a file, or a folder of such files at any depth. Out: a passage per file, or several if the file is long. The doc_id is
+the path relative to the folder, with #1, #2 ... if the file was split. White space in it becomes %20, because TREC formats
+do not allow it in ids. The title comes from the front matter or the HTML page, or is the first Markdown heading, else the
+file's name without suffix. Up to 17 files are read ahead and held in memory, because object stores answer slowly.
 """
 
 import collections
@@ -37,7 +37,7 @@ TEXT_SUFFIXES = (
     *documents.PDF_SUFFIXES,
 )
 TEXT_HIDDEN = (".",)
-"""How a name begins that is not of data here: `_posts` and `_index.md` are."""
+"""First characters of hidden names among text files. `_posts` and `_index.md` are data here, so `_` is not one."""
 _PDF_ADVICE: Final = "which needs the package pypdf: pip install 'readapt-ray[pdf]'"
 _READERS = 16
 _PEEKED_FILES = 100
@@ -45,7 +45,7 @@ _PARAGRAPH = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")
 
 
 class TextSource(Source):
-    """A text file, or a folder of them."""
+    """A text file, or a folder of text files, as a source."""
 
     format = "text"
 
@@ -80,7 +80,7 @@ class TextSource(Source):
         return self._listing.files
 
     def check(self) -> None:
-        """Check that there is a file with text."""
+        """Check that at least one file has text, and that the front matter has the fields that the user named."""
         files = self._files
         if not files:
             raise CorpusError(f"{self._location} holds no text: no file there ends with {' or '.join(TEXT_SUFFIXES)}")
@@ -106,7 +106,7 @@ class TextSource(Source):
         return {"files": len(self._files), "files_not_read": self._listing.counts()}
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the rows of one file after the other."""
+        """Yield the rows of all files, one file after the other."""
         for number, (label, document) in enumerate(self._documents()):
             if isinstance(document, BadRow):
                 yield document
@@ -115,7 +115,7 @@ class TextSource(Source):
             self.fraction_read = (number + 1) / len(self._files)
 
     def _documents(self) -> Iterator[tuple[str, Document | BadRow]]:
-        """Yield each file in order, while the next ones are read."""
+        """Yield each file in order, while threads read the next ones."""
         with ThreadPoolExecutor(_READERS) as pool:
             reads = ((file.label, pool.submit(self._read, file)) for file in self._files)
             ahead = collections.deque(itertools.islice(reads, _READERS))
@@ -150,7 +150,7 @@ class TextSource(Source):
                 yield Row(f"{label}#{number}", f"{doc_id}#{number}", title, piece, kept)
 
     def fingerprint(self) -> str:
-        """Hash the content of the files and their names."""
+        """Hash the names and contents of the files."""
         return fingerprint(contents_of(self._files))
 
 
@@ -160,10 +160,10 @@ def _field(document: Document, name: str) -> object:
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
-    """Return a text as pieces of at most `max_chars` characters, cut between paragraphs.
+    """Split a text into pieces of at most `max_chars` characters, between paragraphs if possible.
 
-    Paragraphs are put together as long as they fit; one that is too long for itself is cut at
-    white space, or anywhere where it has none.
+    Paragraphs are joined as long as they fit. A paragraph that is too long is cut at white space, or anywhere if it has
+    none.
     """
     pieces: list[str] = []
     for paragraph in filter(None, (part.strip() for part in _PARAGRAPH.split(text))):

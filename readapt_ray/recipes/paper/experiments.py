@@ -1,4 +1,4 @@
-"""Run the paper's experiments, one after another, seed by seed."""
+"""Run the experiments of the RE-AdaptIR paper one after another, each with all seeds."""
 
 import logging
 
@@ -12,13 +12,14 @@ logger = logging.getLogger("readapt_ray")
 
 
 def run(config: PaperConfig) -> dict[str, str]:
-    """Run experiments; what is complete already is not done again.
+    """Run the paper's experiments. Complete artifacts are not made again.
 
     Returns:
-        The Markdown of each experiment's outcome, which is also written under the root after each seed.
+        The table of each experiment as Markdown, by the experiment's name. It is also written under the root after each
+        seed.
 
     Raises:
-        InputError: a model or a corpus cannot be found or an option is wrong; found before any stage starts.
+        InputError: a model or a corpus cannot be found, or an option is wrong. This is checked before any stage starts.
     """
     reproduction = Reproduction(config)
     root = Location(config.root.rstrip("/"))

@@ -1,7 +1,7 @@
-"""Put the language-model head of one model on the body of another: training on text needs a head, retrievers have none.
+"""Add the language-model head of a pretrained model to a retriever. Training on text needs a head; retrievers have none.
 
-In: a model folder without a head and the pretrained model that it came from. Out: a folder that
-`AutoModelForCausalLM` loads whole. It costs a copy of the weights.
+In: a model folder without a head, and the pretrained model that it was made from. Out: a folder that
+`AutoModelForCausalLM` loads completely. It costs a copy of the weights.
 """
 
 import json
@@ -21,15 +21,15 @@ _HEAD_FILE = "head.safetensors"
 
 
 def add_head(headless: Location, pretrained: Path, target: Location) -> Location:
-    """Write a model with the body of one model and the head of another.
+    """Write a model that has the body of one model and the head of another.
 
     Args:
-        headless: a local model folder.
-        pretrained: local folder of the model whose head is taken, under the names that it has there.
+        headless: local folder of the model without a head.
+        pretrained: local folder of the model with the head. The head's tensors keep their names.
         target: the folder to write, an artifact.
 
     Returns:
-        The target; `headless` itself where the pretrained model stores no head, since it is tied to the embeddings.
+        The target. If the pretrained model stores no head (it is tied to the embeddings), `headless` itself.
 
     Raises:
         ModelError: one of the folders holds no model.
@@ -52,7 +52,7 @@ def _write(headless: Location, pretrained: Path, heads: tuple[str, ...], target:
     weight_map = dict.fromkeys(heads, _HEAD_FILE)
     for name, _ in headless.listing():
         if name.endswith(".safetensors"):
-            # Under its own name transformers would take a single file for the whole model, and not see the index.
+            # Rename it: transformers would take a file `model.safetensors` for the whole model and ignore the index.
             (headless / name).copy_to(target / f"body-{name}")
             weight_map |= dict.fromkeys(read_header((headless / name).local_path), f"body-{name}")
         elif name not in (INDEX_NAME, "manifest.json") and (headless / name).is_file():

@@ -1,4 +1,4 @@
-"""Define the options of `readapt paper`, and find the corpora that they name."""
+"""Define the options of `readapt paper`, and find the corpora named in them."""
 
 import re
 from dataclasses import dataclass
@@ -27,8 +27,8 @@ class PaperConfig(Config):
     retriever: str = "e5-mistral"
     """Model to adapt: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     pretrained: str | None = None
-    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id. If omitted, what the catalog
-    says of the retriever."""
+    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id. If omitted, the model that
+    the catalog names for the retriever."""
     corpora: tuple[str, ...] = tuple(row.name for row in corpora.CORPORA)
     """Corpora, separated by commas: names of the catalog, or NAME=SOURCE with any source of `readapt ingest`. If
     omitted, the paper's fourteen."""
@@ -40,7 +40,7 @@ class PaperConfig(Config):
     seeds: tuple[int, ...] = (0,)
     """Seeds of the adapters, separated by commas. Results are averaged over them."""
     sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
-    """Numbers of passages of figure2, separated by commas. A corpus leaves out those that it does not have."""
+    """Numbers of training passages for figure2, separated by commas. Numbers above the size of a corpus are left out."""
     readapter_scale: float = 1.0
     """Weight of the retriever's change to the pretrained model; 1.0 is the paper's value."""
     knowledge_scale: float = 0.5
@@ -68,7 +68,7 @@ class PaperConfig(Config):
     @field_validator("corpora", mode="after")
     @classmethod
     def _joined(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """Join the packages of `NAME=python-docs:A,B` again."""
+        """Join the packages of `NAME=python-docs:A,B` again, which were split at the comma."""
         joined: list[str] = []
         for each in value:
             is_package = joined and "=python-docs:" in joined[-1] and "=" not in each
@@ -88,7 +88,7 @@ class PaperConfig(Config):
 
 @dataclass(frozen=True)
 class Collection:
-    """A corpus of the reproduction: its source and how it is scored."""
+    """A corpus of the reproduction: its source, and how its queries are searched and judged."""
 
     name: str
     source: str
@@ -98,10 +98,14 @@ class Collection:
 
 
 def collection(text: str, data: str | None) -> Collection:
-    """Return a corpus by its catalog name, or from NAME=SOURCE.
+    """Return the corpus that a text names.
+
+    Args:
+        text: a catalog name, or NAME=SOURCE.
+        data: folder that may hold a BEIR folder named after the corpus; None if the user gave none.
 
     Raises:
-        CorpusError: it is neither, or the catalog name is also a folder here.
+        CorpusError: the text is neither, or the catalog name is also a folder in the current folder.
     """
     name, mark, source = text.partition("=")
     row = corpora.find_corpus(name)

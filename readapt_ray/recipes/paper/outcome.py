@@ -1,8 +1,7 @@
-"""What an experiment came to: a table of variants and corpora beside the published figures.
+"""Write the results of an experiment: a table of variants and corpora, beside the published numbers.
 
-In: the runs of a reproduction. Out: `EXPERIMENT.json` and `EXPERIMENT.md` under its root. The value of a query
-is its mean over the seeds, and the test is paired over queries; Holm's correction runs over every
-comparison of the table.
+In: the runs of a reproduction. Out: `EXPERIMENT.json` and `EXPERIMENT.md` under its root. The value of a query is its mean
+over the seeds. Tests are paired over queries, with Holm's correction over all comparisons of the table.
 """
 
 import datetime
@@ -28,14 +27,14 @@ from readapt_ray.storage import Location
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The values of one corpus by variant: float64 [seeds, Q]."""
+    """The measured values of one corpus, by variant: float64 [number of seeds, number of queries]."""
 
     collection: Collection
     values: dict[str, NDArray[np.float64]]
 
 
 def write_outcome(reproduction: Reproduction, experiment: str, seeds: Sequence[int]) -> str:
-    """Write what these seeds came to; the Markdown."""
+    """Write the results of an experiment over these seeds as JSON and Markdown, and return the Markdown."""
     measure = reproduction.config.measure
     found = [_values(reproduction, experiment, each, seeds) for each in reproduction.collections.values()]
     comparisons = [_compared(each, measure) for each in found]
@@ -86,12 +85,12 @@ def _values(reproduction: Reproduction, experiment: str, own: Collection, seeds:
 
 
 def _compared(outcome: _Outcome, measure: str) -> list[Comparison]:
-    """Return every variant with the retriever as it is."""
+    """Compare every variant of a corpus with the unchanged retriever. Values are averaged over seeds first."""
     return compare({name: {measure: values.mean(axis=0)} for name, values in outcome.values.items()})
 
 
 def _corrected(comparisons: Sequence[Sequence[Comparison]]) -> list[dict[str, Comparison]]:
-    """Return p-values by variant, with Holm's correction over the whole table."""
+    """Add p-values with Holm's correction over the whole table. Returns, per corpus, the comparisons by variant."""
     p_values = [each.p_value for group in comparisons for each in group if each.p_value is not None]
     adjusted = iter(holm(p_values))
     return [
@@ -130,7 +129,10 @@ def _rows(reproduction: Reproduction, outcome: _Outcome, tested: dict[str, Compa
 
 
 def _averages(reproduction: Reproduction, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the mean over the corpora that have every variant, of all and of the zero-shot ones."""
+    """Return each variant's mean over all corpora, and over the retriever's zero-shot corpora.
+
+    Only corpora that have every variant count.
+    """
     names = list(dict.fromkeys(row["arm"] for row in rows))
     means = {(row["corpus"], row["arm"]): row["mean"] for row in rows}
     whole = [each for each in reproduction.collections if all((each, variant) in means for variant in names)]
@@ -146,7 +148,7 @@ def _averages(reproduction: Reproduction, rows: Sequence[dict[str, Any]]) -> dic
 
 
 def _combined(found: Sequence[_Outcome]) -> dict[str, dict[str, Any]]:
-    """Test each variant over all corpora at once, where there are several."""
+    """Test each variant over all corpora together. Empty if there is only one corpus."""
     names = [name for name in found[0].values if name != BASE and all(name in each.values for each in found)]
     if len(found) < 2 or any(each.values[BASE].shape[1] < 2 for each in found):
         return {}
@@ -159,7 +161,7 @@ def _combined(found: Sequence[_Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Return the outcome as one page; scores times 100, as the paper prints them."""
+    """Return the results (the content of the JSON file) as Markdown. Scores are times 100, as in the paper."""
     seeds = result["seeds"]
     lines = [
         f"# {result['experiment']}: {result['what']}",

@@ -1,15 +1,15 @@
-"""List figures that others published, to print beside ours.
+"""List published numbers, to print beside ours.
 
-The paper's tables (RE-AdaptIR, arXiv 2406.14764, nDCG@10 times 100), and scores of the unchanged models from
-the embeddings-benchmark/results repository. The paper's own base scores of E5-Mistral are lower than those, for
-reasons that it does not let one tell, so no gain is shown without both.
+Sources: the tables of the paper (RE-AdaptIR, arXiv 2406.14764, nDCG@10 times 100), and scores of the unchanged models in
+the repository embeddings-benchmark/results. The paper's base scores of E5-Mistral are lower than those of the repository;
+the paper does not say why. So a gain is always shown with both.
 """
 
 from typing import NamedTuple
 
 
 class PaperScores(NamedTuple):
-    """One row of Table 1 for one retriever."""
+    """One retriever's numbers in a row of Table 1: nDCG@10 times 100 before and after RE-AdaptIR."""
 
     base: float
     readapted: float
@@ -53,13 +53,13 @@ _TABLE_2: dict[str, dict[str, tuple[float, float, float]]] = {
 _TABLE_2_ARMS = ("unjudged passages", "judged passages", "readapted")
 
 TABLE_3_MEAN_GAINS: dict[str, float] = {"repllama": 0.2, "e5-mistral": 2.0}
-"""Mean gain over base of the MS MARCO adapter on the other thirteen sets."""
+"""Mean gain of the MS MARCO adapter over the base, on the other thirteen corpora, in points of nDCG@10."""
 
 TRAINED_ON: dict[str, frozenset[str]] = {
     "repllama": frozenset({"msmarco"}),
     "e5-mistral": frozenset({"msmarco", "fever", "hotpotqa", "nq", "quora"}),
 }
-"""Corpora whose training split a retriever has seen; the others are its zero-shot ones."""
+"""Corpora whose training split each retriever was trained on. All others are zero-shot."""
 
 _PUBLIC: dict[tuple[str, str], float] = {
     ("e5-mistral", "arguana"): 61.65,
@@ -71,14 +71,14 @@ _PUBLIC: dict[tuple[str, str], float] = {
 
 
 def paper_scores(retriever: str, corpus: str) -> PaperScores | None:
-    """Return nDCG@10 times 100 in the paper's Table 1, before and after; None if it has no such row."""
+    """Return nDCG@10 times 100 before and after RE-AdaptIR, from the paper's Table 1; None if it has no such row."""
     if retriever not in _PAPER_RETRIEVERS or corpus not in _TABLE_1:
         return None
     return _TABLE_1[corpus][_PAPER_RETRIEVERS.index(retriever)]
 
 
 def paper_gain(retriever: str, corpus: str, arm: str) -> float | None:
-    """Return the gain over base, in points of nDCG@10, in the paper's Tables 1 and 2; None if they have no such row."""
+    """Return a variant's gain over base in points of nDCG@10, from the paper's Tables 1 and 2; None if not in them."""
     in_table_2 = _TABLE_2.get(retriever, {}).get(corpus)
     if in_table_2 is not None and arm in _TABLE_2_ARMS:
         return in_table_2[_TABLE_2_ARMS.index(arm)]
@@ -87,5 +87,5 @@ def paper_gain(retriever: str, corpus: str, arm: str) -> float | None:
 
 
 def public_score(retriever: str, corpus: str) -> float | None:
-    """Return nDCG@10 times 100 of the unchanged retriever by embeddings-benchmark; None if it is not known here."""
+    """Return the unchanged retriever's nDCG@10 times 100 according to embeddings-benchmark; None if not listed here."""
     return _PUBLIC.get((retriever, corpus))

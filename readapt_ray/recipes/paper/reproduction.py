@@ -1,15 +1,14 @@
-"""Run the paper's experiments over one corpus or many: which artifacts, in which order, under which root.
+"""Make the artifacts of the paper's experiments, on one or several corpora.
 
     ROOT/CORPUS/corpus                  passages, queries, qrels
-    ROOT/CORPUS/subsets/PASSAGES-SEED   passages that an adapter is trained on, where these are not all; -rows: as JSONL
+    ROOT/CORPUS/subsets/PASSAGES-SEED   a part of the passages, to train an adapter on; -rows: the same as JSONL
     ROOT/CORPUS/adapters/NAME           knowledge adapters
-    ROOT/CORPUS/models/MODEL              merged models
+    ROOT/CORPUS/models/MODEL            merged models
     ROOT/CORPUS/vectors/MODEL, runs/MODEL.trec
-    ROOT/EXPERIMENT.json, EXPERIMENT.md what came out, beside the paper's figures
+    ROOT/EXPERIMENT.json, EXPERIMENT.md results, beside the paper's numbers
 
-Every artifact is made by its stage, so whatever is complete is not made again: a reproduction that was
-killed resumes, and experiments share what they have in common. At 7 billion parameters a variant takes 14 GB
-for its model besides the vectors.
+Every artifact is made by its stage. So a killed reproduction resumes, and experiments share artifacts. With 7 billion
+parameters, each variant takes 14 GB for its model, and its vectors.
 """
 
 import json
@@ -44,19 +43,19 @@ NOT_IN_AN_EXPERIMENT: dict[str, dict[str, str]] = {
         "encoding": "queries are encoded as the vectors were; leave it out",
     },
 }
-"""Options of stages that a reproduction refuses, each with the reason and what to do instead."""
+"""Stage options that a reproduction refuses, each with the reason and what to do instead."""
 
 RULES = SectionRules(recipe="the reproduction", refused=NOT_IN_AN_EXPERIMENT)
 
 _WHOLE_CORPUS = frozenset({"table1", "baselines"})
-"""Experiments whose adapters are trained on all passages of their corpus."""
+"""Experiments whose adapters are all trained on all passages of the corpus."""
 
 
 class Reproduction:
-    """The experiments of one retriever on some corpora.
+    """The experiments with one retriever on some corpora.
 
     Raises:
-        InputError: a corpus, a model or an option is unknown or wrong; found before any stage starts.
+        InputError: a corpus, a model or an option is unknown or wrong. This is checked before any stage starts.
     """
 
     def __init__(self, config: PaperConfig) -> None:
@@ -77,7 +76,7 @@ class Reproduction:
         """Refuse wrong options before any stage starts.
 
         Raises:
-            InputError: an option is unknown, wrong, or one that the reproduction sets or refuses.
+            InputError: an option is unknown or wrong, or the reproduction sets or refuses it.
         """
         config = self.config
         stage_config("train", config.train, RULES, pretrained="-", corpus="-", method="dora", seed=0, output="-")
@@ -97,7 +96,7 @@ class Reproduction:
                 )
 
     def steps(self, experiment: str, seed: int) -> Iterator[tuple[Collection, Variant]]:
-        """Yield what is searched for an experiment with one seed, corpus after corpus."""
+        """Yield each pair of corpus and variant that an experiment searches with one seed."""
         for each in self.collections.values():
             for variant in variants_of(experiment, self.config.sizes):
                 if self._applies(each, variant) and (variant.has_seed or seed == self.config.seeds[0]):
@@ -111,7 +110,7 @@ class Reproduction:
         return self._domain(own, variant) is not None
 
     def _has_passages(self, own: Collection, variant: Variant) -> bool:
-        """Return whether the corpus has such passages at all; if it has none, log it once."""
+        """Return whether the corpus has passages of the variant's kind (judged, unjudged). If not, log it once."""
         key = (own.name, variant.name)
         if key not in self._has_some:
             self._has_some[key] = bool(_wanted(self.corpus(own), own, variant.passages, 0))
@@ -127,7 +126,7 @@ class Reproduction:
         return self._has_some[key]
 
     def _domain(self, own: Collection, variant: Variant) -> Collection | None:
-        """Return the corpus that a variant's adapter is trained on; None if there is none."""
+        """Return the corpus on which a variant's adapter is trained; None if the variant does not apply."""
         if variant.domain == "own":
             return own
         if variant.domain == "general":
@@ -136,15 +135,15 @@ class Reproduction:
         return self.collections[names[(names.index(own.name) + 1) % len(names)]] if len(names) > 1 else None
 
     def corpus(self, own: Collection) -> Artifact:
-        """Return the ingested corpus, made first if need be."""
+        """Ingest a corpus unless that is done, and return its artifact."""
         return self._make("ingest", {}, source=own.source, output=f"{self._folder(own)}/corpus")
 
     def run_file(self, own: Collection, variant: Variant, seed: int) -> str:
-        """Return the location of a variant's run."""
+        """Return the path of a variant's TREC run."""
         return f"{self._folder(own)}/runs/{_label(variant, seed)}.trec"
 
     def search(self, own: Collection, variant: Variant, seed: int) -> Artifact:
-        """Make the run of a variant with all that it needs."""
+        """Make the TREC run of a variant, and before it every artifact that it needs: model, corpus, vectors."""
         model = self._model(own, variant, seed)
         corpus = self.corpus(own)
         vectors = self._make(
@@ -230,7 +229,7 @@ class Reproduction:
             corpus=passages,
             output=f"{self._folder(source)}/blocks/{name}",
         )
-        # A retriever's config.json has no head: take the head of its pretrained model.
+        # A retriever's config.json names no head, so take the objective of its pretrained model.
         objective = self.config.train.get("objective") or objective_of(models.open_model(self.pretrained))
         return self._make(
             "train",
@@ -247,7 +246,7 @@ class Reproduction:
         return {} if row is None else {"target_modules": row.dora_targets}
 
     def _passages(self, source: Collection, variant: Variant, seed: int) -> str:
-        """Return the passages that an adapter is trained on: the corpus, or a part of it ingested again."""
+        """Return the URI of the passages to train an adapter on: the corpus, or a part of it that is ingested again."""
         corpus = self.corpus(source)
         if variant.passages == "all":
             return corpus.uri
@@ -284,7 +283,7 @@ def _label(variant: Variant, seed: int) -> str:
 
 
 def _with_task(encoding: Encoding, task: str) -> Encoding:
-    """Return the encoding with the corpus's own instruction, if the retriever takes one."""
+    """Put the corpus's task instruction into the encoding, if the retriever's query template has a place for it."""
     return encoding.model_copy(update={"task": task}) if task and "{task}" in encoding.query_template else encoding
 
 
@@ -296,7 +295,7 @@ def _rows(corpus: Artifact) -> Iterator[dict[str, Any]]:
 
 
 def _wanted(corpus: Artifact, source: Collection, passages: str, seed: int) -> set[str]:
-    """Choose the doc_ids of a part; for the same seed, a larger part contains every smaller one."""
+    """Return the doc_ids of a part of the corpus. With the same seed, a larger random part contains every smaller one."""
     doc_ids = [row["doc_id"] for row in _rows(corpus)]
     if passages.isdecimal():
         order = random_generator(seed, "passages").permutation(len(doc_ids))

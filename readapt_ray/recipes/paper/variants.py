@@ -1,7 +1,7 @@
-"""List what each experiment compares, one variant per row.
+"""List the variants that each experiment compares.
 
-A variant is a model made of the pretrained model, the retriever and an adapter, and searched with. The
-first variant of an experiment is its baseline.
+A variant is a model to search with, made from the pretrained model, the retriever and an adapter. The first variant of
+an experiment is its baseline.
 """
 
 from dataclasses import dataclass
@@ -15,27 +15,27 @@ Domain = Literal["own", "general", "other"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One model that is searched with. Scales that are None are the reproduction's."""
+    """A model to search with. A scale of None means the scale in the options of `readapt paper`."""
 
     name: str
     domain: Domain = "own"
-    """Whose passages the adapter is trained on: the corpus's own, the general one's, another one's."""
+    """Corpus to train the adapter on: the searched corpus itself, the general corpus, or another one of the corpora."""
     passages: str = "all"
-    """Which of them: all, judged, unjudged (by the test judgements), or a number of them."""
+    """Passages of it to train on: all, judged, unjudged (by the test judgements), or a number of random ones."""
     method: Literal["dora", "lora"] = "dora"
     continues_retriever: bool = False
-    """The adapter is trained on the retriever itself and stays there: plain continued training."""
+    """Whether the adapter is trained on the retriever itself and applied to it: plain continued training."""
     readapter_scale: float | None = None
     knowledge_scale: float | None = None
 
     @property
     def is_base(self) -> bool:
-        """Whether it is the retriever as published."""
+        """Whether the variant is the unchanged retriever."""
         return self.name == BASE
 
     @property
     def has_seed(self) -> bool:
-        """Whether a seed changes it: only if it contains a trained adapter."""
+        """Whether the variant depends on the seed, because it contains a trained adapter."""
         return not self.is_base and self.knowledge_scale != 0.0
 
 
@@ -50,11 +50,11 @@ EXPERIMENTS: dict[str, str] = {
     "baselines": "what the paper lacks: the adapter alone, the readapter at other scales, a wrong domain, plain LoRA, "
     "continued training of the retriever itself",
 }
-"""Every experiment and what it compares."""
+"""The experiments by name, and what each compares."""
 
 
 def variants_of(experiment: str, sizes: tuple[int, ...] = ()) -> list[Variant]:
-    """Return the variants of an experiment, its baseline first; `sizes` are the numbers of passages of figure2."""
+    """Return the variants of an experiment, baseline first. `sizes` are the numbers of passages for figure2."""
     further = {
         "table1": [],
         "table2": [

@@ -1,8 +1,8 @@
-"""Compare what a retriever's adapter knows of new passages with what it knows of kept ones, and say how to train it further.
+"""Measure whether a retriever's adapter fits new passages as well as old ones, and say how to train it further.
 
-In: the retriever that a refresh embeds with, and texts of both kinds. Out: the language-model loss of the adapter on each,
-and how much less it gains on the new ones. One Ray task loads the pretrained model, on a GPU if there is one: two forward
-passes per text, of at most 256 tokens.
+In: the retriever that a refresh embeds with, and texts of new and of kept passages. Out: the adapter's language-model loss
+on each kind, and how much less it improves the loss on the new ones. One Ray task loads the pretrained model, on a GPU if
+there is one, and runs two forward passes per text of at most 256 tokens.
 """
 
 import logging
@@ -31,21 +31,24 @@ _NORMAL_95 = 1.96
 
 @dataclass(frozen=True)
 class AdapterLoss:
-    """Losses in nats per token."""
+    """Language-model losses of an adapter on new and on kept passages, in nats per token."""
 
     new: float
-    """Of the adapter on new passages."""
+    """The adapter's loss on new passages."""
     kept: float
-    """Of the adapter on kept passages."""
+    """The adapter's loss on kept passages."""
     gap: float
-    """How much the adapter lowers the pretrained model's loss on kept passages, minus the same on new ones. What makes new
-    texts harder for any model cancels out."""
+    """By how much the adapter lowers the pretrained model's loss on kept passages, minus the same on new passages. If new
+    texts are harder for every model, this cancels out."""
     plus_minus: float
-    """Half of the 95% interval of the gap."""
+    """Half the width of the 95% interval of the gap."""
 
 
 def adapter_of(retriever: str) -> Artifact | None:
-    """Return the adapter that a retriever was merged from; None if it was not, or from several, or the adapter is gone."""
+    """Return the adapter that was merged into a retriever.
+
+    None if the retriever was not made by merge, if several adapters were merged, or if the adapter is missing.
+    """
     folder = Location(str(models.open_model(retriever).folder))
     merged = artifacts.read_manifest(folder)
     if merged is None or merged.stage != "merge" or not isinstance(merged.config.get("adapter"), str):
@@ -58,7 +61,7 @@ def adapter_of(retriever: str) -> Artifact | None:
 
 
 def adapter_loss(retriever: str, new: list[str], kept: list[str]) -> AdapterLoss | None:
-    """Measure it; None if the retriever has no adapter that is there, or the models cannot be loaded."""
+    """Measure the adapter's loss on new and kept texts. None if the adapter is missing or a model cannot be loaded."""
     adapter = adapter_of(retriever)
     if adapter is None or not new or not kept:
         return None
@@ -78,7 +81,12 @@ def adapter_loss(retriever: str, new: list[str], kept: list[str]) -> AdapterLoss
 
 
 def compared(new: NDArray[np.float64], kept: NDArray[np.float64]) -> AdapterLoss | None:
-    """Compare the losses of two samples, before and after training: [2, N] each. None if fewer than two are numbers."""
+    """Compare the losses of two samples of texts. None if a sample has fewer than two texts with a loss.
+
+    Args:
+        new: float64 [2, N]: losses of new texts without and with the adapter. NaN where a text has no loss.
+        kept: the same for kept texts.
+    """
     new, kept = (losses[:, ~np.isnan(losses).any(axis=0)] for losses in (new, kept))
     if min(new.shape[1], kept.shape[1]) < 2:
         return None
@@ -92,9 +100,10 @@ def compared(new: NDArray[np.float64], kept: NDArray[np.float64]) -> AdapterLoss
 
 
 def command_to_adapt(root: Location, there: Sequence[Generation]) -> str:
-    """Return the command that trains the adapter on what is new since its retriever was first used, as far as that is there.
+    """Return the command that trains the adapter further, on passages that are new since its retriever was first used.
 
-    Empty if the retriever has no adapter that is there, or no earlier corpus is.
+    If the corpus of that generation was removed, the oldest one left counts. The text is empty if the adapter is missing or
+    there is no earlier corpus.
     """
     present, since = there[-1], there[-1]
     for each in reversed(there):

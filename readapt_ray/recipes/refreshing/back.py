@@ -1,4 +1,4 @@
-"""Make an earlier generation the present one again, with the artifacts that it has, and bring a vector database back to it."""
+"""Go back to an earlier generation: make it the present one again, and export it to the vector database again."""
 
 import logging
 import time
@@ -19,10 +19,10 @@ logger = logging.getLogger("readapt_ray")
 def go_back(number: int, root: Location, there: list[Generation], lock: leases.Lease) -> Generation:
     """Make an earlier generation the present one again, as a new entry that shares its artifacts.
 
-    A vector database is brought back to it, too.
+    If the present generation has an export, the vector database is changed back too.
 
     Raises:
-        InputError: there is no such generation, or its parts were removed.
+        InputError: there is no such generation, its artifacts were removed, or others changed the vector database.
     """
     started_s = time.monotonic()
     earlier, present = generations.as_of(root, number), there[-1]

@@ -1,7 +1,7 @@
-"""Remove the generations that are not the present one, and with them what is left of deleted passages.
+"""Remove earlier generations, and with them the last copies of deleted passages.
 
-In: the generations under a root. Out: what is, or would be, removed, and why. Before that, files of
-vectors and index that hold deleted passages are written again without them, in a new generation.
+In: the generations under a root. Out: a list of what is (or would be) removed, and why. First, if vectors or index of the
+present generation still hold deleted passages, they are written again without them, as a new generation.
 """
 
 import dataclasses
@@ -29,17 +29,18 @@ logger = logging.getLogger("readapt_ray")
 
 @dataclass(frozen=True)
 class Freed:
-    """What `readapt clean` removes, or would remove."""
+    """The artifacts that `readapt clean` removes, or would remove."""
 
     root: str
     rows: list[dict[str, object]]
-    """Artifact, stage, reason and bytes of each."""
+    """One row per artifact, with `artifact`, `stage`, `bytes` and `why`."""
     num_deleted: int
-    """Deleted passages whose vectors are in files of the present generation, which are written again without them."""
+    """Number of deleted passages still in vectors or index of the present generation, which are written again."""
     is_done: bool
+    """Whether it was removed; False if it is only listed."""
 
     def text(self) -> str:
-        """Return it as a table and a sentence."""
+        """Return the rows as a text table, and a sentence with the total."""
         lines = [("artifact", "stage", "bytes", "why")]
         lines += [(str(row["artifact"]), str(row["stage"]), f"{row['bytes']:,}", str(row["why"])) for row in self.rows]
         total = sum(int(str(row["bytes"])) for row in self.rows)
@@ -60,11 +61,11 @@ class Freed:
 
 
 def clean(config: CleanConfig) -> Freed:
-    """Remove what the present generation and those that are kept do not need, or only list it.
+    """Remove the artifacts that the present and the kept generations do not need. Without `yes`, only list them.
 
     Raises:
         ArtifactConflictError: another process refreshes or cleans the root.
-        InputError: the root has no generation, or a refresh that was killed while it exported is to be finished first.
+        InputError: the root has no generation, or a refresh was killed during its export and must be finished first.
     """
     root = Location(config.root)
     if not generations.read(root):
@@ -98,9 +99,9 @@ def clean(config: CleanConfig) -> Freed:
 
 
 def _refuse_half_exported(root: Location) -> None:
-    """Refuse while a collection is between two states: what was sent is known by an artifact that no generation has yet."""
+    """Refuse to clean after a killed export: only its artifact, which no generation lists yet, knows what was sent."""
     there = generations.read(root)
-    latest = f"{FOLDER_NAME}/{there[-1].number:05d}/{EXPORT}"  # what stands before it is of a list that was removed
+    latest = f"{FOLDER_NAME}/{there[-1].number:05d}/{EXPORT}"  # earlier ones are of a removed `refresh.json`
     if any(
         each.is_of_refresh and not each.generations and each.name.endswith(f"/{EXPORT}") and each.name > latest
         for each in traces(root, there)
@@ -112,9 +113,9 @@ def _refuse_half_exported(root: Location) -> None:
 
 
 def remove_artifact(location: Location) -> None:
-    """Remove an artifact, complete or not: the files that its record lists.
+    """Remove the files of an artifact, complete or not, according to its manifest or lease.
 
-    A lease lists the files until all are removed, so a removal that was killed can be resumed.
+    During the removal a lease lists the files, so a killed removal can be resumed.
     """
     lease = record_of(location, LEASE_NAME)
     before = leases.wait_until_dead(lease, location)
@@ -133,7 +134,7 @@ def remove_artifact(location: Location) -> None:
 
 
 def _deleted(root: Location, present: Generation) -> dict[str, int]:
-    """Return how many deleted passages the files of an artifact hold, of those that hold some."""
+    """Return, for vectors and index, how many deleted passages their files still hold. Zeros are left out."""
     shards = artifacts.open_artifact(present.folder(root, INDEX), STAGE_OF[INDEX]).manifest.details["shards"]
     vectors = artifacts.open_artifact(present.folder(root, VECTORS), STAGE_OF[VECTORS])
     found = {VECTORS: num_dead(vectors), INDEX: sum(int(each["num_deleted"]) for each in shards)}
@@ -141,7 +142,7 @@ def _deleted(root: Location, present: Generation) -> dict[str, int]:
 
 
 def _compacted(root: Location, there: list[Generation], deleted: Collection[str]) -> Generation:
-    """Write artifacts of the present generation without what was deleted, and return them as a new generation."""
+    """Write vectors or index again without deleted passages, and return the new generation that has them."""
     started_s = time.monotonic()
     present, number = there[-1], 1 + max(each.number for each in there)
     folders = dict(present.artifacts)
@@ -168,7 +169,7 @@ def _compacted(root: Location, there: list[Generation], deleted: Collection[str]
 
 
 def _needed(there: list[Generation], num_kept: int) -> set[str]:
-    """Return the names of the artifacts of the present generation and of some before it that are there."""
+    """Return the folders of the artifacts of the present generation and of the `num_kept` before it."""
     left = [each for each in there if not each.freed]
     return {name for each in left[-1 - num_kept :] for name in each.artifacts.values()}
 
@@ -176,7 +177,7 @@ def _needed(there: list[Generation], num_kept: int) -> set[str]:
 def _useless(
     root: Location, there: list[Generation], num_kept: int, rebuilt: Set[str] = frozenset()
 ) -> list[tuple[Trace, str]]:
-    """Return the artifacts that the generations to keep do not need, or that are built again, each with the reason."""
+    """Return the artifacts to remove, each with the reason: no kept generation needs them, or they are `rebuilt`."""
     needed = _needed(there, num_kept) - rebuilt
     found = traces(root, there)
     kept = {each.fingerprint for each in found if each.name in needed}
@@ -203,10 +204,10 @@ def _not_in_use(found: list[tuple[Trace, str]]) -> Iterator[tuple[Trace, str]]:
 
 
 def _turn(trace: Trace) -> tuple[bool, bool]:
-    """Return what an artifact's turn to be removed goes by.
+    """Return the sort key for the order in which artifacts are removed.
 
-    What was made from a corpus is known by the corpus's manifest, so that goes last. What a killed refresh left goes before
-    the generations that it shares files with: which of its files are its own is told by when their inodes changed.
+    A corpus goes last, because its manifest shows which artifacts were made from it. Leftovers of a killed refresh go
+    before the generations that they share files with, because the inode's change time shows which files are theirs.
     """
     return trace.stage == STAGE_OF[CORPUS], bool(trace.generations)
 

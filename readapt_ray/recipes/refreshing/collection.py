@@ -1,4 +1,4 @@
-"""Tell whether the collection of a vector database is what the refresh before left there."""
+"""Check whether a collection in a vector database is still as the previous refresh left it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,19 +10,21 @@ from readapt_ray.targets.opening import open_target, parse
 
 
 def begun_export(root: Location, number: int) -> Mapping[str, Any] | None:
-    """Return the record of the export of a generation that was not published and has begun to change the collection."""
+    """Return the manifest or lease of an unpublished generation's export; None if that export has not begun."""
     folder = root / FOLDER_NAME / f"{number:05d}" / EXPORT
     manifest = artifacts.read_manifest(folder)
     return vars(manifest) if manifest else artifacts.read_lease(folder)
 
 
 def changed_by_others(root: Location, present: Generation, number: int) -> str:
-    """Return what others did to the collection of a generation; empty if it is as it was left, or there is none.
+    """Say how another program or export changed the collection of a generation.
+
+    The text is empty if the collection is unchanged, or the generation has no export.
 
     Args:
-        root: of the generations.
-        present: the generation.
-        number: of the next generation, whose export may have begun.
+        root: the root of the generations.
+        present: the generation whose collection is checked.
+        number: number of the next generation, whose export may already have begun.
 
     Raises:
         TargetError: the database cannot be reached.

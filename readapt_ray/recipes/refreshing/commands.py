@@ -8,7 +8,7 @@ from readapt_ray.recipes.refreshing.options import CleanConfig, FindConfig, Refr
 
 
 def output_of(command: str, description: str, arguments: Sequence[str]) -> str:
-    """Run a command and return what it prints."""
+    """Run `refresh`, `find` or `clean` with its command-line arguments, and return the text to print."""
     if command == "refresh":
         refreshing = flags.parse(command, description, RefreshConfig, arguments)
         return f"generation {refresh.refresh(refreshing).number} of {refreshing.root}"

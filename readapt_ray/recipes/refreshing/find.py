@@ -1,7 +1,7 @@
-"""Find a passage: in which artifacts under a root it is, of which generations, and in which vector database.
+"""Find the artifacts under a root, the generations, and the vector database that hold a passage.
 
-Every column of doc_ids under the root is read, some 10 million ids a second; row groups whose statistics exclude the id are
-skipped.
+All columns of doc_ids under the root are read, at some 10 million ids per second. Row groups whose statistics exclude the
+id are skipped.
 """
 
 import re
@@ -26,10 +26,10 @@ _IDS = ".ids.parquet"
 
 
 def find(config: FindConfig) -> list[dict[str, Any]]:
-    """Return a row per artifact that holds a passage: artifact, stage, generations, and where in it.
+    """Return a row per artifact that holds a passage, with keys `artifact`, `stage`, `generation` and `where`.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: the root does not exist.
         CorruptFileError: a file was cut short or altered.
     """
     root = Location(config.root)
@@ -47,7 +47,7 @@ def find(config: FindConfig) -> list[dict[str, Any]]:
 
 
 def as_text(rows: list[dict[str, Any]], doc_id: str, root: str) -> str:
-    """Return the rows as aligned text."""
+    """Return the rows of `find` as an aligned text table."""
     if not rows:
         return f"nothing under {root} holds {doc_id!r}"
     lines = [("artifact", "stage", "generation", "where")]
@@ -67,7 +67,7 @@ def _row(trace: Trace, place: str, present: int | None) -> dict[str, Any]:
 
 
 def _place(trace: Trace, doc_id: str) -> str:
-    """Return the file and row of a passage in an artifact; empty if it is not there."""
+    """Return file and row of a passage in an artifact as text; empty text if the artifact does not hold it."""
     if not trace.holds_passages:
         return ""
     deleted = ""
@@ -85,13 +85,13 @@ def _place(trace: Trace, doc_id: str) -> str:
 
 
 def _is_ranked(file: Location, doc_id: str) -> bool:
-    """Return whether a TREC run has a doc_id in its third column; ranks and scores may look like ids."""
+    """Return whether a doc_id is in the third column of a TREC run. Other columns may look like ids."""
     line = rb"^\S+[ \t]+\S+[ \t]+" + re.escape(doc_id.encode()) + rb"[ \t]"
     return re.search(line, file.read_bytes(), re.MULTILINE) is not None
 
 
 def _dead_rows(artifact: Location, name: str) -> Set[int]:
-    """Return which rows of a file are dead, numbered as plain pyarrow reads them."""
+    """Return the row numbers of a file's dead rows, as plain pyarrow counts rows."""
     if not name.endswith(_IDS):
         return set(read_dead(artifact / name).tolist())
     dead = artifact / f"{name.removesuffix(_IDS)}.dead"
@@ -99,7 +99,7 @@ def _dead_rows(artifact: Location, name: str) -> Set[int]:
 
 
 def _row_of(file: Location, doc_id: str) -> int | None:
-    """Return the row of a passage in a Parquet file; None also for a file whose writer was killed."""
+    """Return the row of a passage in a Parquet file; None if it is not there, or a killed writer left the file."""
     try:
         return _row_in(file, doc_id)
     except CorruptFileError:

@@ -1,4 +1,4 @@
-"""Tell the generations of a root: when each was made, what changed, how long it took, and whether it is still there."""
+"""List the generations of a root: when each was made, what changed, how long it took, and whether it still exists."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ _COUNTS = ("added", "changed", "deleted", "kept")
 
 
 def history(root: Location) -> list[dict[str, Any]]:
-    """Return a row per generation, oldest first.
+    """Return a row per generation, oldest first: number, state, counts of passages, seconds, advice, signals.
 
     Raises:
         CorruptFileError: the list of generations was cut short or altered.
@@ -33,7 +33,7 @@ def history(root: Location) -> list[dict[str, Any]]:
 
 
 def as_text(root: Location) -> str:
-    """Return the rows as aligned text."""
+    """Return the generations of a root as an aligned text table."""
     rows = history(root)
     if not rows:
         return f"no generation under {root}; `readapt refresh` makes the first"

@@ -1,4 +1,4 @@
-"""Let one process at a time change the generations of a root."""
+"""Lock a root, so that only one process at a time changes its generations."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ LOCK_NAME = "refreshing.json"
 
 @contextlib.contextmanager
 def locked(root: Location) -> Iterator[leases.Lease]:
-    """Hold the lock of a root. That of a process that was killed is taken over.
+    """Hold the lock of a root during the `with` block. The lock of a killed process is taken over.
 
     Raises:
-        ArtifactConflictError: another process refreshes or cleans the root, or the file is of another program.
+        ArtifactConflictError: another process refreshes or cleans the root, or another program wrote the lock file.
     """
     file = root / LOCK_NAME
     if leases.is_foreign(file):
@@ -32,7 +32,7 @@ def locked(root: Location) -> Iterator[leases.Lease]:
 
 
 def publish(root: Location, there: list[Generation], new: Generation, lock: leases.Lease) -> Generation:
-    """Make a generation the present one: write the list of all with it as the last."""
+    """Make a generation the present one by appending it to the list in `refresh.json`."""
     lock.confirm()
     generations.write(root, [*there, new])
     return new
@@ -41,8 +41,8 @@ def publish(root: Location, there: list[Generation], new: Generation, lock: leas
 def next_number(root: Location, there: list[Generation]) -> int:
     """Return the number of the next generation.
 
-    If `refresh.json` was removed, folders of generations are there that no list names. They are neither an unfinished refresh to
-    go on with nor to be written over, so the next number is behind theirs.
+    If `refresh.json` was removed, there are folders of generations that no list names. They must be neither resumed nor
+    overwritten, so the next number is above theirs.
     """
     number = 1 + max((each.number for each in there), default=0)
     if len(there) > 1:

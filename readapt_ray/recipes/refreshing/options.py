@@ -1,4 +1,4 @@
-"""Define the options of `readapt refresh`, `clean` and `find`; a refresh keeps the options of the one before."""
+"""Define the options of `readapt refresh`, `clean` and `find`, and combine them with those of the previous refresh."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,9 +13,10 @@ from readapt_ray.targets.opening import parse
 
 
 class RefreshConfig(Config):
-    """Bring vectors, index and export of a root to what the source holds now.
+    """Update vectors, index and export of a root to the present content of the source.
 
-    What is not given is as in the refresh before; the root of a run is refreshed with the run's adapted model and options.
+    Options that are not given are as in the previous refresh. The root of a `readapt run` is refreshed with the run's adapted
+    model and options.
     """
 
     root: str
@@ -26,18 +27,19 @@ class RefreshConfig(Config):
     retriever: str | None = None
     """Model that makes the vectors: a catalog name, a folder, a GGUF file, a URI or a hub id. If omitted, the model of the previous refresh."""
     to: str | None = None
-    """Vector database to keep up to date, as `readapt export --to`. If omitted, the target of the previous refresh, if it had one."""
+    """Vector database to keep up to date, as for `readapt export --to`. If omitted, that of the previous refresh, if any."""
     serve: str | None = None
-    """YAML file with the options of a server that runs, as `readapt serve --config`. It is updated to the new generation."""
+    """YAML file with the options of a running server, as for `readapt serve --config`. The server is updated to the new
+    generation."""
     back: int | None = Field(default=None, ge=1)
     """Number of an earlier generation to make the present one again. The source is not read."""
     allow_shrink: bool = False
     """Accept a source with less than half of the passages that the present generation has. Without this it is refused."""
     overwrite: bool = False
-    """Make again all that other options or another model make stale. Without this they are refused."""
+    """Make all artifacts again that other options or another model make stale. Without this, such options are refused."""
     loss_sample: int = Field(default=64, ge=0)
-    """Number of new and of kept passages on which the language-model loss of the retriever's adapter is measured; 0 leaves it
-    out. It loads the pretrained model."""
+    """Number of new passages, and of kept ones, on which to measure the language-model loss of the retriever's adapter. This
+    loads the pretrained model. 0 turns it off."""
     ingest: Section | None = None
     """Options of ingest. If omitted, the options of the previous refresh; the same holds for the other sections."""
     embed: Section | None = None
@@ -52,20 +54,20 @@ class RefreshConfig(Config):
 
 
 class CleanConfig(Config):
-    """Remove generations that are not the present one, and what is left of deleted passages."""
+    """Remove earlier generations, and the last copies of deleted passages."""
 
     root: str
     """Folder or URI that holds the generations."""
     keep: int = Field(default=0, ge=0)
-    """Number of generations before the present one to keep, to go back to. They hold what was deleted since."""
+    """Number of generations before the present one to keep, to go back to. They hold passages that were deleted since."""
     yes: bool = False
-    """Remove what is listed. Without this it is only listed."""
+    """Remove the listed artifacts. Without this they are only listed."""
 
     safety: ClassVar[frozenset[str]] = frozenset({"keep", "yes"})
 
 
 class FindConfig(Config):
-    """Options of `readapt find`."""
+    """Options of `readapt find`, which finds a passage in the artifacts under a root."""
 
     root: str
     """Folder or URI that holds the generations."""
@@ -90,15 +92,15 @@ _AFTER = {
     "to": (EXPORT,),
     "export": (EXPORT,),
 }
-"""What a changed option makes stale. Vectors follow a changed corpus passage by passage, so they are not stale as a whole;
-another model is told by its content."""
+"""The artifacts that a changed option makes stale. If options of ingest change the corpus, vectors are updated passage by
+passage, so they are not stale. A changed model is found by its fingerprint, not here."""
 
 
 def settled(config: RefreshConfig, present: Generation | None) -> dict[str, Any]:
-    """Return the settings of a refresh: the given ones, and for the others the present generation's.
+    """Return the settings of a refresh: the given options, and for others the settings of the present generation.
 
     Raises:
-        InputError: there is no source or no retriever, the target is none, or an option of a section is wrong.
+        InputError: source or retriever is missing, the target is not a known one, or an option of a section is wrong.
     """
     before = present.settings if present else {}
     names = ("source", "retriever", "to", *SECTIONS)
@@ -126,7 +128,7 @@ def settled(config: RefreshConfig, present: Generation | None) -> dict[str, Any]
 
 
 def stale(settings: Mapping[str, Any], present: Generation | None) -> dict[str, str]:
-    """Return the artifacts that other options make stale, each with the first reason."""
+    """Return the artifacts that changed options make stale, each with the first reason."""
     before = present.settings if present else settings
     found: dict[str, str] = {}
     for name, artifacts in _AFTER.items():
@@ -141,7 +143,7 @@ def stale(settings: Mapping[str, Any], present: Generation | None) -> dict[str, 
 
 
 def _changed_options(stage: str, was: Section, now: Section) -> list[str]:
-    """Describe the options of a section that differ and decide what comes out."""
+    """Describe the changed options of a section that affect the result."""
     config_class, _ = stage_parts(stage)
     changed = []
     for option in sorted(was.keys() | now.keys()):

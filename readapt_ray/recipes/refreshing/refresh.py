@@ -1,9 +1,11 @@
 """Refresh a root: find what changed in the source, and make a new generation of corpus, vectors, index and export.
 
-In: a source, and the generations under the root. Out: one more generation under `generations/`, and last of all its entry
-in `refresh.json`, which makes it the present one. Of a large source only files that changed are read; files of corpus,
-vectors and index that did not change are shared; only new and changed passages are encoded and sent to a vector database. A refresh that
-was killed is resumed by the same command. Until its entry is written, readers have the old state.
+In: a source, and the generations under the root. Out: one more generation under `generations/`. Its entry in
+`refresh.json` is written last and makes it the present one; until then, readers see the old state.
+
+Cost: of a large source, only changed files are read. Unchanged files of corpus, vectors and index are shared with the
+previous generation. Only new and changed passages are encoded and sent to a vector database. A killed refresh is resumed
+by the same command.
 """
 
 import functools
@@ -36,20 +38,20 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 MAX_INDEX_CHANGES = 0.2
-"""Share of vectors added and deleted since the index was built above which it is built again."""
+"""If more than this fraction of vectors was added or deleted since the index was built, it is built from scratch."""
 _MIN_KEPT = 0.5
-"""A source with less than this share of the passages is refused."""
+"""A source with less than this fraction of the present generation's passages is refused."""
 
 
 def refresh(config: RefreshConfig) -> Generation:
-    """Bring a root to what its source holds now, or back to an earlier generation.
+    """Update a root to the present content of its source, or go back to an earlier generation.
 
     Returns:
-        The present generation; the same as before if the source is unchanged.
+        The present generation. It is the same as before if the source is unchanged.
 
     Raises:
         ArtifactConflictError: another process refreshes or cleans the root.
-        InputError: the source cannot be read, has shrunk, or other options make stale what is there; nothing changed.
+        InputError: the source cannot be read or has shrunk, or changed options make artifacts stale. Then nothing changes.
     """
     root = Location(config.root)
     if config.serve:
@@ -87,7 +89,7 @@ def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], l
 def _seen(
     root: Location, there: list[Generation], settings: dict[str, Any], fingerprint: str, lock: leases.Lease
 ) -> Generation:
-    """Note that the present generation is what a source holds."""
+    """Record that the present generation already matches the source."""
     seen = replace(there[-1], settings=settings, source_fingerprint=fingerprint)
     if seen == there[-1] and (root / generations.FILE_NAME).is_file():
         return seen
@@ -95,7 +97,7 @@ def _seen(
 
 
 def _changed_model(root: Location, settings: Mapping[str, Any], present: Generation | None) -> dict[str, str]:
-    """Return what is stale because the model has other content, whatever its name is."""
+    """Return the artifacts that are stale because the model's weights changed, with the reason. Its name does not matter."""
     from readapt_ray.catalog.models import open_model
 
     if present is None:
@@ -109,7 +111,7 @@ def _changed_model(root: Location, settings: Mapping[str, Any], present: Generat
 
 
 def _refusal(root: Location, reasons: Mapping[str, str], present: Generation | None) -> InputError:
-    """Say what other options make stale, and how long it took to make."""
+    """Return an error that says which artifacts are stale, why, and how long each took to make."""
     parts = []
     for name in reasons:
         if present is not None and name in present.artifacts:
@@ -134,14 +136,14 @@ def _tell(root: Location, there: list[Generation]) -> None:
 
 @dataclass
 class _Making:
-    """One refresh: what is made, and from what."""
+    """Makes the artifacts of one refresh."""
 
     config: RefreshConfig
     root: Location
     there: list[Generation]
     settings: dict[str, Any]
     stale: frozenset[str]
-    """Names of the artifacts that other options make stale."""
+    """Names of the artifacts that changed options make stale."""
 
     def __post_init__(self) -> None:
         self.present = self.there[-1] if self.there else None
@@ -152,10 +154,10 @@ class _Making:
         self._opened: dict[str, Artifact] = {}
 
     def source_fingerprint(self) -> str:
-        """Return a fingerprint of all that the source holds now.
+        """Return a fingerprint of the present content of the source.
 
         Raises:
-            InputError: it is not there, or holds no passages.
+            InputError: the source does not exist, or holds no passages.
         """
         from readapt_ray.sources.opening import open_source
 
@@ -165,14 +167,14 @@ class _Making:
         return source.fingerprint()
 
     def is_complete(self, fingerprint: str) -> bool:
-        """Return whether the present generation is what this refresh would make."""
+        """Return whether the present generation is already what this refresh would make."""
         there = self.present.artifacts if self.present else {}
         has_export = EXPORT in there or not self.settings["to"]
         is_same = self.present is not None and self.present.source_fingerprint == fingerprint
         return is_same and has_export and not self.stale and not begun_export(self.root, self.number)
 
     def make(self, fingerprint: str) -> Generation | None:
-        """Make what is not there; None if the source has the same passages and judgements as before."""
+        """Make the new artifacts and return the new generation; None if passages and judgements are unchanged."""
         corpus = self._corpus(fingerprint)
         changes = self._changes(corpus)
         if changes is not None and changes.other_columns:
@@ -191,7 +193,7 @@ class _Making:
         return self._generation(corpus, vectors, changes, moved)
 
     def _needed(self) -> set[str]:
-        """Return the artifacts that are there, with the export counted as such where none is wanted."""
+        """Return the artifacts that the present generation has. If no export is wanted, it counts as present."""
         there = set(self.present.artifacts) if self.present else set()
         return there if self.settings["to"] else there | {EXPORT}
 
@@ -202,25 +204,25 @@ class _Making:
         return self._opened[name]
 
     def _has(self, name: str) -> bool:
-        """Return whether the present generation has an artifact to continue from."""
+        """Return whether the present generation has the artifact, and it is not stale."""
         return self.present is not None and name in self.present.artifacts and name not in self.stale
 
     def _run(self, name: str, *, overwrite: bool = True, **wired: Any) -> Artifact:
-        """Make an artifact of the new generation. What an earlier, unfinished refresh left in its place is replaced."""
+        """Make an artifact of the new generation. Leftovers of an unfinished refresh are resumed or replaced."""
         stage = STAGE_OF[name]
         output = (self.folder / name).uri
         self._made[name] = make(stage, self.settings[stage], RULES, output=output, overwrite=overwrite, **wired)
         return self._made[name]
 
     def _exported_corpus(self, begun: Mapping[str, Any]) -> Artifact:
-        """Return the corpus of an export that has begun: the collection is between two states, so it is finished first.
+        """Return the corpus of an unfinished export, which must be finished first: the collection is half changed.
 
-        The next refresh reads the source.
+        So this refresh does not read the source; the next one does.
         """
         if (self.folder / CORPUS).exists():
             self._made[CORPUS] = artifacts.open_artifact((self.folder / CORPUS).uri, "ingest")
             corpus = self._made[CORPUS]
-        elif self._has(VECTORS) and self._has(EXPORT):  # with these options nothing would be exported
+        elif self._has(VECTORS) and self._has(EXPORT):  # with these options nothing would be exported again
             raise InputError(
                 f"a `readapt refresh` with --back or other options did not end, and {begun['config']['to']} is between two "
                 f"states; run that command again"
@@ -231,7 +233,7 @@ class _Making:
         return corpus
 
     def _forget_other_export(self, begun: Mapping[str, Any]) -> None:
-        """Leave a collection between two states, as the user wants to, where the export now goes to another or to none."""
+        """Give up an unfinished export to another target. Its collection stays half changed, so `overwrite` must be set."""
         there, now = begun["config"].get("to"), self.settings["to"]
         if there and not self.config.overwrite:
             raise InputError(
@@ -257,7 +259,7 @@ class _Making:
         return None if self.present is None else compare_corpora(self._present(CORPUS), corpus)
 
     def _has_same_labels(self, corpus: Artifact) -> bool:
-        """Return whether queries and judgements are the same as in the present generation."""
+        """Return whether queries and qrels are the same as in the present generation."""
         found = []
         for each in (corpus, self._present(CORPUS)):
             files = [*(each.location / "queries").files(), *(each.location / "qrels").files()]
@@ -291,7 +293,7 @@ class _Making:
             return self._run(VECTORS, **wired)
 
     def _index(self, vectors: Artifact, changes: Changes | None) -> int:
-        """Make the index; return how many vectors were added and deleted since it was last built as a whole."""
+        """Make the index, and return how many vectors were added or deleted since it was last built from scratch."""
         has_index = self._has(INDEX)
         if self.present is None or changes is None or not has_index:
             self._run(INDEX, vectors=vectors.uri)

@@ -1,4 +1,4 @@
-"""Bring a server that runs to a new generation, with `readapt serve --update` in a process of its own."""
+"""Update a running server to a new generation, by running `readapt serve --update` in another process."""
 
 import logging
 import subprocess
@@ -16,10 +16,10 @@ _SET_HERE = ("versions", "retriever", "index", "corpus", "root", "as_of", "updat
 
 
 def server_options(file: str) -> dict[str, Any]:
-    """Read the options of a server.
+    """Read the options of a server from a YAML file.
 
     Raises:
-        InputError: there is no such file, or it sets what the refresh itself sets.
+        InputError: the file does not exist, or sets an option that the refresh sets itself.
     """
     options = read_options(file)
     if twice := sorted(options.keys() & set(_SET_HERE)):
@@ -28,12 +28,12 @@ def server_options(file: str) -> dict[str, Any]:
 
 
 def update_server(file: str, root: Location, generation: Generation) -> None:
-    """Update a server. It answers from the old generation until the new one is up.
+    """Update a running server to a generation. It answers from the old one until the new one is ready.
 
-    The stages of the refresh may have started a Ray of their own, so another process joins the server's Ray.
+    This process may already be connected to another Ray, for the refresh. So a new process joins the server's Ray.
 
     Raises:
-        ReadaptError: the server could not be updated; the generation is in place all the same.
+        ReadaptError: the server could not be updated. The generation is published nevertheless.
     """
     options = server_options(file)
     model = str(generation.settings["retriever"]).rstrip("/").rsplit("/", 1)[-1]

@@ -1,9 +1,8 @@
-"""Tell whether new passages call for adapting the retriever again, from what a refresh has anyway.
+"""Decide whether the retriever should be adapted again to new passages, from data that a refresh has anyway.
 
-In: the passages and vectors of a generation, and a sample of the rows that are new and of those that were kept. Out:
-figures, and one line of advice. Nothing is encoded: some 4,000 texts and vectors are read, the kept ones from a few places
-of the corpus, and the doc_ids in files of new vectors. If the retriever's adapter is there, its loss on a hundred texts is
-measured, too.
+In: the passages and vectors of a generation, and a sample of new and of kept rows. Out: numbers, and one line of advice.
+Nothing is encoded. Some 4,000 texts and vectors are read (kept ones from a few places of the corpus), and the doc_ids in
+files of new vectors. If the retriever's adapter exists, its language-model loss on a hundred texts is measured too.
 """
 
 import re
@@ -23,36 +22,36 @@ from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
 from readapt_ray.storage import Location
 
 MIN_PASSAGES = 50
-"""New and kept passages that are needed for drift and vocabulary; below it neither is computed."""
+"""Drift and new words are computed only from at least this many new passages and as many kept ones."""
 MAX_DRIFT = 0.25
 MAX_NEW_WORDS = 0.05
 MAX_TURNOVER = 0.3
 MAX_LOSS_GAP = 0.05
-"""Above these, adapting again is advised. recipes/README.md says what was measured."""
+"""If a signal is above its limit, the advice is to adapt again. recipes/README.md says what was measured."""
 ADAPT_AGAIN = "adapt again"
 _PLACES, _PLACE_ROWS = 16, 1024
-"""The sample of kept passages: the number of ranges, and the rows of each."""
+"""The sample of kept passages comes from this many ranges, each of at most this many rows."""
 _WORD = re.compile(r"\w+")
 
 
 @dataclass(frozen=True)
 class Signals:
-    """How new passages differ from kept ones. None where there are too few to say."""
+    """How new passages differ from kept ones. A number is None if there are too few passages to compute it."""
 
     drift: float | None
     """Distance between the mean vectors of new and kept passages, in standard deviations of the kept ones."""
     new_words: float | None
-    """Share of the words of new passages that the kept ones do not have, above the same share between two halves of the
-    kept ones."""
+    """Fraction of words in new passages that no kept passage has, minus the same fraction between two halves of the kept
+    passages."""
     deletions: float
-    """Share of the passages of the generation before that were deleted."""
+    """Fraction of the previous generation's passages that were deleted."""
     turnover: float
-    """Passages added, changed and deleted since the retriever was first used here, as a share of all."""
+    """Passages added, changed and deleted since the retriever was first used here, as a fraction of all passages."""
     loss: AdapterLoss | None = None
-    """Language-model loss of the retriever's adapter on new and on kept passages."""
+    """Language-model loss of the retriever's adapter on new and on kept passages; None if not measured."""
 
     def advice(self) -> str:
-        """Return one line: `adapt again` with the reasons, or that nothing calls for it."""
+        """Return one line of advice: "adapt again" with the reasons, or that it is not necessary."""
         reasons = []
         if self.drift is not None and self.drift > MAX_DRIFT:
             reasons.append(f"the vectors of new passages are {self.drift:.2f} standard deviations from the others")
@@ -68,7 +67,7 @@ class Signals:
         return f"{ADAPT_AGAIN}: {'; '.join(reasons)}" if reasons else "nothing calls for adapting again"
 
     def values(self) -> dict[str, float]:
-        """Return the figures that are known, by name."""
+        """Return the known numbers by name, rounded to four decimals."""
         values = {**vars(self), "loss": None}
         if self.loss is not None:
             values |= {"loss_new": self.loss.new, "loss_kept": self.loss.kept, "loss_gap": self.loss.gap}
@@ -88,13 +87,13 @@ def signals(
     """Compute the signals of one refresh.
 
     Args:
-        passages: of the new generation.
-        vectors: of the same.
-        changes: since the generation before.
-        shared: files of vectors that are shared with that.
-        turnover: since the retriever was first used here, this refresh included.
-        loss_of: compares the adapter's loss on new and on kept texts.
-        loss_sample: texts of each kind that it is given; 0 leaves it out.
+        passages: passages of the new generation.
+        vectors: vectors of the new generation.
+        changes: changes of the corpus since the previous generation.
+        shared: names of the vector files that are shared with the previous generation.
+        turnover: turnover since the retriever was first used here, this refresh included.
+        loss_of: measures the adapter's loss on new and on kept texts.
+        loss_sample: number of texts of each kind for `loss_of`; 0 means it is not called.
     """
     there_before = changes.kept + changes.changed + changes.deleted
     deletions = changes.deleted / max(1, there_before)
@@ -112,15 +111,22 @@ def signals(
 
 
 def drift(new: NDArray[np.float32], kept_parts: Sequence[NDArray[np.float32]]) -> float | None:
-    """Return how far the means of two samples of vectors [N, D] are apart, in standard deviations of the kept ones.
+    """Return the distance between the mean vectors of new and kept passages, in standard deviations of the kept ones.
 
-    The variance of a sample is summed over the dimensions. What two samples of this size from one distribution differ by
-    in expectation is subtracted, so the figure is 0 without drift. If the kept ones are from several places, what they
-    differ by counts, too.
+    Variances are summed over the dimensions. The expected distance between two samples of one distribution is subtracted,
+    so the result is about 0 without drift. If kept vectors come from several places of the corpus, the variance between
+    the places counts as well.
+
+    Args:
+        new: float32 [N, D].
+        kept_parts: float32 [M, D] for each place of the corpus.
+
+    Returns:
+        None if either sample has fewer than 50 vectors.
     """
     kept = np.concatenate(kept_parts)
     if min(len(new), len(kept)) < MIN_PASSAGES:
-        return None  # some have no vector
+        return None  # some passages have no vector
     apart = float(np.square(new.mean(0, dtype=np.float64) - kept.mean(0, dtype=np.float64)).sum())
     spread = [float(each.var(0, ddof=1, dtype=np.float64).sum()) for each in (new, kept)]
     means = np.stack([each.mean(0, dtype=np.float64) for each in kept_parts])
@@ -130,7 +136,7 @@ def drift(new: NDArray[np.float32], kept_parts: Sequence[NDArray[np.float32]]) -
 
 
 def new_words(new: list[str], kept: list[str]) -> float:
-    """Return the share of words of new texts that are in no kept one, above that between two halves of the kept ones."""
+    """Return the fraction of words in new texts that no kept text has, minus that fraction between halves of kept texts."""
     known = {word for text in kept[::2] for word in _WORD.findall(text.lower())}
     return max(0.0, _unknown_share(new, known) - _unknown_share(kept[1::2], known))
 
@@ -148,9 +154,10 @@ def _texts(passages: pa.Table) -> list[str]:
 def _samples(
     vectors: ParquetRows, new: pa.ChunkedArray, kept: pa.ChunkedArray, shared: Set[str]
 ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
-    """Return vectors of new passages, and of kept ones from one or several places.
+    """Return vectors of new passages, and vectors of kept passages from one or several places.
 
-    In files that are shared with the generation before all are kept, so no doc_id is looked for in them.
+    In files that are shared with the previous generation all passages are kept ones, so they are sampled without looking
+    for doc_ids.
     """
     files = [vectors.folder / name for name, _ in vectors.counts if name not in shared]
     sources = [(vectors.folder / name, count) for name, count in vectors.counts if name in shared]
@@ -163,7 +170,7 @@ def _samples(
 
 
 def _some_of(file: Location, num_rows: int, random: np.random.Generator) -> NDArray[np.float32]:
-    """Return some vectors of a random range of a file."""
+    """Return some vectors from a random range of rows of a file."""
     first = _PLACE_ROWS * int(random.integers(-(-num_rows // _PLACE_ROWS)))
     rows = read_rows(file, first, min(_PLACE_ROWS, num_rows - first), VECTOR_COLUMNS)
     drawn = random.permutation(rows.num_rows)[: SAMPLE // _PLACES]
@@ -171,7 +178,7 @@ def _some_of(file: Location, num_rows: int, random: np.random.Generator) -> NDAr
 
 
 def _vectors_of(files: Iterable[Location], *wanted: pa.ChunkedArray) -> list[NDArray[np.float32]]:
-    """Return the vectors of each list of doc_ids, in no particular order and without those that have none; each file is opened once."""
+    """Return the vectors of each list of doc_ids, in any order. Ids without a vector are left out. Opens each file once."""
     none = np.zeros((0, 0), np.float32)
     found: list[list[NDArray[np.float32]]] = [[] for _ in wanted]
     for file in files:

@@ -1,4 +1,4 @@
-"""Tell what the artifacts under a root are: of which generation, what they were made from, and whether they hold passages."""
+"""List the artifacts under a root, with their generations, inputs, and whether they hold passages."""
 
 import re
 from collections.abc import Iterable
@@ -19,43 +19,43 @@ _OF_REFRESH = re.compile(rf"{FOLDER_NAME}/\d{{5,}}/({'|'.join(STAGE_OF)})")
 
 @dataclass(frozen=True)
 class Trace:
-    """An artifact under a root."""
+    """An artifact under a root, complete or not, and the generations that it belongs to."""
 
     name: str
-    """Its path relative to the root."""
+    """Path relative to the root."""
     location: Location
     stage: str
     fingerprint: str
     inputs: frozenset[str]
-    """Fingerprints of what it was made from."""
+    """Fingerprints of the artifacts and models that it was made from."""
     generations: tuple[int, ...]
-    """Numbers of the generations that it belongs to."""
+    """Numbers of the generations that have this artifact."""
     details: dict[str, Any]
 
     @property
     def is_of_refresh(self) -> bool:
-        """Whether a refresh made it, complete or not."""
+        """Whether a refresh made (or began) the artifact."""
         return _OF_REFRESH.fullmatch(self.name) is not None
 
     @property
     def holds_passages(self) -> bool:
-        """Whether it holds texts, ids or vectors of passages."""
+        """Whether the artifact may hold texts, ids or vectors of passages."""
         return self.stage not in _WEIGHTS
 
     def files(self) -> list[Location]:
-        """Return all its files, with its records."""
+        """Return all files of the artifact, manifest and lease included."""
         if is_single_file(self.location):
             records = (record_of(self.location, name) for name in ("manifest.json", "building.json"))
             return [file for file in (self.location, *records) if file.is_file()]
         return [self.location / name for name in self.location.entries()[0]]
 
     def num_bytes(self) -> int:
-        """Return the bytes of all its files."""
+        """Return the total size of its files in bytes."""
         return sum(file.size_bytes() for file in self.files())
 
 
 def traces(root: Location, there: Iterable[Generation]) -> list[Trace]:
-    """Return all artifacts under a root, complete or not, in the order of their names.
+    """Return all artifacts under a root, complete or not, sorted by name.
 
     Raises:
         CorruptFileError: a manifest cannot be read.
@@ -81,7 +81,7 @@ def traces(root: Location, there: Iterable[Generation]) -> list[Trace]:
 
 
 def made_from(of: Iterable[Trace], there: Iterable[Trace]) -> list[Trace]:
-    """Return the artifacts that hold passages and were made from some artifacts, or from what was made from them."""
+    """Return the artifacts that were made from `of`, directly or through others, and may hold passages."""
     known = {each.fingerprint for each in of}
     left = [each for each in there if each.fingerprint not in known and each.holds_passages]
     found: list[Trace] = []
