@@ -176,7 +176,7 @@ def _limits(encoding: Encoding) -> list[str]:
 
 
 def truncation_note(stored: Sequence[Stored]) -> list[str]:
-    """Return a note on how much of the retriever's difference its truncated SVD holds; empty if it was not truncated."""
+    """Return a note on how much of the retriever's difference its truncated SVD holds; empty without truncation."""
     factored = [each for each in stored if each.rank]
     if not factored:
         return []

@@ -318,7 +318,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def modern_name(name: str) -> str:
-    """Return a tensor's name as transformers writes it now: old BERT files call a norm's weight gamma, its bias beta."""
+    """Return a tensor's name as transformers writes it now. Old BERT files name a norm's parameters gamma and beta."""
     for old, new in _OLD_NORM.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
