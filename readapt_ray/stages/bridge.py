@@ -203,7 +203,7 @@ class _Parts:
     """Rows that are searched: all withheld rows, and fitted rows in the same proportion to them as in the corpus.
 
     A map ranks passages that it was fitted on too well: among some hundred of them it finds a quarter of the ten best,
-    even if the models have nothing in common. So there must not be more of them than in the corpus.
+    even if the models have nothing in common. So their share must not be larger than in the corpus.
     """
     last: NDArray[np.int64]
     """Positions in `pool` of the passages that measure the map."""

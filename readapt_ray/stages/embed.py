@@ -362,10 +362,10 @@ def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:
 
 
 def _tell_left_out(ledger: ShardLedger, max_left_out: int) -> list[str]:
-    """Name the passages without a usable vector.
+    """Return the doc_ids of passages without a usable vector, and warn about them.
 
     Raises:
-        CorpusError: there are more than are allowed.
+        CorpusError: there are more than `max_left_out`, or no passage has a usable vector.
     """
     doc_ids = ledger.left_out()
     if not doc_ids:

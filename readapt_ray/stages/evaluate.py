@@ -63,9 +63,9 @@ class EvaluateConfig(StageConfig):
     """Output of `readapt evaluate` for the same retrievers on a general collection. The report then also shows what
     adapting lost there."""
     require: tuple[str, ...] = ()
-    """Conditions on each run after the first, separated by commas; if one fails, the exit code is 1. "nDCG@10 >= base -
-    0.005": the whole 95% interval of the difference from the first run is above -0.005. "nDCG@10 >= 0.3": the mean is.
-    "general nDCG@10 >= base - 0.005" uses the measures of `general`."""
+    """Conditions on each run after the first, separated by commas; if one fails, the exit code is 1. In
+    "nDCG@10 >= base - 0.005" base is the first run: the whole 95% interval of the difference must be above -0.005.
+    "nDCG@10 >= 0.3" is about the mean. "general nDCG@10 >= base - 0.005" uses the measures of `general`."""
     num_permutations: int = Field(default=10_000, ge=100, le=10_000_000)
     """Number of random permutations in the significance test, and of bootstrap samples in the intervals."""
     seed: int = Field(default=0, ge=0)

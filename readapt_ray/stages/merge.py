@@ -183,7 +183,7 @@ def merge(config: MergeConfig) -> Artifact:
 
 
 def _identity(merged: _Merge) -> dict[str, Any]:
-    """Return everything that decides the result. It is the same for a merge of models and for one of their bundle."""
+    """Return everything that decides the result. Merging models or merging their bundle gives the same."""
     by_option: dict[str, list[str]] = {}
     for role, identified in merged.plan.made_of:
         by_option.setdefault(role.split(" ")[0], []).append(identified)

@@ -2,8 +2,8 @@
 
     y = d * (W x + s B A x), d = m / norm        without d for LoRA
 
-Kept for the backward pass are the input, the output, and tensors of the size of the rank. The input of A after dropout
-is recomputed: on a GPU from the seed, on a CPU from the mask, since drawing random numbers there takes longer.
+The backward pass keeps the input, the output, and tensors of the size of the rank. It recomputes the input of A after
+dropout: on a GPU from the seed, on a CPU from a kept mask, since drawing random numbers there takes longer.
 """
 
 from typing import Any

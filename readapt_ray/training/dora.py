@@ -74,9 +74,9 @@ class AdapterShape:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trained low-rank update: DoRA with a magnitude, LoRA without.
 
-    Trained are `lora_A` [R, I], `lora_B` [O, R] (zeros at first) and `magnitude` [O] (at first the norms of the base's
-    rows). They are float32 for any type of the base: in bfloat16 a magnitude would stop changing. I = inputs, O =
-    outputs, R = rank.
+    The trained parameters are `lora_A` [R, I], `lora_B` [O, R] (zeros at first) and `magnitude` [O] (at first the norms
+    of the base's rows). They are float32 for any type of the base: in bfloat16 a magnitude would stop changing. I =
+    inputs, O = outputs, R = rank.
 
     Args:
         base: the layer to wrap, weight [O, I]. It is frozen, and its bias moves to this layer, to be added after the

@@ -70,7 +70,7 @@ class DomainRecord:
 
     @property
     def retriever_fingerprint(self) -> str:
-        """The fingerprint of everything that domains in one encoder must have in common: base, retriever, encoding."""
+        """The fingerprint of what domains in one encoder must share: base, retriever with its scale, encoding."""
         shared = {name: self.content[name] for name in ("readapter_scale", "low_rank", "encoding")}
         retriever = self.content["sources"]["retriever"]["fingerprint"]
         return fingerprint({"base": self.base_fingerprint, "retriever": retriever, **shared})
