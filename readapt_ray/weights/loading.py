@@ -135,7 +135,7 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, config_folder: Path) -> A
 
 
 def with_best_attention(load: Callable[..., T]) -> T:
-    """Load a model with torch's sdpa attention, or with eager attention if its class has no other (MPNet, DeBERTa).
+    """Load a model with torch's sdpa attention, or eager attention if its class lacks it (MPNet, Gemma 2, DeBERTa).
 
     Args:
         load: a loading function of transformers, which is called with `attn_implementation`.
