@@ -1,10 +1,10 @@
-"""The stages: one module each, with its config, its function and nothing that the other stages need."""
+"""The table of stages. Each stage is a module with its config and its function; stages do not import each other."""
 
 from typing import NamedTuple
 
 
 class Stage(NamedTuple):
-    """A row of the table of stages. The module and its function go by the stage's name."""
+    """A row of the table of stages. The module and its function have the name of the stage."""
 
     config: str
     """Name of the config class in that module."""

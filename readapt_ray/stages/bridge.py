@@ -1,11 +1,11 @@
-"""Fit a bridge: a map by which a new model's queries search the vectors of an old model, while re-embedding runs.
+"""The bridge stage: fit a map with which a new model's queries search an old model's vectors, while re-embedding runs.
 
-In: vectors of an old model and a new model. Out: `map.safetensors`; `calibration.safetensors`, the vectors of both models of
-up to 1,000 withheld passages; and the new vectors of a sample of the passages. Eight tenths of the sample fit the maps
-(`retrieval/query_maps.py`), one tenth chooses among them, and on the last tenth, and on queries of the corpus where it has
-some, recall is measured against what the new model finds among its own vectors of these passages: those that no map was
-fitted on, with as large a share of the others as in the corpus. It costs encoding the sample, reading the doc_ids of the
-corpus, and some minutes on the driver: with 20,000 vectors of 4,096 numbers it holds 1.5 GB.
+In: vectors of an old model, and a new model. Out: `map.safetensors`; `calibration.safetensors` with both models'
+vectors of up to 1,000 withheld passages; and the new model's vectors of a sample of passages. 80% of the sample fit
+several maps (`retrieval/query_maps.py`), and 10% choose the best map. On the last 10%, and on queries of the corpus if
+it has some, recall is measured; the ground truth is what the new model finds with its own vectors. The search is among
+withheld passages, and fitted ones in the same proportion as in the whole corpus. It costs encoding the sample, reading
+the doc_ids of the corpus, and some minutes on the driver, which holds 1.5 GB with 20,000 vectors of 4,096 numbers.
 """
 
 import hashlib
@@ -54,12 +54,12 @@ class BridgeConfig(StageConfig):
     old_vectors: str
     """Vectors to search: the output of `readapt embed` with the old model."""
     retriever: str
-    """New model, whose queries are to search them: a catalog name, a folder, a GGUF file, a URI or a hub id."""
+    """New model, whose queries will search these vectors: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     corpus: str | None = None
     """Passages of the vectors, if they are no longer where they were embedded from: the output of `readapt ingest`."""
     sample: int = Field(default=20_000, ge=1)
-    """Passages to encode with the new model; all if there are fewer. It takes as many as 1.25 times the larger
-    dimension, and 500 at least."""
+    """Passages to encode with the new model; all if there are fewer. At least 500, and at least 1.25 times the larger
+    of the two models' dimensions."""
     encoding: EncodingOption = None
     """JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or the catalog
     says."""
@@ -73,13 +73,14 @@ class BridgeConfig(StageConfig):
 
 
 def bridge(config: BridgeConfig) -> Artifact:
-    """Fit a bridge from a new model's queries to old vectors.
+    """Fit a bridge from a new model's queries to an old model's vectors.
 
     Raises:
-        ArtifactMissingError: the old vectors are not the output of `readapt embed`, or their corpus is gone.
-        FingerprintMismatchError: the corpus is another one, or the new model made the vectors itself.
-        InputError: the sample or the corpus is too small; the message says how many passages it takes.
-        ArtifactConflictError: the output holds another bridge.
+        ArtifactMissingError: the old vectors are not the output of `readapt embed`, or their corpus is missing.
+        FingerprintMismatchError: the corpus is not the one of the vectors, or the new model itself made the vectors.
+        InputError: the sample or the corpus is too small (the message says how many passages are needed), or the new
+            model encodes only queries.
+        ArtifactConflictError: the output folder holds another bridge.
     """
     old = open_artifact(config.old_vectors, "embed")
     corpus = _open_corpus(config, old)
@@ -122,10 +123,10 @@ def _open_corpus(config: BridgeConfig, old: Artifact) -> Artifact:
 
 
 def check_sample(size: int, num_vectors: int, dimension: int) -> None:
-    """Refuse a sample that is too small to fit a map of this dimension.
+    """Refuse a sample that is too small to fit a map between vectors of this dimension.
 
     Raises:
-        InputError: the message says how many passages it takes.
+        InputError: the sample or the corpus is too small; the message says how many passages are needed.
     """
     least = max(_LEAST_SAMPLE, math.ceil(dimension / _FIT_SHARE))
     if num_vectors < least:
@@ -141,7 +142,7 @@ def check_sample(size: int, num_vectors: int, dimension: int) -> None:
 
 
 def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncoder, workspace: Workspace) -> None:
-    """Encode the sample, choose a map, measure it and write it."""
+    """Encode the sample, fit maps, choose one, measure it and write it."""
     from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, objection
 
     connection.connect()
@@ -185,7 +186,7 @@ def _written(workspace: Workspace, name: str, content: bytes) -> str:
 
 
 def _calibration(new: NDArray[np.float32], old: NDArray[np.float32], parts: "_Parts") -> bytes:
-    """Return the vectors of passages that no map was fitted on, by which scores of both are compared."""
+    """Return both models' vectors of withheld passages, with which scores of the two models are calibrated."""
     from readapt_ray.retrieval.calibration import MAX_PASSAGES, Calibration
 
     rows = parts.pool[: len(parts.last) + len(parts.choice)][:MAX_PASSAGES]
@@ -194,25 +195,26 @@ def _calibration(new: NDArray[np.float32], old: NDArray[np.float32], parts: "_Pa
 
 @dataclass(frozen=True)
 class _Parts:
-    """The rows of a sample: those that fit maps, and those that are searched to choose and measure one."""
+    """The split of a sample's rows into parts that fit maps, choose one and measure it."""
 
     fit: NDArray[np.int64]
+    """Rows that maps are fitted on."""
     pool: NDArray[np.int64]
-    """Rows that are searched: withheld ones, and as many of those that fit maps as there are in the corpus for each of these.
+    """Rows that are searched: all withheld rows, and fitted rows in the same proportion to them as in the corpus.
 
-    A map ranks the passages that it was fitted on better than others: from some hundred of them it finds a quarter of the ten
-    best though the models have nothing in common.
+    A map ranks passages that it was fitted on too well: among some hundred of them it finds a quarter of the ten best,
+    even if the models have nothing in common. So their share must not be larger than in the corpus.
     """
     last: NDArray[np.int64]
-    """Places in `pool` of the passages that measure the map."""
+    """Positions in `pool` of the passages that measure the map."""
     choice: NDArray[np.int64]
-    """Places in `pool` of the passages that choose it."""
+    """Positions in `pool` of the passages that choose the map."""
 
 
 def _chosen_map(
     new: NDArray[np.float32], old: NDArray[np.float32], parts: _Parts, seed: int
 ) -> tuple["QueryMap", dict[str, float]]:
-    """Return the best map, and the recall of each on the passages that chose it."""
+    """Fit several maps; return the best one, and the recall of each on the passages that choose."""
     from readapt_ray.evaluation.bridge_recall import nearest
     from readapt_ray.retrieval.neighbours import overlaps
     from readapt_ray.retrieval.query_maps import fit_maps
@@ -229,12 +231,12 @@ def _chosen_map(
 
 
 def _parts(size: int, num_vectors: int, seed: int) -> _Parts:
-    """Deal the rows of a sample.
+    """Split the rows of a sample at random into parts that fit, choose and measure.
 
     Args:
-        size: of the sample.
-        num_vectors: passages of the corpus.
-        seed: of the draw.
+        size: rows of the sample.
+        num_vectors: number of passages in the corpus.
+        seed: random seed.
     """
     order = random_generator(seed, "parts of a bridge's sample").permutation(size)
     ends = (int(_FIT_SHARE * size), int((_FIT_SHARE + _CHOICE_SHARE) * size))
@@ -246,7 +248,7 @@ def _parts(size: int, num_vectors: int, seed: int) -> _Parts:
 
 
 def _asked(corpus: Artifact, old: Artifact, new: NewEncoder, seed: int) -> "Asked | None":
-    """Encode the corpus' queries, a thousand at most, with both models; None if it has none."""
+    """Encode at most a thousand queries of the corpus with both models; None if it has no queries."""
     import ray
 
     from readapt_ray.evaluation.bridge_recall import Asked

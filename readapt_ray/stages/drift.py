@@ -1,8 +1,8 @@
-"""Measure without queries what an adaptation changed.
+"""The drift stage: measure without queries how much an adaptation changed loss, vectors and neighbours.
 
-In: the adapter of a run, and the vectors of the retriever before and after adaptation. Out: `report.json`, `report.md` and
-`report.html` with the language-model loss on passages that were withheld from training (`--withhold`), how far vectors
-moved, and how many nearest neighbours stayed. Vectors of at most 40 shards are read, one at a time.
+In: the adapter of a run, and the vectors of the retriever before and after adaptation. Out: `report.json`, `report.md`
+and `report.html` with the language-model loss on passages that were withheld from training (`--withhold`), how far
+vectors moved, and how many nearest neighbours stayed the same. Vectors of at most 40 shards are read, one at a time.
 """
 
 import json
@@ -30,7 +30,7 @@ _NORMAL_95 = 1.96
 
 
 class DriftConfig(StageConfig):
-    """Options of drift."""
+    """The options of `readapt drift`."""
 
     adapter: str
     """Output of `readapt train`. It names the pretrained model and the blocks that it was trained on."""
@@ -53,13 +53,13 @@ class DriftConfig(StageConfig):
 
 
 def drift(config: DriftConfig) -> Artifact:
-    """Measure what an adaptation changed.
+    """Measure without queries how much an adaptation changed loss, vectors and neighbours.
 
     Raises:
         ArtifactMissingError: the adapter or the vectors are not the output of their stage.
-        CorpusError: the vectors are of different corpora, or in shards that have no passage in common.
-        FingerprintMismatchError: blocks or corpus of the adapter are other ones now.
-        CorruptFileError: a file was cut short, altered or is gone.
+        CorpusError: the vectors are of different corpora or dimensions, or in shards that have no passage in common.
+        FingerprintMismatchError: the blocks or the corpus of the adapter were replaced since it was trained.
+        CorruptFileError: a file was cut short, altered, or is missing.
     """
     adapter = artifacts.open_artifact(config.adapter, "train")
     before, after = (artifacts.open_artifact(uri, "embed") for uri in config.vectors)
@@ -92,7 +92,7 @@ def _write(found: dict[str, Any], workspace: Workspace) -> None:
 
 
 def _loss_change(config: DriftConfig, adapter: Artifact, workspace: Workspace) -> dict[str, Any]:
-    """Return the loss per token on withheld passages before and after training, or a note why there is none."""
+    """Measure the loss per token on withheld passages before and after training; return a note if it cannot be."""
     from readapt_ray.cluster.loss_task import measure_losses
 
     blocks = _made_of(adapter, "pack")
@@ -129,7 +129,7 @@ def _loss_change(config: DriftConfig, adapter: Artifact, workspace: Workspace) -
 
 
 def _made_of(made: Artifact, stage: str) -> Artifact:
-    """Open the blocks of an adapter, or the corpus of blocks. Numbers of passages mean others in another one."""
+    """Open the blocks of an adapter, or the corpus of blocks. Refuse a replaced one: its passage numbers differ."""
     found = open_input(made, "corpus", stage)
     if found.fingerprint != made.manifest.inputs["corpus"]:
         raise FingerprintMismatchError(
@@ -145,7 +145,7 @@ def _half_width(values: NDArray[np.float64]) -> float:
 
 
 def _texts(corpus: Artifact, numbers: list[int]) -> list[str]:
-    """Return title and text of passages by their numbers, which count the rows of the files in order."""
+    """Return title and text of passages by number; a number counts the rows of all files in order."""
     from readapt_ray.retrieval.footers import named_footers, row_counts
     from readapt_ray.retrieval.parquet_rows import ParquetRows
 
@@ -156,7 +156,7 @@ def _texts(corpus: Artifact, numbers: list[int]) -> list[str]:
 
 
 def _vector_change(before: Artifact, after: Artifact, num_passages: int) -> dict[str, Any]:
-    """Return how far the vectors of some passages moved, and how many of their neighbours stayed."""
+    """Measure how far the vectors of some passages moved, and which share of their neighbours stayed the same."""
     one, other = _sampled(before.location / "vectors", after.location / "vectors", num_passages)
     if one.shape[1] != other.shape[1]:
         raise CorpusError(
@@ -179,7 +179,7 @@ def _vector_change(before: Artifact, after: Artifact, num_passages: int) -> dict
 
 
 def _sampled(before: Location, after: Location, num_passages: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the vectors of the same passages by both models, drawn from some shards of the corpus. float32 [N, D] each."""
+    """Draw passages from some shards of the corpus; return their vectors by both models, float32 [N, D] each."""
     random = random_generator(0, "drift")
     one_named, other_named = (
         {whole_name(name): name for name, _ in each.listing(".parquet")} for each in (before, after)

@@ -1,12 +1,13 @@
-"""The embed stage: passages become vectors, a numbered data shard at a time.
+"""The embed stage: encode the passages of a corpus into vectors, one data shard at a time.
 
-In: a corpus and a retriever, and the vectors of an earlier corpus where there are any. Out: `vectors/part-00000.parquet`
-and so on. The shards are planned from the sizes of files alone. Ray Data reads and tokenises them on idle cores, and
-actors encode them and write each as a whole, so what was written before a kill is not computed again, and every passage
-stands once. Files of earlier vectors are shared; what they hold for passages that changed since is dead, and noted beside
-them. Other texts whose vector is there are copied, and within a shard identical texts are encoded once. Two CPU cores with
-AMX encode some 230 passages of 89 tokens per second with all-MiniLM-L6-v2. An actor holds the model and two shards, the
-driver some 1.3 KB per shard, and with earlier vectors a byte for each and 8 bytes per changed passage.
+In: a corpus and a retriever; optionally the vectors of an earlier state of the corpus. Out:
+`vectors/part-00000.parquet` and so on. Shards are planned from the row counts of files. Ray Data reads and tokenises
+them on idle cores. Actors encode them and write each shard as a whole, so a killed run resumes with the missing shards
+and writes each passage once. Files of earlier vectors are shared: rows of passages that changed are marked dead in a
+file beside them. Other texts that have an earlier vector are copied, and identical texts in a shard are encoded once.
+Two CPU cores with AMX encode some 230 passages of 89 tokens per second with all-MiniLM-L6-v2. An actor holds the model
+and two shards. The driver holds some 1.3 KB per shard; with earlier vectors also a byte for each, and 8 bytes per
+changed passage.
 """
 
 import logging
@@ -80,16 +81,17 @@ class EmbedConfig(RetrieverOptions, StageConfig):
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPUs, and so threads, per actor. If omitted, 1."""
     num_gpus_per_worker: float | None = Field(default=None, gt=0, le=1)
-    """Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1, and for models that leave a GPU waiting for
-    its host (all-MiniLM-L6-v2) 0.5, where there are four cores per actor. Not measured on a GPU yet."""
+    """Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1; or 0.5 for small models such as
+    all-MiniLM-L6-v2, which leave a GPU waiting for its host, if there are four cores per actor. Not measured on a GPU
+    yet."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU, and on a GPU by the model's size and the
     free memory: 119,808 for all-MiniLM-L6-v2, 9,216 for a 7B. Lower it when memory is short. In float32 the vectors do
     not depend on it (to 1e-6). In bfloat16 they differ by .001, and 99.8% of the ten nearest passages stay the same
     (measured on all-MiniLM-L6-v2)."""
     max_left_out: int = Field(default=100, ge=0)
-    """Maximum number of passages that are left out because their vector is NaN, infinite or zero, also in float32. The
-    manifest names them; more of them stop the run."""
+    """Maximum number of passages that are left out because their vector is NaN, infinite or zero, even in float32. The
+    manifest names them. The run stops if there are more."""
 
     inputs: ClassVar[frozenset[str]] = RetrieverOptions.names_of_retriever | {"corpus", "encoding"}
     operational: ClassVar[frozenset[str]] = frozenset(
@@ -98,22 +100,23 @@ class EmbedConfig(RetrieverOptions, StageConfig):
 
 
 def embed(config: EmbedConfig) -> Artifact:
-    """Encode a corpus.
+    """Encode the passages of a corpus into vectors.
 
     Raises:
-        ArtifactMissingError: the corpus is not the output of `readapt ingest`, or `previous` is not the output of `readapt embed`.
-        CorpusError: it is empty, lacks a column, holds a file twice, or was altered; or a passage gives no vector.
-        FingerprintMismatchError: `previous` was made by another model, or is stored otherwise.
+        ArtifactMissingError: the corpus is no output of `readapt ingest`, or `previous` no output of `readapt embed`.
+        CorpusError: the corpus is empty, lacks a column, holds a file twice, or was altered during the run; or more
+            passages than `max_left_out` have no usable vector.
+        FingerprintMismatchError: `previous` was made by another model, or has another `vector_dtype`.
         ModelError: the retriever is not a model, or cannot be used with its encoding.
-        CorruptFileError: a file of the corpus was cut short or altered, or is gone.
-        PlacementError: the cluster does not have what the actors ask for.
-        ArtifactConflictError: the output holds vectors of another model or corpus.
+        CorruptFileError: a file of the corpus was cut short or altered, or is missing.
+        PlacementError: the cluster does not have the CPUs or GPUs that the actors need.
+        ArtifactConflictError: the output folder holds vectors of another model or corpus.
     """
     corpus = open_artifact(config.corpus, "ingest")
     model, encoding = _open_retriever(config)
     config = _resolve(config, corpus.manifest.counts["num_passages"])
     folder = on_worker.absolute(corpus.location / "passages")
-    # A finished output is known by its manifest: no file of the corpus is opened, and torch is not imported.
+    # If the output is finished, its manifest says so: then no file of the corpus is opened and torch is not imported.
     opened = None
     if read_manifest(config.output) is None:
         opened = open_passages(folder, corpus, config.corpus)
@@ -152,7 +155,7 @@ def embed(config: EmbedConfig) -> Artifact:
 
 
 def _job(config: EmbedConfig, model: OpenModel, encoding: Encoding) -> EmbedJob:
-    """Return what the options and the model say of the job."""
+    """Describe the work to the actors: model, encoding, types, places of input and output."""
     return EmbedJob(
         model_name=on_worker.model_name(model),
         base_name=on_worker.base_name(model),
@@ -169,7 +172,7 @@ def _job(config: EmbedConfig, model: OpenModel, encoding: Encoding) -> EmbedJob:
 
 
 def _state(passages: Location) -> str:
-    """Return what a listing says of the files of a corpus: other files, sizes or times are another state."""
+    """Return a fingerprint of names, sizes and times of a corpus's files, to detect that they were replaced."""
     return fingerprint([(name, info.size, info.mtime_ns) for name, info in passages.listing(".parquet")])
 
 
@@ -178,7 +181,7 @@ def _shape(model: OpenModel) -> ModelShape:
 
 
 def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, encoding: Encoding) -> int:
-    """Return the passages of a shard: as asked, else what the output was begun with, else what suits the devices."""
+    """Return the passages per shard: the option, or what a begun output already uses, or what suits the devices."""
     if config.rows_per_shard is not None:
         return config.rows_per_shard
     num_passages, output = corpus.manifest.counts["num_passages"], Location(config.output)
@@ -186,7 +189,7 @@ def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, enc
         begun = begun_rows_per_shard(output)
         if begun:
             return begun
-        if read_manifest(output):  # of a version without a ledger, by its rule
+        if read_manifest(output):  # written by an older version without a ledger: the rule that it used
             return min(4096, max(MIN_SHARD_ROWS, num_passages // SHARDS))
     shape = _shape(model)
     num_bytes = corpus.manifest.counts["num_bytes"] / num_passages
@@ -214,7 +217,7 @@ def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
 
 
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
-    """Find the model and its encoding. What would stop every actor is found here, in seconds."""
+    """Find the model that encodes passages, and its encoding."""
     model = config.open_retriever()
     encoding = config.encoding or model.encoding
     if (passages := passages_model(model)) is not None:
@@ -226,7 +229,7 @@ def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
 
 
 def _check_retriever(model: OpenModel, encoding: Encoding) -> None:
-    """Find in seconds what would stop every actor."""
+    """Open weights and tokenizer here, so that an error is raised in seconds instead of in every actor."""
     from readapt_ray.retrieval.tokenization import TextTokenizer
     from readapt_ray.weights.loading import open_weights
 
@@ -235,17 +238,17 @@ def _check_retriever(model: OpenModel, encoding: Encoding) -> None:
 
 
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:
-    """Return a sample's report depends on `previous`; vectors do not."""
+    """Return `previous` as an input if it decides the result: it decides the report of a sample, but not vectors."""
     if config.sample is None or config.previous is None:
         return {}
     return {"previous": open_artifact(config.previous, "embed").fingerprint}
 
 
 def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[ParquetRows | None, ParquetRows | None]:
-    """Return the earlier vectors that may be copied, or those that a sample may only be compared with.
+    """Open the earlier vectors. Return them first if they may be copied; second if a sample may only compare with them.
 
     Raises:
-        FingerprintMismatchError: they are not what this run would make, and it is not a sample.
+        FingerprintMismatchError: another encoder or `vector_dtype` made them, and this run is not a sample.
     """
     if config.previous is None:
         return None, None
@@ -273,7 +276,7 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Parque
 def _encode(
     job: EmbedJob, passages: ParquetRows, config: EmbedConfig, placement: Placement, workspace: Workspace
 ) -> None:
-    """Plan, encode what is missing, and put what came of it into the manifest."""
+    """Plan the shards, encode those that are missing, and put counts and details into the manifest."""
     shards, job, changes = _planned(job, passages, config)
     ledger = encode_shards(
         shards,
@@ -304,7 +307,7 @@ def _encode(
 def _planned(
     job: EmbedJob, passages: ParquetRows, config: EmbedConfig
 ) -> tuple[list[DataShard], EmbedJob, Changes | None]:
-    """Plan the shards, with earlier vectors where there are any; refuse files that were written by another plan."""
+    """Plan the shards, on earlier vectors if they are given; refuse an output that was begun by another plan."""
     digests = {
         name: each.metadata.get(DIGEST) or ""
         for name, each in listed_footers(Location(config.corpus), "passages").items()
@@ -323,7 +326,7 @@ def _planned(
 
 
 def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:
-    """Return how the encoders spent their time and what truncation took, all runs that made these files together."""
+    """Return how the encoders spent their time and what truncation cut, summed over all runs that made these files."""
     total = {name: float(ledger.figures[name].sum()) for name in ledger.figures.dtype.names or ()}
     busy_s, waited_s = total["encode_s"], total["wait_s"]
     tokens, positions = total["num_tokens"], total["num_positions"]
@@ -359,10 +362,10 @@ def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:
 
 
 def _tell_left_out(ledger: ShardLedger, max_left_out: int) -> list[str]:
-    """Name the passages without a usable vector.
+    """Return the doc_ids of passages without a usable vector, and warn about them.
 
     Raises:
-        CorpusError: there are more than are allowed.
+        CorpusError: there are more than `max_left_out`, or no passage has a usable vector.
     """
     doc_ids = ledger.left_out()
     if not doc_ids:

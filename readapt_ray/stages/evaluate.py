@@ -1,9 +1,8 @@
-"""`readapt evaluate`: measures, significance and a report, from runs and judgements.
+"""The evaluate stage: measure runs against judgements, test differences for significance, and write a report.
 
-Enter TREC runs, the first of them the baseline, and qrels. Leave `measures.json`,
-`per_query.parquet` (query_id, run, measure, value), `report.json`, `report.md` and `report.html`.
-Runs in this process, without Ray: a run of 10,000 queries with 1,000 results each takes about ten
-seconds.
+In: TREC runs, of which the first is the baseline, and qrels. Out: `measures.json`, `per_query.parquet` (query_id, run,
+measure, value), `report.json`, `report.md` and `report.html`. It works in this process, without Ray. A run of 10,000
+queries with 1,000 results each takes about ten seconds.
 """
 
 import json
@@ -42,7 +41,7 @@ _PEEKED_IDS = 1000
 
 
 class EvaluateConfig(StageConfig):
-    """Options of `readapt evaluate`."""
+    """The options of `readapt evaluate`."""
 
     runs: tuple[str, ...]
     """TREC run files, separated by commas. The first is the baseline of the comparison."""
@@ -61,12 +60,12 @@ class EvaluateConfig(StageConfig):
     corpus: str = ""
     """Output of `readapt ingest`, to show titles and texts in the report."""
     general: str = ""
-    """Output of `readapt evaluate` for the same retrievers on a general collection, to show beside the gain on one's own what
+    """Output of `readapt evaluate` for the same retrievers on a general collection. The report then also shows what
     adapting lost there."""
     require: tuple[str, ...] = ()
-    """What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005" (the whole 95% interval
-    of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the mean). For each run after the first.
-    "general nDCG@10 >= base - 0.005" is of what `general` measured."""
+    """Conditions on each run after the first, separated by commas; if one fails, the exit code is 1. In
+    "nDCG@10 >= base - 0.005" base is the first run: the whole 95% interval of the difference must be above -0.005.
+    "nDCG@10 >= 0.3" is about the mean. "general nDCG@10 >= base - 0.005" uses the measures of `general`."""
     num_permutations: int = Field(default=10_000, ge=100, le=10_000_000)
     """Number of random permutations in the significance test, and of bootstrap samples in the intervals."""
     seed: int = Field(default=0, ge=0)
@@ -77,7 +76,7 @@ class EvaluateConfig(StageConfig):
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What is measured, read and seen to fit together."""
+    """The runs, judgements and texts of an evaluation, loaded and checked to fit each other."""
 
     runs: dict[str, Run]
     measurements: dict[str, measuring.Measurement]
@@ -85,9 +84,9 @@ class _Loaded:
     query_texts: dict[str, str]
     corpus: PassageFiles | None
     num_unknown: int
-    """Judgements of passages that the corpus does not have."""
+    """Number of judgements of passages that the corpus does not have."""
     provenance: dict[str, dict[str, Any]]
-    """What is known of each run."""
+    """How each run was made, by the run's name."""
     general: GeneralReport | None
 
 
@@ -96,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
 
     Raises:
         InputError: a run, the judgements, a measure or a name cannot be used.
-        CorpusError: the runs and the judgements are of different corpora.
+        CorpusError: the runs and the judgements belong to different corpora.
     """
     measures = measuring.parse_measures(config.measures)
     general = open_artifact(config.general, "evaluate") if config.general else None
@@ -104,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
     required = [parse_requirement(each, list(measures), also) for each in config.require]
     files = dict(zip(_names(config), config.runs, strict=True))
     inputs = _fingerprints(config, files)
-    # Bad input is found before the output folder is touched; a complete artifact is not measured again.
+    # Load before `produce`, so that bad input is found before the output folder is touched; skip a finished output.
     is_new = config.overwrite or read_manifest(config.output) is None
     loaded = _load(config, files, measures) if is_new else None
 
@@ -115,7 +114,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
 
 
 def _names(config: EvaluateConfig) -> list[str]:
-    """Return a name for each run: as given, or of the file, with its folder where that is needed to tell them apart."""
+    """Return a name for each run: the given one, or its file's, with the folder if two files have one name."""
     if not config.runs:
         raise InputError("no run given; give --runs FILE.trec, or several with commas between them")
     names = list(config.names)
@@ -152,7 +151,7 @@ def _fingerprints(config: EvaluateConfig, files: Mapping[str, str]) -> dict[str,
 
 
 def _run_identity(uri: str) -> list[Any]:
-    """Return the content of a run file, and the fingerprint of what made it, since the report tells it."""
+    """Return what identifies a run: a hash of its file, and its manifest's fingerprint, since the report shows that."""
     manifest = read_manifest(uri)
     return [list(Location(uri).content_fingerprint().values()), manifest.fingerprint if manifest else ""]
 
@@ -184,9 +183,10 @@ def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[st
 
 
 def _of_documents(run: Run, judgements: measuring.Judgements, corpus: PassageFiles | None, name: str) -> Run:
-    """Merge a run of passages to the documents that were split, by their best passages.
+    """Merge results that are passages of split documents to these documents, by their best passages.
 
-    Without the corpus, a run is one of passages if more documents than passages of it are judged.
+    Without the corpus, results are taken for passages if the judgements name more of their documents than of the
+    results themselves.
     """
     if corpus is not None:
         parts = [doc_id for doc_id in run.doc_ids if doc_id != parent_of(doc_id)][:_PEEKED_IDS]
@@ -207,10 +207,10 @@ def _of_documents(run: Run, judgements: measuring.Judgements, corpus: PassageFil
 
 
 def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run], config: EvaluateConfig) -> None:
-    """Refuse judgements of another corpus than the runs', which would measure as all zeros.
+    """Refuse judgements that belong to another corpus than the runs, since every measure would be zero.
 
     Raises:
-        CorpusError: no run has a single passage that is judged.
+        CorpusError: no run has any judged passage.
     """
     judged = {doc_id for each in judgements.values() for doc_id in each}
     if any(not judged.isdisjoint(run.doc_ids) for run in runs.values()):
@@ -223,7 +223,7 @@ def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run],
 
 
 def _num_unknown(judgements: measuring.Judgements, corpus: PassageFiles, name: str) -> int:
-    """Return how many judgements speak of passages that the corpus does not have; they are named."""
+    """Count the judgements of passages that the corpus does not have; warn and name the passages."""
     missing = corpus.missing(doc_id for judged in judgements.values() for doc_id in judged)
     lost = set(missing)
     count = sum(doc_id in lost for judged in judgements.values() for doc_id in judged)
@@ -327,7 +327,7 @@ def _write_per_query(file: Location, measurements: Mapping[str, measuring.Measur
 
 
 def _provenance(uri: str) -> dict[str, Any]:
-    """Return what is known of a run file: what made it, from its manifest; its digest in any case."""
+    """Return how a run file was made: a hash of its content, and the fields of its manifest if it has one."""
     manifest = read_manifest(uri)
     known: dict[str, Any] = {"file": uri, "content": next(iter(Location(uri).content_fingerprint().values()))}
     if manifest is None:

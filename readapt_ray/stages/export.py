@@ -1,10 +1,10 @@
 """The export stage: send vectors to a vector database.
 
-In: vectors, the corpus that they are of, and an earlier export where there is one. Out: a collection in the target,
-and `rows/part-00000.parquet` and so on: what was sent, by file of vectors. A Ray task sends a file of vectors, and what
-it sent before a kill is not sent again. The collection carries the fingerprints of the encoder and of the export:
-vectors of two models are never mixed. Memory is one file of vectors and its passages per task, and 16 bytes per
-passage (40 for an update) in Ray's object store, once per node.
+In: vectors and their corpus; optionally an earlier export. Out: a collection in the target, and a record of the rows
+sent per file of vectors, `rows/part-00000.parquet` and so on. A Ray task sends one file of vectors. A killed run
+resumes and does not send rows twice. The collection stores the fingerprints of the encoder and of the export, so that
+vectors of two models are never mixed. Memory is one file of vectors and its passages per task, and 16 bytes per passage
+(40 for an update) in Ray's object store, once per node.
 """
 
 import logging
@@ -31,7 +31,7 @@ from readapt_ray.targets.target import Layout, Record, Target
 logger = logging.getLogger("readapt_ray")
 
 _NOT_SENT = ("doc_id", "content_hash", "vector")
-"""Columns of passages that are no payload."""
+"""Columns of passages that are not sent as payload."""
 
 
 class ExportConfig(StageConfig):
@@ -46,18 +46,19 @@ class ExportConfig(StageConfig):
     corpus: str | None = None
     """Passages: the output of `readapt ingest` that the vectors were made of. Needed unless with_text is off."""
     previous: str | None = None
-    """Output of an earlier export to the same collection. Only what changed since is sent, and what the corpus lost is
-    deleted. If omitted, the collection must not exist."""
+    """Output of an earlier export to the same collection. Only rows that changed since are sent, and rows that left the
+    corpus are deleted. If omitted, the collection must not exist."""
     with_text: bool = True
-    """Send title, text and the other columns of the passages along."""
+    """Also send title, text and the other columns of the passages."""
     check: int = Field(default=20, ge=0)
-    """Vectors of the corpus to query the target with at the end, to compare its ten best with exact search; 0 for none."""
+    """Number of vectors of the corpus with which the target is queried at the end, to compare its ten best with exact
+    search; 0 for none."""
     batch_rows: int = Field(default=256, ge=1)
     """Rows per request. Lower it if the database refuses requests as too large."""
 
     overwrite: bool = False
     """Replace a collection that holds another export, and an artifact in the output that was made or begun with other
-    options. Without this both are refused; what readapt did not write is always refused."""
+    options. Without this both are refused. Data that readapt did not write is always refused."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"vectors", "corpus", "previous"})
     operational: ClassVar[frozenset[str]] = frozenset({"check", "batch_rows"})
@@ -71,14 +72,15 @@ class ExportConfig(StageConfig):
 
 
 def export(config: ExportConfig) -> Artifact:
-    """Send vectors to a vector database.
+    """Send vectors, with the texts of their passages, to a vector database.
 
     Raises:
         ArtifactMissingError: an input is not the output of its stage.
         FingerprintMismatchError: the collection, the corpus or `previous` belong to other vectors.
-        ArtifactConflictError: the collection or the output holds something else.
-        InputError: the target cannot index these vectors, or its client is not installed.
-        TargetError: the database cannot be reached or refuses something.
+        ArtifactConflictError: the collection or the output folder holds something else.
+        InputError: the target cannot index these vectors, its client is not installed, or `previous` does not match.
+        CorpusError: the passages have other columns than those sent by `previous`.
+        TargetError: the database cannot be reached or refuses a request.
     """
     source = open_artifact(config.vectors, "embed")
     corpus = _open_corpus(config, source)
@@ -122,7 +124,7 @@ def _open_corpus(config: ExportConfig, source: Artifact) -> Artifact | None:
 
 
 def _open_previous(config: ExportConfig, source: Artifact) -> Artifact | None:
-    """Open the earlier export, and refuse one of another encoder, another collection or another payload."""
+    """Open the earlier export, if one is given. Refuse another encoder, another collection or another `with_text`."""
     if config.previous is None:
         return None
     previous = open_artifact(config.previous, "export")
@@ -147,7 +149,7 @@ def _open_previous(config: ExportConfig, source: Artifact) -> Artifact | None:
 def _plan(
     config: ExportConfig, source: Artifact, corpus: Artifact | None, previous: Artifact | None, workspace: Workspace
 ) -> ExportJob:
-    """Read the ends of all files that are needed."""
+    """Read the footers of all input files, and describe the work to the tasks."""
     vectors = open_vectors(source)
     vectors = ParquetRows(on_worker.absolute(vectors.folder), vectors.counts)
     passages, payload = None, pa.schema([])
@@ -195,12 +197,12 @@ def _record(source: Artifact, job: ExportJob) -> Record:
 
 
 def _claim(target: Target, config: ExportConfig, job: ExportJob, record: Record, previous: Artifact | None) -> None:
-    """Make the collection, or resume the one that is there, and refuse one that holds something else.
+    """Create the collection, or continue with an existing one of this or the previous export; refuse any other.
 
     Raises:
-        FingerprintMismatchError: it holds vectors of another model.
-        ArtifactConflictError: it holds another export, or something that readapt did not write.
-        InputError: it is not what `previous` left.
+        FingerprintMismatchError: the collection holds vectors of another model.
+        ArtifactConflictError: the collection holds another export, or data that readapt did not write.
+        InputError: the collection was removed or changed since `previous`.
     """
     there = target.record()
     if there is not None and there.get("export") == job.fingerprint:
@@ -220,7 +222,7 @@ def _claim(target: Target, config: ExportConfig, job: ExportJob, record: Record,
     if there is not None:
         _refuse_what_is_there(config, job, record, there)
         target.drop()
-    # They speak of a collection that is no more.
+    # Records in the output describe a collection that no longer exists.
     artifact_files.clear(job.output, artifact_files.STAGE_FILES["export"])
     target.create(job.layout, record)
 
@@ -274,7 +276,7 @@ def _summarise(done: Done, job: ExportJob, record: Record, workspace: Workspace)
 
 
 def _forget_deletions(job: ExportJob) -> None:
-    """Remove the lists of what was deleted, which only a resumed export needs: they hold ids that the corpus lost."""
+    """Remove the lists of deleted ids. Only a resumed export needs them, and the corpus no longer has these ids."""
     artifact_files.clear(job.output, (f"{DELETED}/part-#.parquet",))
 
 

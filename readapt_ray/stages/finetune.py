@@ -1,8 +1,8 @@
-"""finetune: queries and the passages that answer them to a retriever (the supervised way, for those who have labels).
+"""The finetune stage: train a retriever on queries and the passages that answer them (supervised training).
 
-InfoNCE with in-batch negatives of all workers and given hard negatives, on Ray Train workers under
-DeepSpeed. Leaves a PEFT adapter folder with its encoding contract in `readapt.json`, or a Hugging Face
-model folder where all weights are trained.
+In: a model, and labelled pairs. Out: a PEFT adapter folder with the encoding in `readapt.json`, or a Hugging Face model
+folder if all weights are trained. The loss is InfoNCE, with the batches of all workers as negatives and optional hard
+negatives. It runs on Ray Train workers under DeepSpeed.
 """
 
 import json
@@ -26,14 +26,14 @@ from readapt_ray.training import labelled_pairs
 
 
 class FinetuneConfig(OptimizationConfig):
-    """Options of finetune."""
+    """The options of `readapt finetune`."""
 
     model: str
     """Model to start from: a catalog name, a folder, a GGUF file, a URI or a hub id."""
     corpus: str
     """Passages with queries and qrels (the output of `readapt ingest`), queries that a language model wrote (the output of
-    `readapt synthesize`), or a JSONL file of pairs with the texts `query`, `positive` and, optionally, `negatives`. Of a
-    document that ingest split, the passage with most words of the query is trained on."""
+    `readapt synthesize`), or a JSONL file of pairs with the texts `query`, `positive` and, optionally, `negatives`. If
+    ingest split a document, the passage that has most words of the query is trained on."""
     split: str = "train"
     """Split of the corpus's qrels to train on: train, dev, test."""
     negatives: str | None = None
@@ -63,8 +63,8 @@ class FinetuneConfig(OptimizationConfig):
     temperature: float = Field(default=0.05, gt=0)
     """Temperature of the InfoNCE loss: cosines are divided by it."""
     queries_only: bool = False
-    """Train queries alone: passages are encoded by the model as it was, so its vectors stay valid. The output is a model
-    for queries, with which `search` and `serve` accept them, and with which `embed` encodes by the model as it was."""
+    """Train only the encoding of queries. Passages are encoded by the original model, so its vectors stay valid:
+    `search` and `serve` accept them with the output, and `embed` encodes passages with the original model."""
     both_directions: bool = False
     """Also train each passage to find its query among the queries of the batch."""
 
@@ -89,10 +89,11 @@ def finetune(config: FinetuneConfig) -> Artifact:
 
     Raises:
         InputError: `base_dtype` needs a package that is not installed.
-        ArtifactMissingError: the corpus is neither a complete output of ingest nor a file of pairs.
-        CorpusError: it has no qrels of that split, or fewer than two that name a query and a passage it holds.
-        ModelError: the model cannot be found, is an adapter or quantized, or nothing says how it wants its text.
-        PlacementError: the cluster does not have the workers asked for, or not the memory.
+        ArtifactMissingError: the corpus is neither a complete output of ingest or synthesize nor a file of pairs.
+        CorpusError: it has no qrels of that split, or fewer than two that name a query and a passage of the corpus.
+        ModelError: the model cannot be found, is an adapter, quantized or only for queries, has Dense layers after its
+            pooling, or nothing says how it encodes text.
+        PlacementError: the cluster does not have the requested workers, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
     from readapt_ray.nn import quantized
@@ -157,7 +158,7 @@ def _finetune(
 
 
 def _work(job: dict[str, Any]) -> None:
-    """Do one worker's part."""
+    """Train on one worker."""
     import torch
 
     from readapt_ray.training.contrastive import Contrast, pack
@@ -168,7 +169,7 @@ def _work(job: dict[str, Any]) -> None:
     reader = PairReader(
         Location(job["pairs"]), batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
     )
-    # A small batch does not fill a micro-batch, and shall not be refused for the memory that a full one would take.
+    # A small batch does not fill a micro-batch. It must not be refused for the memory that a full one would take.
     most_tokens = min(config.micro_batch_tokens, reader.most_tokens(torch.distributed.get_world_size()))
     worker = train_workers.TrainWorker(job, config, config.model, objective=None, micro_batch_tokens=most_tokens)
     pack(worker.model, config.model)

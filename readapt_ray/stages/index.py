@@ -1,13 +1,15 @@
-"""The index stage: vectors become FAISS shards.
+"""The index stage: build a FAISS index from vectors, in shards.
 
-In: vectors, and an earlier index of them where there is one. Out: `shards/00000.faiss` and
-`shards/00000.ids.parquet` and so on, each built by one Ray task and committed whole, so what was built before a kill is not
-built again. Inverted lists and codes are trained once, on a sample of all vectors (`shards/trained.faiss`), so that shards
-can be merged when they are searched. What is not exact is measured with queries against exact search by the tasks that
-build it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing
-is built again: what left the corpus is no longer found, and what came is a shard of its own; a shard of which a fifth is
-gone is left out, and the rest of it comes, too; so it is with small shards once there are more than 16. A task holds its
-shard as FAISS stores it, and once more while it is written; the driver holds a line per file of vectors.
+In: vectors; optionally an index of an earlier state of them. Out: `shards/00000.faiss`, `shards/00000.ids.parquet` and
+so on. One Ray task builds each shard and writes it as a whole, so a killed run resumes with the missing shards.
+Inverted lists and codebooks are trained once, on a sample of all vectors (`shards/trained.faiss`), so that shards can
+be merged for search. The tasks measure the recall of approximate shards with queries, against exact search. All shards
+get the smallest depth with which they reach the wanted recall together; if none does, the index is refused.
+
+An update of an earlier index keeps its shards: vectors of deleted passages are masked, and new vectors go into new
+shards. A shard that lost a fifth of its vectors is dropped, and its remaining vectors go into the new shards; so do
+small shards once there are more than 16. A task holds its shard as FAISS stores it, and a second copy while it is
+written. The driver holds a line per file of vectors.
 """
 
 import logging
@@ -62,7 +64,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("readapt_ray")
 
 _STALE_SHARE = 0.2
-"""Share of deleted and added vectors above which a fresh build is advised."""
+"""Share of deleted and added vectors above which a warning advises to build the index from scratch."""
 
 
 class IndexConfig(StageConfig):
@@ -76,19 +78,19 @@ class IndexConfig(StageConfig):
     """Kind of index. flat searches exactly; the others trade recall for speed or memory; auto chooses by size,
     memory and recall."""
     storage: Literal["float32", "float16", "int8"] | None = None
-    """How vectors are stored in flat, ivf-flat and hnsw, and in ivf-pq and rabitq for the second ranking. If omitted,
-    float16 in a flat index of float16 vectors, which loses nothing, and float32 elsewhere."""
+    """How vectors are stored in flat, ivf-flat and hnsw, and in ivf-pq and rabitq for ranking candidates again. If
+    omitted, float16 in a flat index of float16 vectors, which loses nothing, and float32 elsewhere."""
     refine: bool = True
-    """Keep the vectors beside the codes of ivf-pq and rabitq, to rank the candidates again."""
+    """Keep the vectors beside the codes of ivf-pq and rabitq, to rank the candidates again by exact scores."""
     code_bytes: int | None = Field(default=None, ge=1)
     """Bytes per code of ivf-pq. If omitted, a quarter of the dimension."""
     factory: str | None = None
-    """FAISS factory string to use as it is, instead of kind."""
+    """FAISS factory string, used unchanged instead of kind."""
     depth: int | None = Field(default=None, ge=1)
     """nprobe (ivf) or efSearch (hnsw). If omitted, the smallest value that reaches min_recall."""
     min_recall: float = Field(default=0.95, gt=0, le=1)
-    """Fraction of the exact top 10, and of the top 100, that an approximate index must find for queries: those of the
-    corpus, or else pieces of its passages. Below it the index is refused."""
+    """Fraction of the exact top 10, and of the top 100, that an approximate index must find, else it is refused. It is
+    measured with the queries of the corpus, or with pieces of its passages if it has none."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Maximum memory of the loaded index in GB, used when kind is auto. If omitted, no limit."""
     bm25: bool = False
@@ -106,14 +108,15 @@ class IndexConfig(StageConfig):
 
 
 def index(config: IndexConfig) -> Artifact:
-    """Build an index.
+    """Build a FAISS index from vectors, or update an earlier one.
 
     Raises:
-        ArtifactMissingError: the vectors are not the output of `readapt embed`, or `previous` is not the output of `readapt index`.
-        FingerprintMismatchError: `previous` is an index of vectors of another model, or of another kind.
+        ArtifactMissingError: the vectors are no output of `readapt embed`, or `previous` no output of `readapt index`.
+        FingerprintMismatchError: `previous` is an index of another model's vectors, or of another kind.
         CorruptFileError: a file of vectors was cut short, altered, or made by another model.
-        InputError: bm25s is not installed; the kind does not fit, or finds less than `min_recall`; the message says what to raise.
-        ArtifactConflictError: the output holds another index.
+        InputError: bm25s is not installed; or the kind does not fit the vectors or `memory_gb`, or does not reach
+            `min_recall`. The message says which option to change.
+        ArtifactConflictError: the output folder holds another index.
     """
     source = open_artifact(config.vectors, "embed")
     encoder = source.manifest.details["encoder"]
@@ -127,7 +130,7 @@ def index(config: IndexConfig) -> Artifact:
     previous = _open_previous(config, encoder, options, spec)
     if config.bm25:
         import_bm25s()
-    # A finished index is known by its manifest alone: 244,000 footers on an object store take minutes.
+    # If the index is finished, its manifest says so. Reading 244,000 footers on an object store would take minutes.
     opened = _open_vectors(source) if read_manifest(config.output) is None else None
 
     def work(workspace: Workspace) -> None:
@@ -157,7 +160,7 @@ def index(config: IndexConfig) -> Artifact:
 
 
 def _details_of(vectors: Artifact) -> dict[str, Any]:
-    """Return what an index tells of its passages as their vectors do."""
+    """Copy from the vectors' manifest what later stages must know: split documents and truncation."""
     details = vectors.manifest.details
     truncation = {name: details[name] for name in ("truncation",) if name in details}
     return {"is_split": bool(details.get("is_split")), **truncation}
@@ -166,7 +169,7 @@ def _details_of(vectors: Artifact) -> dict[str, Any]:
 def _open_previous(
     config: IndexConfig, encoder: dict[str, Any], options: IndexOptions, spec: IndexSpec
 ) -> Artifact | None:
-    """Open the earlier index, if one is given. Refuse one of another encoder, or of other shards than new ones would be."""
+    """Open the earlier index, if one is given. Refuse another encoder, or shards of another kind than the new ones."""
     if config.previous is None:
         return None
     previous = open_artifact(config.previous, "index")
@@ -198,10 +201,16 @@ def _open_previous(
 
 
 def index_options(config: IndexConfig, num_vectors: int, dimension: int, vector_dtype: str | None) -> IndexOptions:
-    """Return what the options mean for so many vectors.
+    """Choose the kind, storage and depth of an index from the options and the vectors.
+
+    Args:
+        config: the options.
+        num_vectors: number of vectors to index.
+        dimension: dimension of the vectors.
+        vector_dtype: type that the vectors are stored in; None if unknown.
 
     Raises:
-        InputError: no kind fits `memory_gb`.
+        InputError: no kind fits into `memory_gb`.
     """
     if config.kind == "auto" and config.factory is None:
         memory_bytes = None if config.memory_gb is None else config.memory_gb * 1e9
@@ -224,7 +233,7 @@ def _open_vectors(source: Artifact) -> ParquetRows:
 def _split_rows(
     previous: Artifact | None, source: Artifact, vectors: ParquetRows, shards: Location
 ) -> tuple[list[KeptShard], NDArray[np.int64] | range]:
-    """Return the shards of an earlier index with what is still found in each, and the rows that none of them has."""
+    """Return the shards of an earlier index to keep, with their valid vectors; and the rows of vectors to add."""
     if previous is None:
         return [], range(vectors.num_rows)
     from readapt_ray.retrieval.index_changes import kept_and_added, kept_and_added_by_changes
@@ -247,7 +256,7 @@ def _split_rows(
 def _prepared(
     plan: ShardPlan, previous: Artifact | None, everything: NewShard, rows_per_shard: int, source: Artifact
 ) -> ShardPlan:
-    """Train lists and codes, or take the earlier index's; store the queries that recall is measured with."""
+    """Train inverted lists and codebooks, or copy the earlier index's; store the queries for measuring recall."""
     num_rows = len(everything.rows)
     earlier = previous.location / "shards" / TRAINED_NAME if previous else None
     if previous is not None and earlier is not None and earlier.is_file():
@@ -268,7 +277,7 @@ def _prepared(
 def _settled(
     records: Sequence["ShardRecord"], num_kept: int, plan: ShardPlan, workspace: Workspace
 ) -> list[dict[str, Any]]:
-    """Give all new shards the least depth at which they reach the recall together."""
+    """Give all new shards the smallest depth at which they reach the wanted recall together."""
     from readapt_ray.retrieval.index_recall import ShardRecall, settle
 
     made = [asdict(record) for record in records]

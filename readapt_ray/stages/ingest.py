@@ -1,12 +1,12 @@
-"""Ingest: from any source to clean passages in Parquet, with queries and judgements where it has them.
+"""The ingest stage: read a source into clean passages in Parquet, with its queries and judgements if it has them.
 
-Enters a source by name, one row at a time; leaves `passages/part-00000.parquet` ..., perhaps
-`queries/part-00000.parquet` and `qrels/<split>.parquet`. Tables of 64 MB or more (16 MB if near duplicates are dropped) are
-read by Ray tasks (`cluster/parallel_ingest.py`); one of these holds the queries and judgements. Anything else is read by one
-process, some 30,000 passages of 80 words a second. In its memory: one part, 32 to 48 bytes a passage for its id and as many
-again for its text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts do not
-depend on when a process was killed: the next one reads the source again and keeps the parts that are there. After an
-earlier corpus, tasks do not read pieces of the source that did not change (`sources/known_pieces.py`).
+In: the name of a source. Out: `passages/part-00000.parquet` and so on, and perhaps `queries/part-00000.parquet` and
+`qrels/<split>.parquet`. Tables of 64 MB or more (16 MB if near duplicates are dropped) are read by Ray tasks
+(`cluster/parallel_ingest.py`), one of which holds the queries and judgements. All else is read by one process, at some
+30,000 passages of 80 words per second. It holds one part, the queries and judgements, and 32 to 48 bytes per passage
+for its id; to drop exact duplicates as much again per passage, to drop near duplicates 4 KB. A killed run reads the
+source again and keeps the parts that are written: they are the same. With an earlier corpus, tasks skip pieces of the
+source that did not change (`sources/known_pieces.py`).
 """
 
 import logging
@@ -43,30 +43,31 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 MIN_PARALLEL_BYTES = 64 << 20
-"""A source of fewer bytes, decompressed, is read sooner by one process than Ray starts."""
+"""Least size of a source, decompressed, to read it with Ray. One process reads a smaller one before Ray has started."""
 MIN_NEAR_BYTES = 16 << 20
-"""The same where near duplicates are dropped, which takes some 5,000 passages a second and core."""
+"""The same limit if near duplicates are dropped, since a core then handles only some 5,000 passages per second."""
 _ROWS_PER_PROGRESS = 500
 
 
 class IngestConfig(StageConfig):
-    """The options of `ingest`."""
+    """The options of `readapt ingest`."""
 
     source: str
     """Corpus to read: a path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,... or a corpus name of
     the catalog."""
     previous: str | None = None
-    """Passages of an earlier state of the corpus. Files of passages that did not change are shared with it, not written."""
+    """Output of `readapt ingest` for an earlier state of the corpus. Files whose passages did not change are shared
+    with it instead of written."""
     format: Format = "auto"
     """Format of the source. auto recognises it by the file names; set it when that fails."""
     columns: ColumnsOption = ()
-    """Columns that hold doc_id, title and text, if they are not called so: doc_id=docid,text=abstract+body joins two. Usual
-    names are known: id, docid, pid, content, contents, passage, body, headline and more. query_id, query and relevance are
-    fields of the queries and qrels."""
+    """Columns that hold doc_id, title and text, if they have other names: doc_id=docid,text=abstract+body joins two.
+    Usual names are known: id, docid, pid, content, contents, passage, body, headline and more. query_id, query and
+    relevance are fields of the queries and qrels."""
     keep: tuple[str, ...] = ()
-    """Other columns to carry along, such as url,date; servers and `ra.Retriever` give them back, filters can use them, and
-    exports hold them. The TREC run of `readapt search` has ids alone. With NAME:TYPE (string, int64, float64, bool) a type
-    is set."""
+    """Other columns to keep, such as url,date. Servers and `ra.Retriever` return them, filters can use them, and
+    exports hold them; the TREC run of `readapt search` has only ids. NAME:TYPE sets a type (string, int64, float64,
+    bool)."""
     bad_rows: Literal["skip", "fail"] = "skip"
     """What to do with a row that cannot become a passage: skip leaves it out and counts it, fail stops."""
     deduplicate: Literal["auto", "none", "exact", "near"] = "auto"
@@ -76,19 +77,19 @@ class IngestConfig(StageConfig):
     """Jaccard similarity of three-word sequences above which two passages are near duplicates (estimated with
     MinHash, error about 0.04). Used with deduplicate = near."""
     max_text_bytes: int = Field(default=DEFAULT_MAX_TEXT_BYTES, ge=1, le=1 << 30)
-    """Maximum size of title and text together, in bytes of UTF-8; a row of this size or more is a bad row."""
+    """Limit of title and text together, in bytes of UTF-8; a row of this size or more is a bad row."""
     max_passage_chars: int = Field(default=DEFAULT_MAX_PASSAGE_CHARS, ge=1)
     """Maximum length of a passage from a text or Markdown file, in characters; longer files are split between
     paragraphs."""
     split_tokens: int | None = Field(default=None, ge=1)
     """Split documents of any format into passages of at most this many tokens, between paragraphs or sentences. Passages
-    are called doc#1, doc#2 ...; searches give back documents, by their best passage. If omitted, rows are not split."""
+    get the ids doc#1, doc#2 ...; searches return documents, by their best passage. If omitted, rows are not split."""
     overlap: int = Field(default=0, ge=0)
-    """Tokens with which a passage repeats the end of the one before, at most. Used with split_tokens."""
+    """Maximum number of tokens of the previous passage's end that a passage repeats. Used with split_tokens."""
     tokenizer: str | None = None
-    """Model whose tokenizer counts for split_tokens: the retriever."""
+    """Model whose tokenizer counts the tokens of split_tokens: the retriever."""
     rows_per_file: int = Field(default=65_536, ge=1)
-    """Passages per Parquet file; documents where these are split."""
+    """Passages per Parquet file; with split_tokens, documents per file."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"source", "tokenizer"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
@@ -113,7 +114,7 @@ class IngestConfig(StageConfig):
         return self
 
     def read_options(self) -> ReadOptions:
-        """Return how the source is read."""
+        """Return the options that the readers of sources take."""
         return ReadOptions(
             max_text_bytes=self.max_text_bytes,
             max_passage_chars=self.max_text_bytes if self.split_tokens else self.max_passage_chars,
@@ -122,19 +123,19 @@ class IngestConfig(StageConfig):
 
 
 def ingest(config: IngestConfig) -> Artifact:
-    """Read a source into passages, unless they are there.
+    """Read a source into passages, with its queries and judgements if it has them.
 
     Raises:
         ArtifactMissingError: `previous` is not the output of `readapt ingest`.
-        InputError: the source is missing, empty, without text, or of an unknown format; no passage is left; or a row is bad
-            under `bad_rows="fail"`.
+        InputError: the source is missing, empty, without text, or of an unknown format; no passage is left; or a row is
+            bad and `bad_rows` is "fail".
     """
     options = config.read_options()
     source = open_source(config.source, config.format, options)
     source.check()
     deduplicate = _resolved(config.deduplicate, source)
     resolved = config.model_copy(update={"format": source.format, "deduplicate": deduplicate})
-    # An option that changes nothing here has its default, so that its value makes no other artifact.
+    # Options without effect get their defaults, so that their values do not change the fingerprint.
     splitting = None
     if config.split_tokens is not None:
         splitting = open_splitting(config.split_tokens, config.overlap, str(config.tokenizer))
@@ -161,7 +162,7 @@ def ingest(config: IngestConfig) -> Artifact:
 
 
 def _record_split(workspace: Workspace, splitting: Splitting, counts: list[dict[str, int]]) -> None:
-    """Put into the manifest what the passages are, and of how many documents."""
+    """Put into the manifest how documents were split, and how many documents and passages there are."""
     found = total(counts)
     num_split = found.pop("num_split_documents")
     workspace.counts |= found
@@ -185,7 +186,7 @@ def _resolved(deduplicate: Literal["auto"] | Deduplication, source: Source) -> D
 def _in_parallel(
     workspace: Workspace, config: IngestConfig, source: TableSource, options: ReadOptions, splitting: Splitting | None
 ) -> bool:
-    """Read a large source of rows on the cluster; False where one process is to read it."""
+    """Read a large source of rows on the cluster; return False, with nothing done, if it is small."""
     earlier = read_pieces(on_worker.absolute(Location(config.previous))) if config.previous is not None else None
     pieces, total_bytes = plan_pieces(source, earlier.starts if earlier else frozenset())
     if total_bytes < (MIN_NEAR_BYTES if config.deduplicate == "near" else MIN_PARALLEL_BYTES):
@@ -221,19 +222,20 @@ def _in_parallel(
 
 
 def _earlier_footers(config: IngestConfig) -> dict[str, Footer]:
-    """Return what the parts of the earlier corpus say, of those that may be shared; none if documents are split, which writes
-    parts again."""
+    """Return the footers of the earlier corpus's files that may be shared; none if documents are split, since splitting
+    writes all files again.
+    """
     if config.previous is None or config.split_tokens is not None:
         return {}
     artifact = open_artifact(config.previous, "ingest").location
     found = listed_footers(artifact, "passages")
     if any(DIGEST in each.metadata and FIRST_ID not in each.metadata for each in found.values()):
-        found = named_footers(artifact / "passages")  # an older release did not note all
+        found = named_footers(artifact / "passages")  # the list of an older release lacks some fields
     return {name: each for name, each in found.items() if DIGEST in each.metadata}
 
 
 def _earlier_parts(config: IngestConfig, footers: Mapping[str, Footer]) -> dict[str, EarlierPart]:
-    """Return the parts of the earlier corpus by their first doc_id."""
+    """Return the files of the earlier corpus that may be shared, by their first doc_id."""
     if config.previous is None:
         return {}
     folder = on_worker.absolute(Location(config.previous) / "passages")
@@ -242,7 +244,11 @@ def _earlier_parts(config: IngestConfig, footers: Mapping[str, Footer]) -> dict[
 
 
 class _Ingestion:
-    """One run over a source. `_ids` gives for each id its row, doubled; odd where it is a dropped duplicate of that row."""
+    """One pass of one process over a source.
+
+    `_ids` maps the digest of each doc_id to 2 * row if the passage was kept, or 2 * row + 1 if it was dropped as a
+    duplicate of that row.
+    """
 
     def __init__(self, workspace: Workspace, config: IngestConfig, source: Source, deduplicate: Deduplication) -> None:
         self._workspace, self._config, self._source = workspace, config, source
@@ -261,7 +267,7 @@ class _Ingestion:
         self._checks: RowChecks[str] = RowChecks(source.kept, max_text_bytes=config.max_text_bytes)
 
     def run(self) -> dict[str, Footer]:
-        """Write passages first, then what refers to them; return what is known of the files that are shared."""
+        """Write the passages, then queries and judgements; return the footers of shared files by their new names."""
         self._write_passages()
         self._write_labels()
         self._workspace.details |= {

@@ -1,10 +1,10 @@
-"""The merge stage: pretrained, retriever and knowledge adapters become one model folder, or a bundle of factors.
+"""The merge stage: combine pretrained model, retriever and knowledge adapters into one model folder.
 
-In: three models (or a bundle and its base) and their scales. Out: a Hugging Face folder that plain
-transformers and sentence-transformers load and pool as the retriever asks; with --factors a small
-folder from which any pair of scales can be made again. It runs in the driver without Ray, on all
-cores, or with --num-workers in tasks on the nodes of a cluster; memory is some slices of rows, time
-is reading the inputs twice (to recognise them, to merge them) and writing the output.
+In: three models (or a bundle and its base) and their scales. Out: a Hugging Face folder with the pooling and prompts
+of the retriever, which transformers and sentence-transformers load; with --factors a small folder (a bundle), from
+which the model can be made for any scales. It runs in the driver without Ray, on all cores, or with --num-workers in
+tasks on the nodes of a cluster. Memory is some slices of rows. Time is reading the inputs twice (to hash them, to merge
+them) and writing the output.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ class MergeConfig(StageConfig):
     """The options of `readapt merge`."""
 
     pretrained: str | None = None
-    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id. With bundle, only where its
-    base model is now."""
+    """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id. With bundle, give it
+    only if the base model is now in another place."""
     retriever: str | None = None
     """The same model after retrieval training: full weights, or a LoRA or DoRA adapter."""
     adapter: str | tuple[str, ...] | None = None
@@ -69,15 +69,15 @@ class MergeConfig(StageConfig):
     """Mismatches to allow, separated by commas: config, tokenizer, vocabulary (the retriever's is used), base (an
     adapter's base model)."""
     queries_only: bool = False
-    """Make a model for queries: passages keep the vectors of the retriever. `search` and `serve` accept these with it, and
-    `embed` encodes with the retriever."""
+    """Make a model that encodes only queries. Passages keep the retriever's vectors: `search` and `serve` accept them
+    with this model, and `embed` encodes passages with the retriever."""
     dtype: Literal["retriever", "float32", "float16", "bfloat16"] = "retriever"
     """Data type of the written weights; retriever keeps the type of each of the retriever's tensors."""
     max_shard_bytes: int = pydantic.Field(default=5_000_000_000, ge=1)
-    """Maximum size of a weight file in bytes; a tensor that is larger gets its own file."""
+    """Maximum size of a weight file in bytes; a larger tensor gets its own file."""
     encoding: EncodingOption = None
-    """JSON file with pooling, prompts and special tokens, for a retriever whose folder and catalog do not say. If
-    omitted, the retriever's own."""
+    """JSON file with pooling, prompts and special tokens, for a retriever whose folder and the catalog do not have
+    them. If omitted, the retriever's own."""
     num_workers: int = pydantic.Field(default=0, ge=0)
     """Ray tasks that write weight files at the same time, on any node of the cluster. 0 writes them on this machine
     with all its cores."""
@@ -86,10 +86,10 @@ class MergeConfig(StageConfig):
     measures: str | None = None
     """Output of `readapt tune` or `readapt evaluate` whose result is shown in the model card."""
     push: str | None = None
-    """Also send the model with its card to the Hugging Face hub: hub:OWNER/NAME. It is private there, and HF_TOKEN holds
-    a token that may write."""
+    """Also send the model with its card to the Hugging Face hub: hub:OWNER/NAME. The repository is private. HF_TOKEN
+    must hold a token that may write."""
     public: bool = False
-    """Let anybody read the repository of push. The card names the models that it was made from as they were given."""
+    """Let anybody read the repository of push. Its card names the input models as they were given here."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"accept"}
@@ -135,29 +135,29 @@ class MergeConfig(StageConfig):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The knowledge adapters."""
+        """The knowledge adapters as the user named them."""
         return (self.adapter,) if isinstance(self.adapter, str) else self.adapter or ()
 
 
 @dataclass(frozen=True)
 class _Merge:
-    """What the work of a merge needs."""
+    """The options, opened models and scales of one merge."""
 
     config: MergeConfig
     plan: "MergePlan"
     scales: "Scales"
     measures: list[str]
-    """Lines for the model card."""
+    """Lines of Markdown for the model card."""
 
 
 def merge(config: MergeConfig) -> Artifact:
-    """Merge the models into a model folder (RE-AdaptIR, section 2.2), or write the factors that it would be made of.
+    """Merge the models into a model folder (RE-AdaptIR, section 2.2), or write a bundle of factors for such a merge.
 
     Raises:
         ModelError: a model cannot be found or read, holds NaN, or nothing says how the retriever encodes.
         WeightMismatchError: the models do not fit each other; the message lists what differs.
-        InputError: there are neither one nor as many knowledge scales as adapters, or layer scales of layers that the model lacks.
-        ArtifactConflictError: the output holds something else.
+        InputError: there is neither one knowledge scale nor one per adapter, or the model lacks layers of layer_scales.
+        ArtifactConflictError: the output folder holds something else.
     """
     from readapt_ray.catalog.models import open_model
     from readapt_ray.catalog.query_models import refuse_query_model
@@ -183,7 +183,7 @@ def merge(config: MergeConfig) -> Artifact:
 
 
 def _identity(merged: _Merge) -> dict[str, Any]:
-    """Return all that decides the result. It is the same whether a model is made of three models or of their factors."""
+    """Return everything that decides the result. Merging models or merging their bundle gives the same."""
     by_option: dict[str, list[str]] = {}
     for role, identified in merged.plan.made_of:
         by_option.setdefault(role.split(" ")[0], []).append(identified)
@@ -206,7 +206,7 @@ def _identity(merged: _Merge) -> dict[str, Any]:
 
 
 def _model_fingerprint(merged: _Merge) -> str:
-    """Return the fingerprint of the model that these factors make: the same as a merge's with the same options."""
+    """Return the fingerprint that a merge of this bundle with the default output options will have."""
     made = _identity(merged)
     names = ("factors", "dtype", "max_shard_bytes")
     as_model = {name: MergeConfig.model_fields[name].default for name in names}
@@ -257,7 +257,7 @@ def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan")
 
 
 def _passages_entry(merged: _Merge) -> dict[str, Any]:
-    """Return what readapt.json says of the retriever, whose vectors the passages keep."""
+    """Return the entry of readapt.json that names the retriever, which encodes the passages."""
     from readapt_ray.catalog.models import open_model
     from readapt_ray.catalog.query_models import describe_passages
 
@@ -265,7 +265,7 @@ def _passages_entry(merged: _Merge) -> dict[str, Any]:
 
 
 def _write_weights(workspace: Workspace, merged: _Merge, readapter: "Readapter", plan: "WeightPlan") -> "CastLoss":
-    """Write the weight files that are missing, here or in tasks on the cluster."""
+    """Write the missing weight files, on this machine or in tasks on the cluster."""
     from readapt_ray.weights import export
 
     config, total = merged.config, max(1, round(plan.num_bytes / _MB))
@@ -312,7 +312,7 @@ def _queries_note(config: MergeConfig) -> list[str]:
 def _low_rank(
     workspace: Workspace, config: MergeConfig, whole: "Readapter"
 ) -> Iterator[tuple["Readapter", list["Stored"]]]:
-    """Yield the models, with the retriever's difference truncated if that was asked for."""
+    """Yield the models, with the retriever's difference truncated if low_rank is set, and records of the truncation."""
     from readapt_ray.weights.low_rank import StoredDifference, write_difference
     from readapt_ray.weights.merging import Readapter
 
@@ -320,7 +320,7 @@ def _low_rank(
         yield whole, []
         return
     with tempfile.TemporaryDirectory(prefix="readapt-low-rank-") as temporary:
-        # On a disk the factors are beside the output, where a merge that resumes finds them.
+        # If the output is on a local disk, the factors are kept there, so that a killed merge can resume with them.
         folder = workspace.location if workspace.location.is_local else Location(temporary)
         file = folder / "low-rank.factors"
         stored = write_difference(

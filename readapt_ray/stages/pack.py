@@ -1,8 +1,8 @@
-"""pack: passages to numbered token blocks.
+"""The pack stage: tokenise passages and pack them into numbered token blocks.
 
-Each passages file becomes one blocks file, tokenised in a Ray Data task of its own and written whole;
-after a kill only the files that are missing are made. Memory: one file's tokens per task, and
-and in every task the ids to leave out or to take.
+In: a corpus and a model's tokenizer. Out: one file of blocks per file of passages. A Ray Data task makes each file and
+writes it as a whole, so a killed run resumes with the missing files. Memory: the tokens of one file per task, and in
+every task the ids to leave out or to take.
 """
 
 import functools
@@ -44,24 +44,24 @@ _FILE_NUMBER_SHIFT = 32
 
 
 class _Choice(NamedTuple):
-    """Which passages are packed."""
+    """The choice of passages to pack."""
 
     lists: dict[str, frozenset[str]]
-    """The doc_ids of `exclude` and `only`."""
+    """The doc_ids of the options `exclude` and `only`."""
     withheld: frozenset[int]
-    """Numbers of passages that are left out."""
+    """Numbers of passages that are withheld from training."""
     known: NDArray[np.uint64] | None
-    """Contents that are left out."""
+    """Content hashes of the passages in `new_since`, which are left out; None without it."""
 
     def seen(self, passages: pa.Table) -> NDArray[np.bool_]:
-        """Return for each row whether its content is left out."""
+        """Return for each row whether `new_since` has a passage of the same content."""
         if self.known is None:
             return np.zeros(passages.num_rows, bool)
         return is_known(self.known, content_hashes(passages))
 
 
 class PackConfig(PackOptions, StageConfig):
-    """Options of pack."""
+    """The options of `readapt pack`."""
 
     pretrained: str
     """Model whose tokenizer is used: a catalog name, a folder, a GGUF file, a URI or a hub id."""
@@ -71,14 +71,14 @@ class PackConfig(PackOptions, StageConfig):
 
 
 def pack(config: PackConfig) -> Artifact:
-    """Turn passages into token blocks.
+    """Tokenise the passages of a corpus and pack them into token blocks.
 
     Raises:
         ArtifactMissingError: the corpus, or `new_since`, is not a complete output of ingest.
-        CorpusError: `exclude` or `only` cannot be read, or names no passage of the corpus; or none are left.
-        CorruptFileError: the corpus does not have all its passages.
+        CorpusError: `exclude` or `only` cannot be read, or names no passage of the corpus; or no passage is left.
+        CorruptFileError: passages of the corpus are missing.
         PlacementError: no node of the cluster has a CPU.
-        ModelError: the tokenizer cannot be read, has no end token, or the block is longer than the model's positions.
+        ModelError: the tokenizer cannot be read or has no end token, or `block_tokens` exceeds the model's positions.
     """
     from readapt_ray.sources.judgements import read_doc_ids
 
@@ -101,7 +101,7 @@ def pack(config: PackConfig) -> Artifact:
 
 
 def _as_made(config: PackConfig, model: models.OpenModel) -> PackConfig | None:
-    """Return the config with the `block_tokens` of an output that was finished with this very model; None if there is none."""
+    """Return the config with the `block_tokens` of a finished output of the same model; None if there is none."""
     made = None if config.overwrite else artifacts.read_manifest(config.output)
     if made is None or made.details.get("model_config") != artifacts.fingerprint(model.config):
         return None
@@ -111,7 +111,7 @@ def _as_made(config: PackConfig, model: models.OpenModel) -> PackConfig | None:
 
 
 def _checked(config: PackConfig, model: models.OpenModel) -> PackConfig:
-    """Check the tokenizer, and return the config within the model's positions."""
+    """Check the tokenizer, and return the config with `block_tokens` limited to the model's positions."""
     from readapt_ray.training import packing
 
     if packing.end_id(model.tokenizer) is None:
@@ -122,10 +122,10 @@ def _checked(config: PackConfig, model: models.OpenModel) -> PackConfig:
 
 
 def within_positions(config: PackConfig, model: models.OpenModel) -> PackConfig:
-    """Return the config with the default of `block_tokens` lowered to the model's positions.
+    """Lower the default of `block_tokens` to the model's number of positions; return the config.
 
     Raises:
-        ModelError: `block_tokens` was given, and is more than the model's positions.
+        ModelError: the user gave `block_tokens`, and it exceeds the model's positions.
     """
     positions = shapes.usable_positions(model.config, model.name)
     if positions is None or config.block_tokens <= positions:
@@ -189,7 +189,7 @@ def _pack(
 def _packed(
     parts: list[dict[str, Any]], blocks: Location, job: dict[str, Any], choice: _Choice
 ) -> Iterator[dict[str, int]]:
-    """Pack files in Ray tasks; yield the counts of each."""
+    """Pack files of passages in Ray tasks; yield the counts of each file."""
     import ray
     import ray.data
 
@@ -204,7 +204,7 @@ def _packed(
 
 
 def withheld_numbers(withhold: int, num_passages: int) -> list[int]:
-    """Return the numbers of the passages that are left out: always the same for a corpus."""
+    """Draw the numbers of the passages to withhold; always the same for one number of passages."""
     drawn = random_generator(0, "withheld passages").choice(num_passages, min(withhold, num_passages), replace=False)
     return sorted(drawn.tolist())
 
@@ -224,7 +224,7 @@ def _tell_truncation(counts: Mapping[str, int], block_tokens: int, model: models
 
 
 def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dict[str, Any]], int]:
-    """Return the passages files, each with the number of its first passage, and how many passages there are."""
+    """List the files of passages, each with the number of its first passage, and count all passages."""
     parts, num_passages = [], 0
     wanted = {name: pa.array(list(ids), pa.string()) for name, ids in lists.items()}
     num_found = dict.fromkeys(lists, 0)
@@ -250,7 +250,7 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
 
 
 def _survey(file: Location, wanted: Mapping[str, pa.Array]) -> dict[str, int]:
-    """Count how many passages of a file each list names."""
+    """Count the passages of a file that each list of doc_ids names."""
     found = dict.fromkeys(wanted, 0)
     with file.open_input() as stream, pq.ParquetFile(stream) as opened:
         for batch in opened.iter_batches(columns=["doc_id"]):
@@ -261,8 +261,8 @@ def _survey(file: Location, wanted: Mapping[str, pa.Array]) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(pretrained: str, tokenizer_fingerprint: str, process: int) -> Any:
-    """Return the one tokenizer of this process."""
-    del tokenizer_fingerprint, process  # another tokenizer of that name is loaded again, and so by a forked process
+    """Load a tokenizer once per process."""
+    del tokenizer_fingerprint, process  # keys of the cache: it must not serve another tokenizer or a forked process
     return models.open_model(pretrained, with_weights=False).tokenizer
 
 
@@ -284,7 +284,7 @@ def _pack_file(
     job: dict[str, Any],
     choice: _Choice,
 ) -> dict[str, int]:
-    """Tokenise and pack one passages file, unless its blocks are there; the counts of it."""
+    """Tokenise and pack one file of passages, unless its blocks are written; return its counts."""
     from readapt_ray.training import packing
 
     target = Location(blocks_uri) / block_file(part["index"])
@@ -330,7 +330,7 @@ def _read_counts(target: Location) -> dict[str, int]:
 
 
 def _counts(table: pa.Table, num_bytes: int) -> dict[str, int]:
-    """Return what the blocks of a file hold."""
+    """Count the blocks, passages, tokens and truncations in a file of blocks."""
     truncated = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     lengths: pa.Array = table["passage_lengths"]
     flat = pc.list_flatten(lengths)

@@ -1,10 +1,9 @@
-"""The search stage: queries and an index, or bare vectors, become a TREC run.
+"""The search stage: search an index or vectors for queries, and write the results as a TREC run.
 
-In: queries, the retriever that made the vectors, and an index or vectors. Out: one file
-`FILE.trec`. Ray tasks encode the queries, others search a shard each for some thousands of queries, and the row numbers
-that they find are merged into what one index would have given. Their doc_ids are looked up at the end, and the lines
-written before the next queries are searched. Memory is a shard per task, and in the driver the queries and the results of
-four million hits.
+In: queries, the retriever that made the vectors, and an index or vectors. Out: one file `FILE.trec`. Ray tasks encode
+the queries. Other tasks search one shard each for some thousands of queries. The row numbers that they find are merged,
+with the same result as one index would give. Then their doc_ids are looked up and the lines written, before the next
+queries are searched. Memory is a shard per task, and in the driver the queries and four million results.
 """
 
 import functools
@@ -38,28 +37,28 @@ from readapt_ray.sources.columns import ColumnsOption
 logger = logging.getLogger("readapt_ray")
 
 _HITS_A_ROUND = 4_000_000
-"""Results that are searched, looked up and written before the next queries have their turn."""
+"""Results that are found, looked up and written at a time, before more queries are searched."""
 _ENCODED_BYTES = 1 << 30
-"""Most bytes of the query vectors that are held: the model is loaded once more for each GiB of them."""
+"""Most bytes of query vectors in memory. Queries are encoded in groups of this size, and each group loads the model."""
 _PASSAGES_A_DOCUMENT = 3
-"""Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
+"""If documents were split: passages to search for per wanted document. Each further search is deeper by this factor."""
 _DEEPEST = 100
-"""Passages per document that is wanted at which the search ends."""
+"""Most passages to search for per wanted document, if documents were split."""
 
 
 class SearchConfig(RetrieverOptions, StageConfig):
     """The options of `readapt search`. The output is one file whose name ends with `.trec`."""
 
     retriever: str = ""
-    """Model that made the vectors (or that `bridge` is for, or a model for queries alone that names it): a catalog name, a
-    folder, a URI or a hub id. Give this or domain."""
+    """Model that made the vectors, or a model only for queries that was made from it, or the new model of `bridge`: a
+    catalog name, a folder, a URI or a hub id. Give this or domain."""
     index: str | None = None
     """Index to search: the output of `readapt index`. Give this or vectors."""
     vectors: str | None = None
     """Vectors to search exactly: the output of `readapt embed`. Give this or index."""
     root: str | None = None
-    """Root of `readapt refresh`: search the index of its present generation, with its retriever. What is given beside it
-    overrides it."""
+    """Root of `readapt refresh`: search the index of its present generation, with its retriever. Other options that you
+    give override these."""
     as_of: int | None = Field(default=None, ge=1)
     """Number of the generation of `root` to search. If omitted, the present one."""
     bridge: str | None = None
@@ -67,7 +66,7 @@ class SearchConfig(RetrieverOptions, StageConfig):
     queries: str
     """Queries: a file (BEIR .jsonl, .csv, .tsv, .parquet, .json, .arrow), or a folder of such files."""
     qrels: str | None = None
-    """File of judgements: only queries that are judged in it are searched. If omitted, all queries are."""
+    """File of judgements: only queries that it judges are searched. If omitted, all queries are searched."""
     columns: ColumnsOption = ()
     """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     mode: Literal["dense", "bm25", "hybrid"] = "dense"
@@ -110,7 +109,7 @@ class SearchConfig(RetrieverOptions, StageConfig):
 
 @dataclass(frozen=True)
 class _Source:
-    """What is searched: the shards of an index, or ranges of vector files."""
+    """The index or the vectors that are searched."""
 
     artifact: Artifact
 
@@ -125,12 +124,12 @@ class _Source:
 
     @property
     def is_split(self) -> bool:
-        """Whether passages are parts of documents, to which results are merged."""
+        """Whether ingest split documents into passages; results are then merged to documents."""
         return bool(self.artifact.manifest.details.get("is_split"))
 
     @property
     def truncation(self) -> dict[str, Any]:
-        """What truncation took from the passages, if their vectors say."""
+        """What truncation cut from the passages when they were embedded; empty if not recorded."""
         return {name: value for name, value in self.artifact.manifest.details.items() if name == "truncation"}
 
     @property
@@ -138,10 +137,10 @@ class _Source:
         return int(self.artifact.manifest.counts["num_vectors"])
 
     def pieces(self, num_at_once: int, *, on_gpus: bool) -> list[Content]:
-        """Return what each task searches: the record of an index shard, or ranges of rows.
+        """Return what each task searches: the record of an index shard, or ranges of rows in files of vectors.
 
         Raises:
-            CorruptFileError: a file of vectors was cut short or altered, or is gone.
+            CorruptFileError: a file of vectors was cut short or altered, or is missing.
         """
         if self.artifact.manifest.stage == "index":
             return list(self.artifact.manifest.details["shards"])
@@ -149,12 +148,14 @@ class _Source:
 
 
 def search(config: SearchConfig) -> Artifact:
-    """Search a corpus for queries.
+    """Search a corpus for queries and write the results as a TREC run.
 
     Raises:
         ArtifactMissingError: the index or the vectors are not the output of their stage.
-        FingerprintMismatchError: they were made by another model, or with another encoding, or the bridge belongs to others.
-        CorpusError: there are no queries, or a row is not one.
+        FingerprintMismatchError: the vectors were made by another model or with another encoding, or the bridge is for
+            other vectors.
+        InputError: the mode needs BM25 and the index was built without it.
+        CorpusError: there are no queries, or a row is not a query, or no query is judged.
         CorruptFileError: a shard was cut short or altered.
     """
     source = _Source(
@@ -214,7 +215,7 @@ def _run(
     *,
     workspace: Workspace,
 ) -> int:
-    """Encode, search, merge, write; the number of results."""
+    """Encode the queries, search, merge and write; return the number of results."""
     from ray.exceptions import RayError
 
     from readapt_ray.evaluation.runs import write_tables
@@ -267,14 +268,14 @@ def _encoded(
 
 
 def _depth(config: SearchConfig) -> int:
-    """Return how many results of a search are used; if two are fused, at least a hundred."""
+    """Return how many results per query a search must give; at least a hundred if two searches are fused."""
     return config.drop_self_hits + (max(config.top_k, DEPTH) if config.mode == "hybrid" else config.top_k)
 
 
 def _found(
     config: SearchConfig, source: _Source, searched: Pieces, vectors: Sequence[Any], queries: Sequence[Query]
 ) -> pa.Table:
-    """Return what some queries find by the mode that is asked for: query_id, doc_id, score."""
+    """Search for some queries in the mode of the config; return a table of query_id, doc_id, score."""
     find = _find_documents if source.is_split else _find
     found, words = [], functools.partial(searched.search_words, [query.text for query in queries], source.words)
     if config.mode != "bm25":
@@ -285,7 +286,7 @@ def _found(
 
 
 _Search = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
-"""Searches every piece for so many results per query."""
+"""A function that searches every piece for a number of results per query."""
 
 
 def _find(
@@ -301,7 +302,7 @@ def _find(
 def _find_documents(
     config: SearchConfig, source: _Source, searched: Pieces, search: _Search, queries: Sequence[Query]
 ) -> pa.Table:
-    """Return the best documents of each query, by their best passage: search deeper until there are enough."""
+    """Return the best documents of each query, ranked by best passage; search deeper until there are enough."""
     wanted = _depth(config)
     depth = min(_PASSAGES_A_DOCUMENT * wanted, source.num_vectors)
     while True:
@@ -321,7 +322,7 @@ def _find_documents(
 
 
 def _fused(tables: Sequence[pa.Table], queries: Sequence[Query], top_k: int) -> pa.Table:
-    """Fuse the results of each query; they are in the order of the queries."""
+    """Fuse several result tables per query by reciprocal rank; rows are in the order of the queries."""
     rankings: list[dict[str, list[str]]] = []
     for table in tables:
         ranked: dict[str, list[str]] = {}
@@ -339,7 +340,7 @@ def _fused(tables: Sequence[pa.Table], queries: Sequence[Query], top_k: int) -> 
 
 
 def _pieces(source: _Source) -> Pieces:
-    """Cut what is searched into a piece per task."""
+    """Divide the index or the vectors into one piece per task."""
     total = connection.connect()
     on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
     num_at_once = max(1, total.num_gpus if on_gpus else total.num_cpus)
@@ -350,13 +351,13 @@ def _pieces(source: _Source) -> Pieces:
 def _results(
     searched: Pieces, parts: Iterator[tuple[np.ndarray, np.ndarray]], queries: Sequence[Query], depth: int
 ) -> pa.Table:
-    """Return what some queries find: query_id, doc_id, score.
+    """Merge the results of all pieces into a table of query_id, doc_id, score.
 
     Args:
         searched: the pieces of the index or of the vectors.
-        parts: scores and rows [Q, K] that each piece found.
-        queries: the queries.
-        depth: results per query.
+        parts: scores and row numbers [Q, K] that each piece found.
+        queries: the Q queries.
+        depth: results to keep per query.
     """
     best = merge_rows(parts, len(queries), depth)
     distinct, codes = np.unique(best.rows, return_inverse=True)
@@ -374,6 +375,6 @@ def _results(
 
 
 def _without_self(table: pa.Table, top_k: int) -> pa.Table:
-    """Leave out results whose doc_id is the query's, and what is then behind the k best of a query."""
+    """Drop results whose doc_id equals the query_id, then keep the `top_k` best of each query."""
     others = table.filter(pc.not_equal(table["doc_id"], table["query_id"]))
     return others.filter(pa.array(ranks(others) < top_k))

@@ -1,9 +1,9 @@
-"""Let a language model write queries for passages: training pairs for a corpus without labels.
+"""The synthesize stage: let a language model write queries for passages, as training pairs for a corpus without labels.
 
 In: passages, and a causal language model, on this cluster or behind an OpenAI-compatible endpoint. Out: `queries/` and
-`qrels/train.parquet`, which `finetune` trains on and `tune` chooses scales by, and `answers/part-00000.parquet` and so on:
-what the model answered, and why an answer gave no query. With vectors, a query is kept only if it finds its passage (round
-trip). What was answered before a kill is not asked again.
+`qrels/train.parquet`, on which `finetune` trains and `tune` chooses scales; and `answers/part-00000.parquet` and so on,
+with the model's answers and the reason if an answer gave no query. With vectors, a query is kept only if a search with
+it finds its passage (round trip). A killed run resumes: passages with an answer are not asked again.
 """
 
 import logging
@@ -39,7 +39,7 @@ _MIN_KEPT = 0.1
 
 
 class SynthesizeConfig(StageConfig):
-    """Options of synthesize."""
+    """The options of `readapt synthesize`."""
 
     corpus: str
     """Passages: the output of `readapt ingest`."""
@@ -54,10 +54,10 @@ class SynthesizeConfig(StageConfig):
     queries_per_passage: int = Field(default=1, ge=1, le=16)
     """Queries to ask for per passage."""
     vectors: str | None = None
-    """Vectors of the corpus: the output of `readapt embed`. A query is kept only if the retriever that made them finds its
-    passage with it. If omitted, queries are not tried."""
+    """Vectors of the corpus: the output of `readapt embed`. A query is kept only if a search among them finds its
+    passage. If omitted, queries are not tested by searching."""
     round_trip_k: int = Field(default=20, ge=1)
-    """The passage must be among so many best results of its query, with vectors."""
+    """With vectors: a query's passage must be among this number of best results."""
     prompt: str = DEFAULT_PROMPT
     """Prompt for the model; title and text replace {passage}."""
     max_passage_chars: int = Field(default=2000, ge=80)
@@ -67,13 +67,13 @@ class SynthesizeConfig(StageConfig):
     temperature: float = Field(default=0.7, ge=0, le=2)
     """Temperature of the sampling; 0 takes the likeliest token each time."""
     budget_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of prompts and answers after which an endpoint is asked no more; the queries that are there are kept, and
-    the same command with another budget asks for the rest. If omitted, there is no limit."""
+    """Maximum tokens of prompts and answers at an endpoint. When they are spent, the queries so far are kept, and the
+    same command with a larger budget asks for the rest. If omitted, there is no limit."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else
     float32."""
     num_requests: int = Field(default=8, ge=1)
-    """Requests that an endpoint gets at the same time."""
+    """Maximum number of requests to an endpoint at the same time."""
     timeout_s: float = Field(default=120.0, gt=0)
     """Seconds that one request to an endpoint may take."""
     seed: int = Field(default=0, ge=0)
@@ -106,11 +106,11 @@ def synthesize(config: SynthesizeConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the corpus or the vectors are not the output of their stage.
-        CorpusError: no answer gave a query.
-        FingerprintMismatchError: the vectors are of another corpus.
+        CorpusError: no answer gave a usable query.
+        FingerprintMismatchError: the vectors belong to another corpus.
         InputError: the endpoint refuses the key, the model or the request.
-        ModelError: the model cannot be found, or cannot write.
-        WorkerError: the endpoint cannot be reached, or tasks died again and again; what was answered is kept.
+        ModelError: the model cannot be found, or is an adapter or a masked language model.
+        WorkerError: the endpoint cannot be reached, or tasks died repeatedly; answers so far are kept.
     """
     corpus = open_artifact(config.corpus, "ingest")
     vectors = None if config.vectors is None else open_artifact(config.vectors, "embed")
@@ -199,7 +199,7 @@ def _plan(config: SynthesizeConfig, corpus: Artifact, workspace: Workspace) -> W
 def _chosen(
     answers: pa.Table, vectors: Artifact | None, round_trip_k: int, workspace: Workspace
 ) -> tuple[list[tuple[str, str, str]], dict[str, int]]:
-    """Return query_id, doc_id and text of each query that is kept, and how many answers were left out for which reason."""
+    """Return query_id, doc_id and text of each query to keep, and the number of dropped answers by reason."""
     reasons = dict.fromkeys(REASONS, 0)
     kept, known, numbers = [], set(), dict[str, int]()
     columns = (answers[name].to_pylist() for name in ("doc_id", "query", "reason"))

@@ -1,9 +1,9 @@
-"""train: token blocks and a pretrained model to a knowledge adapter (RE-AdaptIR, section 3).
+"""The train stage: train a knowledge adapter of a pretrained model on token blocks (RE-AdaptIR, section 3).
 
-Runs on Ray Train workers under DeepSpeed: the next token for decoders, masked tokens for encoders. Leaves a
-plain PEFT adapter folder, or a Hugging Face model folder where all weights are trained. Killed at any
-moment, it resumes from the newest checkpoint, on as many workers as there are then: every block bears
-loss once an epoch.
+In: a pretrained model and blocks of passages. Out: a PEFT adapter folder, or a Hugging Face model folder if all weights
+are trained. Decoders learn to predict the next token, encoders masked tokens. It runs on Ray Train workers under
+DeepSpeed. A killed run resumes from the newest checkpoint, on any number of workers; each block is trained on once per
+epoch.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TrainConfig(PackOptions, OptimizationConfig):
-    """Options of train. The defaults are the paper's."""
+    """The options of `readapt train`. The defaults are those of the paper."""
 
     pretrained: str
     """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id."""
@@ -36,11 +36,11 @@ class TrainConfig(PackOptions, OptimizationConfig):
     """Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are packed
     first, into OUTPUT-blocks."""
     continue_from: str | None = None
-    """Adapter of an earlier training on the same pretrained model to start from; method, rank, alpha and target modules are
-    its own. Give it passages that it has not seen: with new_since, or a corpus of new passages."""
+    """Adapter of an earlier training on the same pretrained model to start from; it keeps its method, rank, alpha and
+    target modules. Give it passages that it has not seen: with new_since, or a corpus of new passages."""
     objective: Objective | None = None
-    """causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If omitted, what
-    the model has a head for."""
+    """causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If omitted, the one
+    that the model has a head for."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
     """Blocks per step, over all workers. auto gives each worker at least 16,384 tokens per step, but takes at least 500
     steps, on fewer workers if the corpus is small. learning_rate is then the rate for 4 passages per step: it grows
@@ -49,7 +49,7 @@ class TrainConfig(PackOptions, OptimizationConfig):
     """Tokens per forward and backward pass. Lower it when memory is short; the result stays the same."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus", "continue_from"})
-    # What the options of pack did is in the fingerprint of the blocks.
+    # The options of pack are part of the fingerprint of the blocks.
     operational: ClassVar[frozenset[str]] = OptimizationConfig.operational | {
         "micro_batch_tokens",
         *PACK_OPTIONS,
@@ -60,16 +60,16 @@ def train(config: TrainConfig) -> Artifact:
     """Train a knowledge adapter on token blocks.
 
     Args:
-        config: its `corpus` names the output of pack.
+        config: the options; here `corpus` must name an output of pack.
 
     Raises:
-        ArtifactMissingError: the blocks are not complete.
-        CorpusError: there are no blocks, or they were packed with other options than those that are given.
-        InputError: `continue_from` has another shape than the options ask for.
-        ModelError: the pretrained model is none, is not of the kind that the objective asks for, has no layer of
-            the names in `target_modules`, or its tokenizer is not the one that made the blocks; or `continue_from` was
-            trained on another model.
-        PlacementError: the cluster does not have the workers asked for, or not the memory.
+        ArtifactMissingError: `corpus` is not a complete output of pack.
+        CorpusError: there are no blocks, or they were packed with other options than the ones given.
+        InputError: `continue_from` has another rank, alpha, method or target modules than the options ask for.
+        ModelError: the pretrained model cannot be used: it has no head for the objective, no layers with the names in
+            `target_modules`, or another tokenizer than the one that made the blocks; or `continue_from` was trained on
+            another model.
+        PlacementError: the cluster does not have the requested workers, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
     blocks = artifacts.open_artifact(config.corpus, "pack")
@@ -99,23 +99,23 @@ def train(config: TrainConfig) -> Artifact:
 
 
 def check_pretrained(config: TrainConfig) -> None:
-    """Check that the model can be trained as asked, before any passage is packed; fetch no weight.
+    """Check that the pretrained model can be trained with these options, before passages are packed; fetch no weight.
 
     Raises:
-        ModelError: it is an adapter or quantized, has no language-model head, or has no layers of the names in
-            `target_modules`.
+        InputError: as `resolve`.
+        ModelError: as `resolve`.
     """
     resolve(config, models.open_model(config.pretrained, with_weights=False))
 
 
 def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConfig]:
-    """Fill in the objective and the target modules that follow from the model; no weight is read.
+    """Fill in the objective and the target modules that depend on the model, and check them; no weight is read.
 
     Raises:
-        InputError: `continue_from` has another shape than the options ask for, or `base_dtype` needs a package that is
-            not installed.
-        ModelError: it is an adapter or quantized, has no language-model head, or has no layers of the names in
-            `target_modules`; or `continue_from` is no adapter that can be trained further.
+        InputError: `continue_from` has another rank, alpha, method or target modules than the options ask for, or
+            `base_dtype` needs a package that is not installed.
+        ModelError: the model is an adapter or quantized, has no language-model head, or has no layers with the names in
+            `target_modules`; or `continue_from` is not an adapter that can be trained further.
     """
     from readapt_ray.nn import quantized
 
@@ -136,10 +136,10 @@ def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConf
 
 
 def objective_of(model: OpenModel) -> Objective:
-    """Return what a pretrained model has a head for.
+    """Return the training objective that a pretrained model has a head for.
 
     Raises:
-        ModelError: its config does not say, or names a model without a head.
+        ModelError: its config names no architecture, or one without a language-model head.
     """
     config = model.config
     objective = shapes.objective_of(config)
@@ -176,7 +176,7 @@ def _train(config: TrainConfig, model: OpenModel, blocks: Artifact, workspace: W
 
 
 def _passages(blocks: Artifact) -> str | None:
-    """Return the URI of the passages that blocks were packed from; None if they are gone, or others are in their place."""
+    """Return the URI of the passages that blocks were packed from; None if they are missing or were replaced."""
     try:
         corpus = open_input(blocks, "corpus", "ingest")
     except ReadaptError:
@@ -187,7 +187,7 @@ def _passages(blocks: Artifact) -> str | None:
 
 
 def _with_batch_size(config: TrainConfig, packed: dict[str, int], output: Location) -> tuple[TrainConfig, int]:
-    """Choose the batch size, or see that the one given feeds all workers."""
+    """Choose the batch size if it is auto, and check that it has a block for each worker."""
     from readapt_ray.training.step_size import PackedSize
 
     if config.batch_size == "auto":
@@ -200,7 +200,7 @@ def _with_batch_size(config: TrainConfig, packed: dict[str, int], output: Locati
 
 
 def _stream(config: TrainConfig, model: OpenModel, blocks: Location, output: Location) -> "BlockStream":
-    """Describe to Ray Data what the workers train on."""
+    """Plan the stream of blocks to the workers: data order, masking and micro-batches."""
     from readapt_ray.cluster.block_stream import BlockStream
     from readapt_ray.training.blocks import list_row_groups
     from readapt_ray.training.checkpoints import DataOrder
@@ -213,7 +213,7 @@ def _stream(config: TrainConfig, model: OpenModel, blocks: Location, output: Loc
     if config.objective == "masked_lm":
         vocab_size = min(len(tokenizer), int(model.config.get("vocab_size") or len(tokenizer)))
         masking = Masking(mask_id=tokenizer.mask_token_id, vocab_size=vocab_size, seed=config.seed)
-    # Not the token for padding: some tokenizers have one that the model has no embedding of.
+    # Pad with the end token: some tokenizers have a padding token for which the model has no embedding.
     pad_id = end_id(tokenizer)
     assert pad_id is not None  # pack refuses a tokenizer without an end token
     row_groups = list_row_groups(blocks)
@@ -225,7 +225,7 @@ def _stream(config: TrainConfig, model: OpenModel, blocks: Location, output: Loc
 
 
 def _work(job: dict[str, Any]) -> None:
-    """Do one worker's part."""
+    """Train on one worker."""
     from readapt_ray.cluster import block_stream
     from readapt_ray.training.language_model import LanguageModelling
 
@@ -252,9 +252,10 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _doc_ids(passages: str | None) -> Callable[[Sequence[int]], list[str]]:
-    """Return a function that finds the ids of passages by their numbers, which count the rows of the files in order.
+    """Return a function that finds the doc_ids of passages by their numbers.
 
-    Without passages it returns the numbers.
+    A passage's number counts the rows of the files of passages, in order. If `passages` is None or lacks a number, the
+    function returns the number as text.
     """
 
     def find(numbers: Sequence[int]) -> list[str]:

@@ -1,15 +1,14 @@
-"""tune: the best pair of scales, found on withheld queries without writing a model.
+"""The tune stage: find the best pair of merge scales on withheld queries, without writing a model.
 
-Actors hold the ingredients of the merge and write each pair of scales into a live encoder. A pair is
-scored by retrieval over a sample of the corpus that keeps every judged passage: first a coarse grid, then
-pairs half way between the best one and its neighbours. Half of the queries choose the pair; what is
-reported comes from the other half, which did not choose it. Leaves `grid/` (the value of every query with every
-pair), `tune.json`, `tune.md` and `tune.html`. A pair costs one pass over the weights and the encoding of
-the sample.
+In: the models of a merge, a corpus and queries. Out: `grid/` (the measure of every query with every pair of scales),
+`tune.json`, `tune.md` and `tune.html`. Actors hold the models and write each pair of scales into an encoder in memory.
+A pair is scored by retrieval over a sample of the corpus that contains every judged passage: first a coarse grid, then
+pairs half way between the best one and its neighbours. Half of the queries choose the pair, and the reported measures
+come from the other half. A pair costs one pass over the weights and one encoding of the sample.
 
-Without queries, the corpus's own split dev is taken, or else train, never the split that is reported on. Where there
-is none the corpus asks its own questions: the title of a passage, or its first sentence, is the query, the rest of it the
-answer. Such figures are called pseudo-queries everywhere.
+Without given queries, the corpus's own split dev is used, or else train, but never the split that the report uses. If
+there is none, pseudo-queries are made from the passages: the title or the first sentence of a passage is the query, and
+the rest of it the answer.
 """
 
 import json
@@ -45,7 +44,7 @@ _TUNING_SPLITS = ("dev", "validation", "valid", "train")
 
 
 class TuneConfig(StageConfig):
-    """Options of tune."""
+    """The options of `readapt tune`."""
 
     pretrained: str
     """Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id."""
@@ -56,10 +55,10 @@ class TuneConfig(StageConfig):
     corpus: str
     """Passages: the output of `readapt ingest`."""
     queries: str | None = None
-    """Withheld queries: a file or folder. If omitted, the corpus's split dev, else train, but never the split
-    that is reported on (test, or the split of the report beside the corpus); else pseudo-queries made from the passages."""
+    """Withheld queries: a file or folder. If omitted, the corpus's split dev, else train, but never the split that is
+    reported on (test, or the split of the report beside the corpus); else pseudo-queries made from the passages."""
     qrels: str | None = None
-    """Judgements of the queries: a file or folder. A document that ingest split has the score of its best passage."""
+    """Judgements of the queries: a file or folder. A document that ingest split gets the score of its best passage."""
     columns: ColumnsOption = ()
     """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     readapter_scales: tuple[float, ...] = (1.0,)
@@ -109,13 +108,13 @@ class TuneConfig(StageConfig):
 
 
 def tune(config: TuneConfig) -> Artifact:
-    """Find the pair of scales that retrieves best.
+    """Find the pair of merge scales with the best retrieval on withheld queries.
 
     Raises:
         InputError: a model, the corpus or the queries cannot be used.
-        CorruptFileError: a file of the corpus is gone.
-        PlacementError: the cluster does not have what the actors ask for.
-        WorkerError: actors died again and again.
+        CorruptFileError: a file of the corpus is missing.
+        PlacementError: the cluster does not have the CPUs or GPUs that the actors need.
+        WorkerError: actors died repeatedly.
     """
     corpus = artifacts.open_artifact(config.corpus, "ingest")
     if config.drop_self_hits is None:
@@ -155,7 +154,7 @@ def tune(config: TuneConfig) -> Artifact:
 
 
 def _layers(config: TuneConfig, pretrained: models.OpenModel) -> tuple[LayerScale, ...]:
-    """Return the layer scales, once the model is known to have these layers."""
+    """Parse the layer scales, and check that the model has these layers."""
     from readapt_ray.weights.weight_files import Checkpoint
 
     layers = layer_scales(config.layer_scales)
@@ -165,7 +164,7 @@ def _layers(config: TuneConfig, pretrained: models.OpenModel) -> tuple[LayerScal
 
 
 def _own_split(config: TuneConfig, corpus: Artifact) -> str | None:
-    """Return the split of the corpus whose queries choose the scales; None where there is none, and why is logged."""
+    """Return the split of the corpus whose queries choose the scales; None if no split may. Log the reason."""
     there = {file.name.removesuffix(".parquet") for file in (corpus.location / "qrels").files(".parquet")}
     reported = _reported_splits(config.corpus)
     found = next((name for name in _TUNING_SPLITS if name in there - reported), None)
@@ -183,7 +182,7 @@ def _own_split(config: TuneConfig, corpus: Artifact) -> str | None:
 
 
 def _reported_splits(corpus: str) -> set[str]:
-    """Return test, or the split that the report beside the corpus, as a run leaves it, is of."""
+    """Return the splits that must not choose: test, and the split used by a run's report beside the corpus."""
     path, mark, options = Location(corpus).uri.partition("?")
     report = artifacts.read_manifest(f"{path.rstrip('/').rpartition('/')[0] or '.'}/report{mark}{options}")
     qrels = str(report.config.get("qrels", "")) if report is not None else ""
@@ -227,7 +226,7 @@ def _write_report(workspace: Workspace, result: Mapping[str, Any]) -> None:
 
 
 def _passages(corpus: Artifact) -> Iterator[Passage]:
-    """Yield the passages; passages of a document that was split have its id, by which it is judged."""
+    """Yield the passages of a corpus; passages of a split document get the document's id, since that is judged."""
     import pyarrow.parquet as pq
 
     num_rows = 0
@@ -241,7 +240,7 @@ def _passages(corpus: Artifact) -> Iterator[Passage]:
 
 
 def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) -> list[Passage]:
-    """Return the passages to keep, filled up to `size` by a reservoir over the rest, in one pass."""
+    """Return the passages in `keep`, and a random sample of the others up to `size`, read in one pass."""
     random = random_generator(seed, "passages")
     kept: list[Passage] = []
     rest: list[Passage] = []

@@ -1,9 +1,9 @@
-"""Compute the output of an adapted linear layer and its gradients, with few bytes moved and kept.
+"""Compute the output and gradients of a linear layer with an adapter, with little memory and memory traffic.
 
     y = d * (W x + s B A x), d = m / norm        without d for LoRA
 
-What is kept for the backward pass: input, output, and what has the size of the rank. The dropped input of A is made again:
-on a GPU from the seed, on a CPU from the mask, since random numbers take longer there than memory.
+The backward pass keeps the input, the output, and tensors of the size of the rank. It recomputes the input of A after
+dropout: on a GPU from the seed, on a CPU from a kept mask, since drawing random numbers there takes longer.
 """
 
 from typing import Any
@@ -16,17 +16,17 @@ from readapt_ray.nn.quantized import QuantizedLinear
 from readapt_ray.training.dropout import draw_seed, keep_mask, kept_share
 
 _BLOCK = 64
-"""Columns of a matrix product of which only the diagonal is wanted."""
+"""Columns per matrix product in `diagonal_products`, of which only the diagonal is used."""
 
 
 def adapted_output(base: Tensor, x: Tensor, scaled_A_RI: Tensor, B_OR: Tensor, share_O: Tensor | None) -> Tensor:
-    """Return the output as written above: what a compiler traces, and the reference of `AdaptedOutput`.
+    """Compute the output of an adapted layer in plain operations, for torch.compile and as a reference in tests.
 
     Args:
         base: W x, [..., O].
-        x: [..., I], dropped out already.
-        scaled_A_RI: s A.
-        B_OR: cast to the type of `x`, as `scaled_A_RI` is.
+        x: the input after dropout, [..., I].
+        scaled_A_RI: s A, of any type; it is cast to the type of `x`.
+        B_OR: B, of any type; it is cast like A.
         share_O: d; None for LoRA.
     """
     low_rank = functional.linear(x, scaled_A_RI.to(x.dtype))
@@ -35,11 +35,11 @@ def adapted_output(base: Tensor, x: Tensor, scaled_A_RI: Tensor, B_OR: Tensor, s
 
 
 class CastFactor(torch.autograd.Function):
-    """Use a cast copy of a trained factor, and give the factor its gradient: both as `(scale * factor).to(type)` would."""
+    """A function that returns a ready cast of `scale * factor`, and passes its gradient on to the factor."""
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, cast: Tensor, scale: float) -> Tensor:
-        """Return the copy."""
+        """Return the cast copy."""
         ctx.scale, ctx.dtype = scale, factor.dtype
         return cast.view_as(cast)
 
@@ -50,14 +50,14 @@ class CastFactor(torch.autograd.Function):
 
 
 class AdaptedOutput(torch.autograd.Function):
-    """`adapted_output` with dropout; the norm has no gradient (DoRA, section 4.3).
+    """`adapted_output` with dropout, as an autograd function; the norm gets no gradient (DoRA, section 4.3).
 
-    Either `base` is given, which is overwritten, or the weight, which makes the gradient of the input one sum. A quantized
-    weight is decoded in both passes.
+    Either `base` (W x) is given, which is overwritten, or the weight. With the weight, the whole gradient of the input
+    is summed here in place. A quantized weight is decoded in both passes.
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 -- autograd passes them by place
+    def forward(  # noqa: PLR0917 -- autograd passes arguments by position
         ctx: Any,
         base: Tensor | None,
         weight: Tensor | QuantizedLinear | None,
@@ -69,7 +69,7 @@ class AdaptedOutput(torch.autograd.Function):
         scaling: float,
         probability: float,
     ) -> Tensor:
-        """Map [..., I] to [..., O], in the type of `base`."""
+        """Map x [..., I] to the output [..., O], in the type of `base`."""
         ctx.quantized = weight if isinstance(weight, QuantizedLinear) else None
         weight_OI = weight if isinstance(weight, Tensor) else None
         if base is None:
@@ -95,7 +95,7 @@ class AdaptedOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of base, x, A, B and m, in the order of forward's parameters."""
+        """Return the gradients of base, x, A, B and m at the positions of forward's parameters, None elsewhere."""
         weight_OI, x, scaled_A_RI, B_OR, low_rank_NR, y, magnitude_O, share_O, mask = ctx.saved_tensors
         gradient_NO, magnitude_grad = gradients[0].flatten(0, -2), None
         if share_O is not None:
@@ -128,15 +128,15 @@ def _decoded(quantized: QuantizedLinear | None, weight_OI: Tensor | None) -> Ten
 
 
 def keeps_mask(device_type: str) -> bool:
-    """Return whether the mask is kept for the backward pass: on a CPU, where drawing it again takes longer."""
+    """Return whether the dropout mask is kept for the backward pass. It is on a CPU, where drawing it again is slow."""
     return device_type == "cpu"
 
 
 def column_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
     """Return the sum over N of one * other, [O].
 
-    Away from a CPU it is the diagonals of matrix products of some columns: some more arithmetic, but nothing of the size
-    of the inputs is written, and each is read once.
+    On a GPU it is computed as diagonals of matrix products of 64 columns each. This takes more arithmetic, but reads
+    each input once and writes no tensor of their size.
     """
     if one_NO.device.type == "cpu" or one_NO.shape[1] % _BLOCK:
         return (one_NO * other_NO).sum(0, dtype=torch.promote_types(one_NO.dtype, torch.float32))
@@ -144,7 +144,7 @@ def column_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
 
 
 def diagonal_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
-    """Compute `column_products` by matrix products, for a multiple of 64 columns."""
+    """Compute `column_products` by matrix products; the number of columns must be a multiple of 64."""
     one, other = (each.reshape(len(each), -1, _BLOCK).transpose(0, 1) for each in (one_NO, other_NO))
     return torch.bmm(one.mT, other).diagonal(dim1=1, dim2=2).flatten()
 

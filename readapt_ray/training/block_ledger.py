@@ -1,7 +1,7 @@
-"""What is known of the blocks files that were written: counts of each, in `blocks.parquet` beside their folder.
+"""Keep a table of finished blocks files and their counts, in `blocks.parquet` beside their folder.
 
-The files are their own ledger; this table repeats what they say, so that resuming takes one listing: only files that it does
-not list with their size are opened again.
+The counts can also be read from the files themselves. With the table a resumed run needs only one listing of the
+folder: it opens only files that the table lacks or lists with another size.
 """
 
 import time
@@ -20,12 +20,12 @@ _SAVE_S = 60.0
 
 
 def block_file(index: int) -> str:
-    """Return the name of the blocks file of a passages file."""
+    """Return the name of the blocks file that belongs to the passages file with this number."""
     return f"part-{index:05d}.parquet"
 
 
 class BlockLedger:
-    """Blocks files of an artifact, by the number of their passages file."""
+    """The finished blocks files of an artifact. `done` has their counts by the number of their passages file."""
 
     def __init__(self, artifact: Location) -> None:
         self.done: dict[int, tuple[int, ...]] = {}
@@ -34,7 +34,7 @@ class BlockLedger:
         self._saved_s = time.monotonic()
 
     def find(self) -> None:
-        """Take from the table what one listing confirms."""
+        """Read the saved table, and take the rows whose file exists with the same size."""
         try:
             with (self._artifact / _NAME).open_input() as stream:
                 table = pq.read_table(stream)
@@ -46,14 +46,14 @@ class BlockLedger:
                 self.record(dict(zip(_COLUMNS, row, strict=True)))
 
     def record(self, counts: Mapping[str, int]) -> None:
-        """Note that a file is written; the table is saved once a minute."""
+        """Record the counts of a written file; the table is saved at most once a minute."""
         self.done[counts["index"]] = tuple(counts[name] for name in _COLUMNS)
         self._total.update({name: counts[name] for name in COUNTS})
         if time.monotonic() - self._saved_s > _SAVE_S:
             self.save()
 
     def save(self) -> None:
-        """Write the table, unless nothing is done yet."""
+        """Write the table, unless it is empty."""
         if self.done:
             columns = dict(zip(_COLUMNS, map(list, zip(*sorted(self.done.values()), strict=True)), strict=True))
             with (self._artifact / _NAME).open_output() as stream:
@@ -61,5 +61,5 @@ class BlockLedger:
         self._saved_s = time.monotonic()
 
     def total(self) -> dict[str, int]:
-        """Return the counts of all files together."""
+        """Return the counts, summed over all files."""
         return {name: self._total[name] for name in COUNTS}

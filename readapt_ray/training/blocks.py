@@ -1,13 +1,12 @@
-"""The order in which blocks are trained on: a seeded shuffle of which any part can be read alone.
+"""Shuffle blocks into their training order, and read any part of this order by itself.
 
-The blocks of an epoch have one order, given by (seed, epoch): row groups are permuted, then the blocks
-inside each window of row groups. Step s of the epoch takes blocks [s * batch_size, (s + 1) * batch_size) of
-it. So the number of steps done says exactly which blocks were consumed, whatever the number of workers was
-or will be.
+The order of an epoch depends only on (seed, epoch): row groups are permuted, then the blocks inside each window of 16
+row groups. Step s of the epoch takes blocks [s * batch_size, (s + 1) * batch_size) of this order. So the number of
+steps done says exactly which blocks were consumed, for any number of workers.
 
-A window is read as a whole, since Parquet gives no less than a row group. So the steps of an epoch are cut
-into pieces of several windows: reading all pieces once reads every row group once, and at most one window
-more a piece. What is planned is 8 bytes a row group (256 blocks) and the state of the random generator a piece.
+A window is read as a whole, since the smallest part of a Parquet file that can be read is a row group. The steps of an
+epoch are divided into pieces of several windows. Reading all pieces reads every row group once, and at most one window
+more per piece. The plan takes 8 bytes per row group (256 blocks), and the state of a random generator per piece.
 """
 
 import copy
@@ -35,19 +34,19 @@ class RowGroups:
 
     folder: Location
     names: tuple[str, ...]
-    """Of the files."""
+    """Names of the files."""
     group_ends: np.ndarray
-    """int64: the row groups in each file and all files before it."""
+    """int64 [files]: number of row groups in each file and all files before it."""
     group_lengths: np.ndarray
-    """int32: the blocks of each row group."""
+    """int32 [row groups]: number of blocks in each row group."""
 
     @property
     def num_blocks(self) -> int:
-        """Return the blocks of all row groups."""
+        """Number of blocks in all row groups."""
         return int(self.group_lengths.sum(dtype=np.int64))
 
     def read(self, number: int) -> list[Block]:
-        """Return the blocks of one row group.
+        """Read the blocks of one row group, by its number in the folder.
 
         Raises:
             CorruptFileError: its file cannot be read.
@@ -65,7 +64,7 @@ class RowGroups:
 
 
 def list_row_groups(folder: Location) -> RowGroups:
-    """Read the footer of every file of BLOCK_SCHEMA in a folder, many at once.
+    """Read the footer of every blocks file in a folder, many at the same time.
 
     Raises:
         CorruptFileError: a file cannot be read.
@@ -82,26 +81,26 @@ def list_row_groups(folder: Location) -> RowGroups:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Consecutive steps of one epoch, and how to find their blocks."""
+    """Consecutive steps of one epoch, with what is needed to read their blocks."""
 
     first_step: int
-    """Counted from the beginning of the run."""
+    """Number of the first step, counted from the beginning of the run."""
     num_steps: int
     groups: np.ndarray
-    """int32: the row groups from the piece's first window on, in training order."""
+    """int32: numbers of the row groups from the piece's first window on, in training order."""
     random: np.random.Generator
-    """Shuffles the windows; in the state that it has before the piece's first window."""
+    """Generator that shuffles the windows, in its state before the piece's first window."""
     num_skipped: int
-    """Blocks of the first windows that earlier steps take."""
+    """Number of blocks, from the start of the first window on, that belong to earlier steps."""
     num_blocks: int
-    """Blocks of the steps."""
+    """Number of blocks that the steps take."""
 
 
 def pieces(row_groups: RowGroups, data_order: DataOrder, first_step: int) -> Iterator[Piece]:
-    """Cut all steps from `first_step` on into pieces, some thousands at most.
+    """Divide all steps from `first_step` on into pieces, some thousands at most.
 
-    The state of a generator follows only from its draws, so each window's shuffle is drawn here and forgotten:
-    10 ns a block.
+    The state of a random generator depends on all earlier draws. So the shuffle of each window is drawn here and thrown
+    away, which takes 10 ns per block.
     """
     num_windows = -(-len(row_groups.group_lengths) // WINDOW_ROW_GROUPS) * data_order.num_epochs
     per_piece = max(_WINDOWS_PER_PIECE, -(-num_windows // _MOST_PIECES))
@@ -142,7 +141,7 @@ def _epoch_pieces(
 
 
 def read_steps(row_groups: RowGroups, piece: Piece, batch_size: int) -> Iterator[list[Block]]:
-    """Yield the blocks of all workers for each step of a piece; the last batch of an epoch may be smaller.
+    """Read the blocks of a piece; yield a list for all workers per step. The last list of an epoch may be shorter.
 
     Memory: one window and one batch.
     """
@@ -159,7 +158,7 @@ def read_steps(row_groups: RowGroups, piece: Piece, batch_size: int) -> Iterator
 
 
 def _shuffled(row_groups: RowGroups, piece: Piece) -> Iterator[Block]:
-    """Yield the blocks from the piece's first on; windows that are skipped as a whole are not read."""
+    """Yield the blocks from the piece's first one on. Windows that are skipped entirely are not read."""
     random = copy.deepcopy(piece.random)
     num_skipped = piece.num_skipped
     for start in range(0, len(piece.groups), WINDOW_ROW_GROUPS):

@@ -1,10 +1,10 @@
-"""Write checkpoints of a training run in the background: one file each, whole or absent.
+"""Write checkpoints of a training run in the background, one file each, and find the newest one.
 
-A file holds the trained tensors and Adam's moments under the parameters' names, so it does not depend on
-the number of workers. Schedule and random states are functions of the step, and which blocks or pairs
-were consumed follows from the step, the batch size and the seed (blocks.py): its header has these,
-and a checkpoint in another data order is refused. Written by a thread of worker 0 while the next steps run;
-at most one write is under way, which costs the memory of two states.
+A file holds the trained tensors and Adam's moments under the parameters' names, so it does not depend on the number of
+workers. Learning rate and random states are functions of the step. Which blocks or pairs were consumed follows from
+step, batch size and seed (blocks.py). These are in the header, and a checkpoint with another data order is refused. A
+thread of worker 0 writes while the next steps run, at most one file at a time; this takes the memory of two states. A
+file gets its name only when it is complete.
 """
 
 import json
@@ -24,47 +24,47 @@ if TYPE_CHECKING:
 _SUFFIX = ".safetensors"
 _NAME = re.compile(rf"step-\d{{9,}}{re.escape(_SUFFIX)}")
 _ORDER_VERSION = 2
-"""Raised whenever the same seed gives another order or other masks: a run does not change them half-way."""
+"""Increase this whenever the same seed gives another order or other masks, so that no run changes them half-way."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOrder:
-    """The order of the training data: with the number of steps done it says which units (blocks or pairs) were consumed."""
+    """The settings that, with the number of steps done, decide which units (blocks or pairs) were consumed."""
 
     num_units: int
-    """In an epoch."""
+    """Units per epoch."""
     batch_size: int
-    """Units a step, over all workers."""
+    """Units per step, over all workers."""
     num_epochs: int
     seed: int
 
     @property
     def steps_per_epoch(self) -> int:
-        """Return in how many steps every unit is consumed once; the last step may take fewer."""
+        """Number of steps in which every unit is consumed once; the last one may have fewer units."""
         return -(-self.num_units // self.batch_size)
 
     @property
     def num_steps(self) -> int:
-        """Return the number of steps in all epochs."""
+        """Number of steps in all epochs."""
         return self.steps_per_epoch * self.num_epochs
 
     def identity(self) -> dict[str, int]:
-        """Return what decides the order; a checkpoint in another one is refused."""
+        """Return the settings that decide the order; a checkpoint with other ones is refused."""
         return {"num_units": self.num_units, "batch_size": self.batch_size, "seed": self.seed}
 
     def consumed(self, step: int) -> tuple[int, int]:
-        """Return the epoch after `step` steps, and the units of it that were consumed, counted in its shuffled order."""
+        """Return the current epoch after `step` steps, and how many units of its shuffled order were consumed."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         return epoch, in_epoch * self.batch_size
 
 
 class CheckpointWriter:
-    """Write states in order, one at a time, and keep the newest.
+    """A writer of checkpoints in the background, one at a time; it keeps the newest.
 
     Args:
-        folder: on any filesystem that pyarrow opens.
-        data_order: of the run.
-        keep: checkpoints that stay; older ones are removed after a newer one is whole.
+        folder: folder of the checkpoints, on any filesystem that pyarrow opens.
+        data_order: data order of the run.
+        keep: number of checkpoints to keep; older ones are removed after a newer one is complete.
     """
 
     def __init__(self, folder: Location, data_order: DataOrder, *, keep: int) -> None:
@@ -73,19 +73,20 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: "dict[str, Tensor]") -> None:
-        """Begin to write the state after `step` steps, once the previous one is whole.
+        """Start to write a checkpoint in the background, after waiting for the previous one.
 
         Args:
-            state: tensors on the CPU; not changed any more.
+            step: number of steps done.
+            state: tensors on the CPU; the caller must not change them afterwards.
 
         Raises:
-            OSError: the checkpoint before this one could not be written.
+            OSError: the previous checkpoint could not be written.
         """
         self.wait()
         self._pending = self._thread.submit(self._write, step, state)
 
     def wait(self) -> None:
-        """Wait until all saved states are written; raise the error of a write that failed."""
+        """Wait until the last checkpoint is written; raise the error if that failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -98,16 +99,16 @@ class CheckpointWriter:
         metadata = {name: json.dumps(value) for name, value in header.items()}
         written = self._folder / f"step-{step:09d}{_SUFFIX}"
         written.write_bytes(to_safetensors(state, metadata=metadata))
-        # A later one is damaged: the run went on from before it. It takes no other's place.
+        # Do not count later files: they are damaged, since the run resumed from before them.
         for old in [each for each in _files(self._folder) if each.name <= written.name][: -self._keep]:
             old.delete()
 
 
 def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, dict[str, Tensor]] | None":
-    """Return the step and state of the newest whole checkpoint; None if there is none.
+    """Load the newest complete checkpoint; return its step and state, or None if there is none.
 
     Raises:
-        CorruptFileError: checkpoints are there and none can be read, or the newest is in another data order.
+        CorruptFileError: there are checkpoints but none can be read, or the newest has another data order.
     """
     from safetensors.torch import load_file
 
@@ -123,7 +124,7 @@ def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, di
 
 
 def steps_done(folder: Location, data_order: DataOrder) -> int:
-    """Return the step of the newest whole checkpoint, from its header alone; 0 if there is none.
+    """Return the step of the newest complete checkpoint, reading only its header; 0 if there is none.
 
     Raises:
         CorruptFileError: as `newest_checkpoint`.
@@ -160,15 +161,15 @@ def _newest(folder: Location, data_order: DataOrder) -> tuple[int, Location] | N
 
 
 def _files(folder: Location) -> list[Location]:
-    """List the checkpoints, oldest first. Other files in the folder are not ours."""
+    """List the checkpoints, oldest first; ignore other files in the folder."""
     return [folder / name for name, _ in folder.listing(_SUFFIX) if _NAME.fullmatch(name)]
 
 
 def _header(file: Location) -> dict[str, int]:
-    """Read the header of a checkpoint if all its bytes are there (8 bytes of length, JSON, tensors).
+    """Read the header of a checkpoint, and check that the file is complete (8 bytes of length, JSON, tensors).
 
     Raises:
-        KeyError, ValueError: it is no checkpoint, or was cut short.
+        KeyError, ValueError: the file is not a checkpoint, or was cut short.
     """
     num_bytes = file.size_bytes()
     with file.open_input() as stream:

@@ -1,7 +1,8 @@
-"""Compile a model's layers with torch.compile, and use them only if they compute what the layers compute without it.
+"""Compile a model's layers with torch.compile, and use them only if they give the same results as uncompiled layers.
 
-The first forward pass of a training compares one layer with itself compiled, on its real input: output and gradients.
-Where they differ, or the compiler fails, all workers train without it, and one line says so.
+Before the first forward pass of a training, output and gradients of one layer are compared with and without
+compilation, on its real input. If they differ, or the compiler fails, all workers train without it and a warning is
+logged.
 """
 
 import contextlib
@@ -19,24 +20,25 @@ from readapt_ray.training import dora
 logger = logging.getLogger("readapt_ray")
 
 _MEMORY_BUDGET = 0.9
-"""Below 1 the compiler keeps a quarter less for the backward pass, and makes dropped inputs again (compiled_traffic.py)."""
+"""Below 1 the compiler recomputes inputs after dropout, and keeps a quarter less for the backward pass
+(compiled_traffic.py)."""
 _MAX_ERROR = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-3}
-"""Largest norm of a difference over the norm of what the layer computes uncompiled, by type."""
+"""Largest accepted difference by type: norm of the difference / norm of the uncompiled result."""
 _NUM_DRAWS = 4
-"""Uncompiled passes: dropout makes them differ from each other, and what a compiled one may differ is told by that."""
+"""Number of uncompiled passes. Dropout makes them differ, and this noise raises the accepted difference."""
 
 
 class _CapturedError(Exception):
-    """Ends a forward pass whose first layer was reached."""
+    """Raised to end a forward pass when its first layer is reached."""
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """Return the longest list of modules in a model: its transformer layers."""
+    """Return the transformer layers of a model: its longest list of modules."""
     return max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Compile each layer at its first call, one graph for all lengths."""
+    """Make torch compile each layer of a model at its first call, with one graph for all lengths."""
     torch._functorch.config.activation_memory_budget = _MEMORY_BUDGET
     for _, adapted in dora.adapted_layers(model):
         adapted.keep_casts()
@@ -45,7 +47,7 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def compile_if_right(model: nn.Module) -> None:
-    """Compile each layer in the first forward pass that is trained on, if the compiled layer is right on all workers."""
+    """Compile the layers of a model at its first forward pass in training, if the results are right on all workers."""
 
     def before_first(module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():
@@ -54,21 +56,21 @@ def compile_if_right(model: nn.Module) -> None:
         try:
             with torch.random.fork_rng(_devices(model)):
                 reason = _difference(model, *_input_of_first_layer(module, args, kwargs))
-        except Exception as error:  # whatever a compiler, or a model that calls its layers otherwise, raises
+        except Exception as error:  # the compiler may raise anything; so may a model that calls its layers differently
             reason = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:2])}"
         if _any_worker(bool(reason), model):
             _uncompile(model)
             if reason:
                 logger.warning("layers are not compiled: %s", reason)
             return
-        # A shape that the compiler cannot take later is computed uncompiled, too.
+        # If the compiler fails later on another shape, that pass is computed uncompiled.
         torch._dynamo.config.suppress_errors = True
 
     handle = model.register_forward_pre_hook(before_first, with_kwargs=True)
 
 
 def _input_of_first_layer(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a forward pass hands its first layer, without computing it."""
+    """Return the arguments that a forward pass gives to the first layer, without computing the layer."""
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def capture(_: nn.Module, taken: Any, given: Any) -> None:
@@ -85,7 +87,7 @@ def _input_of_first_layer(model: nn.Module, args: Any, kwargs: Any) -> tuple[tup
 
 
 def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Compile the layers; return what they compute otherwise, an empty text if nothing."""
+    """Compile the layers, and compare one with itself uncompiled; return the difference as text, empty if none."""
     layer = layers_of(model)[0]
     with _with_visible_factors(layer):
         expected = [_passes(layer, args, kwargs) for _ in range(_NUM_DRAWS)]
@@ -96,7 +98,7 @@ def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         noise = max(_relative_error(one, other) for one, other in itertools.combinations(draws, 2))
         bound = _MAX_ERROR[found["output"].dtype] + 3 * noise
         off = min(_relative_error(found[name], each) for each in draws)
-        if not off <= bound:  # also where it is NaN
+        if not off <= bound:  # true for NaN, too
             return f"torch.compile gives a layer's {name} off by {off:.2g} of its norm; up to {bound:.2g} is right"
     return ""
 
@@ -107,7 +109,7 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def _passes(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Return output and gradients of a layer."""
+    """Run a layer forward and backward; return its output and gradients by name."""
     hidden = args[0].detach().clone().requires_grad_()
     trained = {name: each for name, each in layer.named_parameters() if each.requires_grad}
     output = layer(hidden, *args[1:], **kwargs)
@@ -121,7 +123,7 @@ def _passes(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @contextlib.contextmanager
 def _with_visible_factors(layer: nn.Module) -> Iterator[None]:
-    """Give adapters, whose B may be 0, updates with a tenth of the norm of their weights."""
+    """Give adapters random updates of a tenth of their weight's norm during a `with` block, since B may be 0."""
     before = [(each.lora_B, each.lora_B.detach().clone()) for _, each in dora.adapted_layers(layer)]
     try:
         with torch.no_grad():
@@ -146,7 +148,7 @@ def _uncompile(model: nn.Module) -> None:
 
 
 def _any_worker(answer: bool, model: nn.Module) -> bool:
-    """Return whether any worker says yes. Collective."""
+    """Return whether any worker's answer is True. Collective."""
     if not torch.distributed.is_initialized():
         return answer
     told = torch.tensor(int(answer), device=next(model.parameters()).device)

@@ -1,15 +1,15 @@
-"""Train a retriever with labels: InfoNCE over the passages of the whole batch of all workers.
+"""Train a retriever with labels: InfoNCE with the passages of all workers' batches as negatives.
 
-The batch is not bound by memory (GradCache; Gao et al., 2021): all texts are encoded in micro-batches
-without a graph, the loss and its gradient with respect to each vector are computed, then each micro-batch
-is encoded again, with the same dropout, and the gradient sent through it. That costs one more forward
-pass; a batch that fits one micro-batch is encoded once.
+Memory does not limit the batch (GradCache; Gao et al., 2021). First all texts are encoded in micro-batches without a
+graph, and the loss and its gradient for each vector are computed. Then each micro-batch is encoded again, with the same
+dropout, and the gradient is propagated through it. This costs one more forward pass. A batch that fits into one
+micro-batch is encoded once.
 
-The texts of a micro-batch are packed into one row where the model's attention can keep them apart (attention.py): padded,
-questions of 15 tokens would cost as much as the passages of 128 beside them.
+The texts of a micro-batch are packed into one row if the model's attention can keep them separate (attention.py). With
+padding, questions of 15 tokens would cost as much as passages of 128 in the same batch.
 
-What answers a query is never its negative, though it is in the batch as the passage of another pair or as a
-hard negative of another query.
+False negatives are masked: a passage that answers a query is never a negative of it, even if it is in the batch as the
+passage of another pair or as a hard negative of another query.
 """
 
 import inspect
@@ -40,18 +40,18 @@ from readapt_ray.training.steps import StepWork
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """Tell each query's passage from all others of the batch.
+    """The InfoNCE objective: score each query's passage above all other passages of the batch.
 
     Args:
-        model: headless, on the worker's device.
+        model: the model without a language-model head, on the worker's device.
         reader: the pairs in training order.
         encoding: pooling and normalisation.
-        temperature: divides the inner product.
-        both_directions: also tell each passage's query from all queries, at equal weight.
-        micro_batch_tokens: of one forward and backward pass, padding included, at most; a longer text goes alone.
-        dtype: of matrix products; below float32 they run under autocast where weights have another type.
-        seed: of dropout.
-        queries_only: passages are encoded by the model without its adapters, so only queries are trained.
+        temperature: divides the inner product of query and passage.
+        both_directions: also score each passage's query above all other queries, with equal weight.
+        micro_batch_tokens: most tokens of one forward and backward pass, padding included; a longer text is alone.
+        dtype: type of matrix products. If it is below float32 and weights have another type, autocast is used.
+        seed: random seed of dropout.
+        queries_only: encode passages by the model without its adapters, so that only queries are trained.
     """
 
     model: nn.Module
@@ -66,24 +66,24 @@ class Contrast:
 
     @property
     def data_order(self) -> DataOrder:
-        """Which pairs, in which order."""
+        """The order in which pairs are trained on."""
         return self.reader.data_order
 
     def batches(self, first_step: int) -> Iterator[np.ndarray]:
-        """Yield the pair numbers of every step from `first_step` on."""
+        """Yield the numbers of all workers' pairs for every step from `first_step` on."""
         return self.reader.steps(first_step)
 
     def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
-        """Return this worker's micro-batches, after the workers exchanged their vectors.
+        """Return this worker's micro-batches and loss; with several micro-batches, workers exchange vectors here.
 
         Raises:
-            ModelError: the tokenizer gives an id that the model does not know.
+            ModelError: a token id exceeds the model's vocabulary.
         """
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
         highest = max(int(ids.max()) for share in shares for ids in share.token_ids)
         model: Any = self.model
         check_ids(highest, int(model.get_input_embeddings().num_embeddings))
-        # A worker without a pair encodes a text that counts for nothing, since passes are collective.
+        # Passes are collective, so a worker without a pair encodes some text, which does not count.
         shares = [share if share.num_pairs else share._replace(token_ids=shares[0].token_ids[:1]) for share in shares]
         groups = [self._groups(share, 0, self._num_trained(share)) for share in shares]
         frozen = [self._groups(share, self._num_trained(share)) for share in shares]
@@ -123,7 +123,7 @@ class Contrast:
         *,
         step: int,
     ) -> Any:
-        """Return the gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
+        """Compute the gradient of every vector (GradCache); return a loss function of micro-batches that applies it."""
         texts = shares[engine.worker_rank]
         vectors_TD: Tensor | None = None
         with torch.no_grad():
@@ -150,7 +150,7 @@ class Contrast:
         return loss_of
 
     def _groups(self, texts: Texts, first: int, last: int | None = None) -> list[list[int]]:
-        """Group texts, from `first` to `last`, that are encoded together, longest first."""
+        """Group the texts from `first` to `last` (exclusive) into micro-batches, longest first."""
         lengths = [len(ids) for ids in texts.token_ids]
         packed = is_packed(self.model)
         groups: list[list[int]] = []
@@ -165,19 +165,17 @@ class Contrast:
         return groups
 
     def _num_slots(self, lengths: Sequence[int]) -> int:
-        """Return how many tokens a pass over texts of these lengths computes, padding included."""
+        """Count the tokens that a pass over texts of these lengths computes, padding included."""
         return padded_width(sum(lengths)) if is_packed(self.model) else len(lengths) * padded_width(max(lengths))
 
     def _num_trained(self, texts: Texts) -> int:
-        """Return how many texts, the first ones, the trained model encodes: all, or the queries (a worker without one
-        has one).
-        """
+        """Return how many of the first texts are trained: all, or only the queries (at least one, see `work`)."""
         return max(1, texts.num_pairs) if self.queries_only else len(texts.token_ids)
 
     def _frozen(self, engine: DeepSpeedEngine, texts: Texts, groups: Sequence[Sequence[list[int]]]) -> Tensor | None:
-        """Return the vectors of the texts that are not trained, in their order, by the model without its adapters.
+        """Encode the texts that are not trained, in order, by the model without its adapters; None if there are none.
 
-        Every worker makes as many passes, since passes are collective; None where all texts are trained.
+        Every worker makes the same number of passes, since passes are collective.
         """
         num_parts, own, first = max(map(len, groups)), groups[engine.worker_rank], self._num_trained(texts)
         found: Tensor | None = None
@@ -196,19 +194,18 @@ class Contrast:
             return encode(self.model, [texts.token_ids[index] for index in part], self.encoding, device=engine.device)
 
     def loss_share(self, vectors_TD: Tensor, shares: Sequence[Texts], worker_rank: int) -> Tensor:
-        """Return this worker's share of the mean InfoNCE loss (van den Oord et al., 2018) over the batch of all
-        workers.
+        """Compute this worker's share of the mean InfoNCE loss over all workers' pairs (van den Oord et al., 2018).
 
-        Each query is told from the passages and hard negatives of all workers, but for those that answer it, too; in
-        the other direction each passage's query from the queries that it does not answer.
+        The negatives of a query are the passages and hard negatives of all workers, except those that answer it. In the
+        other direction, the negatives of a passage are the queries that it does not answer.
 
         Args:
-            vectors_TD: of this worker's texts, in their order.
+            vectors_TD: vectors of this worker's texts, in their order.
             shares: the texts of every worker, by rank.
-            worker_rank: of this worker.
+            worker_rank: rank of this worker.
 
         Returns:
-            float32; the shares of all workers add up to the mean over all pairs.
+            A float32 scalar; the shares of all workers add up to the mean over all pairs.
         """
         texts = shares[worker_rank]
         num_pairs = [share.num_pairs for share in shares]
@@ -229,9 +226,10 @@ class Contrast:
     def _cross_entropy_sum(
         self, anchors_BD: Tensor, candidates_CD: Tensor, first: int, right: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Return the loss of some anchors.
+        """Return the summed cross entropy of some anchors.
 
-        Candidate `first + i` is the target of anchor i. Other pairs in `right` are positives too: they are masked out.
+        Candidate `first + i` is the target of anchor i. The other pairs (anchor, candidate) in `right` are positives
+        too, so they are masked out of the softmax.
         """
         scores_BC = (anchors_BD @ candidates_CD.T).float() / self.temperature
         others = [(anchor, candidate) for anchor, candidate in right if candidate != first + anchor]
@@ -242,30 +240,30 @@ class Contrast:
 
 
 def pack(model: Any, name: str) -> None:
-    """Let a headless transformers model take texts end to end from now on, if its attention can keep them apart.
+    """Change a model's attention so that it takes packed texts, if the model allows that.
 
     Args:
-        model: its layers keep their weights.
-        name: what the user calls it.
+        model: a transformers model without a head; it is changed in place and keeps its weights.
+        name: what the user calls the model; used in errors.
     """
     if attention.is_exchangeable(model) and "position_ids" in inspect.signature(model.forward).parameters:
         attention.install(model, name)
 
 
 def is_packed(model: Any) -> bool:
-    """Return whether `pack` changed a model."""
+    """Return whether a model takes packed texts, because `pack` changed it."""
     return bool(model.config._attn_implementation == attention.NAME)
 
 
 def encode(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
-    """Return the vectors of tokenised texts with gradients, float32 [B, D]."""
+    """Encode tokenised texts into vectors, float32 [B, D], with gradients."""
     pooled = (_packed if is_packed(model) else _padded)(model, token_ids, encoding, device)
     vectors = pooled[:, : encoding.dimensions]
     return normalized(vectors) if encoding.normalize else vectors.float()
 
 
 def _padded(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, device: torch.device) -> Tensor:
-    """Return pooled [B, H]; each text is a row, padded on the right."""
+    """Encode texts one per row, padded on the right; return pooled vectors [B, H]."""
     input_ids, mask = padded_inputs(token_ids, padded_width(max(map(len, token_ids))))
     attention_mask = torch.from_numpy(mask).to(device)
     hidden = model(
@@ -275,7 +273,7 @@ def _padded(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, dev
 
 
 def _packed(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, device: torch.device) -> Tensor:
-    """Return pooled [B, H]; all texts are in one row, with a text of padding at its end."""
+    """Encode texts packed into one row, with the padding as a last text; return pooled vectors [B, H]."""
     lengths = [len(ids) for ids in token_ids]
     num_tokens = sum(lengths)
     num_padding = padded_width(num_tokens) - num_tokens
@@ -299,7 +297,7 @@ def _with_frozen(vectors_TD: Tensor, frozen_FD: Tensor | None) -> Tensor:
 
 
 def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Return every (i, j) where the passage numbers[j] is in relevant[i]."""
+    """Return every (i, j) for which the passage numbers[j] is in relevant[i]."""
     places = defaultdict(list)
     for place, number in enumerate(numbers.tolist()):
         places[number].append(place)
@@ -313,7 +311,7 @@ def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple
 
 
 def _gathered(vectors_BD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Gather the vectors of all workers, with gradients to each; `lengths` says how many each has, by rank."""
+    """Gather the vectors of all workers, with gradients to each; `lengths` is the number of vectors per rank."""
     longest = max(lengths)
     if len(lengths) == 1 or longest == 0:
         return vectors_BD

@@ -1,16 +1,16 @@
-"""Train adapters: LoRA and DoRA layers around frozen linear layers, saved as PEFT saves them.
+"""Add LoRA and DoRA adapters to the linear layers of a model, train them, and save them in PEFT's format.
 
-DoRA (Liu et al., 2024): y = d * (W x + s B A x) + bias, d = m / ||W + s B A|| per output row, the norm
-outside the gradient (section 4.3). PEFT builds B A for the norm in every forward pass; here the norm
-comes from factors (arXiv 2603.22276), r^2 instead of O * I work, and once an optimizer step:
+DoRA (Liu et al., 2024): y = d * (W x + s B A x) + bias, with d = m / ||W + s B A|| per output row. No gradient goes
+through the norm (section 4.3). PEFT builds B A for the norm in every forward pass. Here the norm is computed from the
+factors (arXiv 2603.22276), without the O * I product, and only once per optimizer step:
 
     ||W + s B A||^2 = ||W||^2 + 2 s sum(W A^T * B) + s^2 sum(B (A A^T) * B)      row by row
 
-Dropout acts on the input of A alone: the mean of the output is PEFT's, without its second matmul of W.
+Dropout acts only on the input of A. The mean output is the same as PEFT's, without its second product with W.
 adapted_output.py computes the output and its gradients.
 
-Under ZeRO-3 a worker holds a part of each weight: the base layer is called as a module, so that
-DeepSpeed's hooks fetch it, and the norm gathers one layer's weight at a time.
+Under ZeRO-3 a worker holds a part of each weight. So the base layer is called as a module, which lets DeepSpeed's hooks
+fetch its weight, and the norms gather the weight of one layer at a time.
 """
 
 import contextlib
@@ -53,12 +53,12 @@ _PEFT_DEFAULTS: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "loftq_config": {},
 }
-"""What every PEFT since 0.9, the first with DoRA, has in its config. PEFT itself takes 2 s to import."""
+"""Fields in the config of every PEFT since 0.9, the first with DoRA. They are listed since importing PEFT takes 2 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterShape:
-    """The shape of an adapter: rank, layers, type."""
+    """The settings of an adapter: method, rank, scale, dropout and target layers."""
 
     method: AdapterMethod
     rank: int
@@ -66,21 +66,21 @@ class AdapterShape:
     alpha: float
     """Scale of the update: s = alpha / rank."""
     dropout: float
-    """Probability that an input of A is zeroed."""
+    """Probability with which an input of A is set to zero."""
     targets: tuple[str, ...]
-    """Last parts of the names of the layers that get an adapter."""
+    """Ends of the names of the layers that get an adapter, such as q_proj."""
 
 
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trained low-rank update: DoRA with a magnitude, LoRA without.
 
-    What is trained is float32 whatever the base is, since a magnitude in bfloat16 stops moving: `lora_A` [R, I],
-    `lora_B` [O, R] (zeros at first) and `magnitude` [O] (the norms of the base's rows at first). I = inputs, O = outputs,
-    R = rank.
+    The trained parameters are `lora_A` [R, I], `lora_B` [O, R] (zeros at first) and `magnitude` [O] (at first the norms
+    of the base's rows). They are float32 for any type of the base: in bfloat16 a magnitude would stop changing. I =
+    inputs, O = outputs, R = rank.
 
     Args:
-        base: the layer to wrap, weight [O, I]. It is frozen and loses its bias, which belongs behind the magnitude. Where it
-            is quantized, norms come from the weight that its products use.
+        base: the layer to wrap, weight [O, I]. It is frozen, and its bias moves to this layer, to be added after the
+            magnitude. If it is quantized, norms are those of the decoded weight, which its products use.
         shape: method, rank, scale and dropout.
     """
 
@@ -88,8 +88,9 @@ class AdaptedLinear(nn.Module):
     base_norm_squared: Tensor
     norm: Tensor
     cast_scaled_a: Tensor | None
-    """s A in the type of the products; see `keep_casts`."""
+    """s A in the type of the products; None unless `keep_casts` was called."""
     cast_b: Tensor | None
+    """B in the type of the products; None unless `keep_casts` was called."""
 
     def __init__(self, base: nn.Linear | QuantizedLinear, shape: AdapterShape) -> None:
         super().__init__()
@@ -100,7 +101,7 @@ class AdaptedLinear(nn.Module):
         self.scaling = shape.alpha / rank
         self.dropout = shape.dropout
         self.is_on = True
-        """Whether the adapter takes part; see `without_adapters`."""
+        """Whether the adapter is applied; see `without_adapters`."""
         self.register_buffer("cast_scaled_a", None, persistent=False)
         self.register_buffer("cast_b", None, persistent=False)
         device = (base.full_norm if isinstance(base, QuantizedLinear) else base.weight).device
@@ -116,10 +117,10 @@ class AdaptedLinear(nn.Module):
             self.register_buffer("norm", norm.clamp_min(torch.finfo(norm.dtype).tiny), persistent=False)
 
     def saved_share(self) -> Tensor | None:
-        """Return by what a saved magnitude differs from the trained one, [O]; None where they are the same.
+        """Return the factor [O] from the trained magnitude to the one to save; None if they are the same.
 
-        Rows change their norm when they are quantized. An adapter is saved for the base in full precision, on which m / norm
-        stays as it was trained; else one that has learned nothing would scale the rows.
+        Quantization changes the norms of rows, and an adapter is saved for the base in full precision. The factor keeps
+        m / norm as it was trained. Without it, an adapter that learned nothing would scale the rows.
         """
         if self.magnitude is None or not isinstance(self.base, QuantizedLinear):
             return None
@@ -127,7 +128,7 @@ class AdaptedLinear(nn.Module):
         return full_squared.clamp_min(0).sqrt().clamp_min(torch.finfo(self.norm.dtype).tiny) / self.norm
 
     def keep_casts(self) -> None:
-        """Cast the factors once a step instead of in each pass: two kernels fewer where passes are compiled."""
+        """Cast the factors once per step instead of in each pass; this saves two kernels in compiled passes."""
         weight: Any = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
         if weight.dtype != self.lora_A.dtype:
             self.cast_scaled_a = torch.empty_like(self.lora_A, dtype=weight.dtype, requires_grad=False)
@@ -135,12 +136,12 @@ class AdaptedLinear(nn.Module):
             self.refresh()
 
     def drop_casts(self) -> None:
-        """Cast the factors in each pass again."""
+        """Undo `keep_casts`: cast the factors in each pass."""
         self.cast_scaled_a = self.cast_b = None
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Compute ||W + s B A|| and casts again; call this after every change of the factors. Collective under ZeRO-3."""
+        """Recompute ||W + s B A|| and the casts; call it after every change of the factors. Collective under ZeRO-3."""
         A, B, s = self.lora_A, self.lora_B, self.scaling
         if self.cast_scaled_a is not None and self.cast_b is not None:
             torch.mul(A, s, out=self.cast_scaled_a)
@@ -156,11 +157,11 @@ class AdaptedLinear(nn.Module):
         self.norm.copy_(square_O.clamp_min(0).sqrt().clamp_min(torch.finfo(square_O.dtype).tiny))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output, [..., I] to [..., O], in the dtype of the base layer's output."""
+        """Map [..., I] to [..., O], in the dtype of the base layer's output."""
         probability = self.dropout if self.training else 0.0
         if not self.is_on:
             y: Tensor = self.base(x)
-        elif torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
+        elif torch.compiler.is_compiling():  # the compiler fuses these operations, but cannot trace in-place changes
             share = None if self.magnitude is None else self.magnitude / self.norm
             dropped = functional.dropout(x, probability) if probability else x
             if self.cast_scaled_a is None:
@@ -186,7 +187,7 @@ def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
         The full names of the wrapped layers.
 
     Raises:
-        ModelError: a target matches no linear layer; the message lists what there is.
+        ModelError: a target matches no linear layer; the message lists the names that exist.
     """
     model.requires_grad_(False)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_LAYERS)}
@@ -199,7 +200,7 @@ def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Return the wrapped layers of a model by name."""
+    """Yield the names and layers of a model that have an adapter."""
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
@@ -207,7 +208,7 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Let a model compute as it did before it was wrapped, without dropout or gradients."""
+    """Switch adapters, dropout and gradients off during a `with` block, so that the model computes like its base."""
     layers, was_training = [layer for _, layer in adapted_layers(model)], model.training
     try:
         model.eval()
@@ -222,13 +223,13 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def refresh(model: nn.Module) -> None:
-    """Compute again what follows from the factors; call this once after each optimizer step."""
+    """Recompute the norms and casts of all adapters; call it once after each optimizer step."""
     for _, layer in adapted_layers(model):
         layer.refresh()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained tensors under PEFT's names, float32 on the CPU. Collective under ZeRO-3."""
+    """Copy the trained tensors to the CPU in float32, under PEFT's names. Collective under ZeRO-3."""
     state = {}
     for name, layer in adapted_layers(model):
         parts: dict[str, Tensor] = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
@@ -243,15 +244,15 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], *, name: str) -> None:
-    """Set the trained tensors to what `adapter_state` gave. Collective under ZeRO-3.
+    """Set the trained tensors of a model to a state from `adapter_state`. Collective under ZeRO-3.
 
     Args:
-        model: with adapters of the same shape.
-        state: under PEFT's names.
-        name: of the adapter, for errors.
+        model: a model with adapters of the same settings.
+        state: the tensors under PEFT's names.
+        name: name of the adapter, for errors.
 
     Raises:
-        ModelError: it is of other layers.
+        ModelError: the state belongs to other layers.
     """
     state = {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): state[key] for key in state}
     there = adapter_state(model)
@@ -276,9 +277,10 @@ def save_adapter(
 
     Args:
         location: the folder.
-        state: as `adapter_state` gives it.
-        base: name, folder or hub id of the model underneath.
-        task_type: PEFT's: `CAUSAL_LM` for a model with its head, `FEATURE_EXTRACTION` for a headless one.
+        state: the tensors, from `adapter_state`.
+        shape: the settings of the adapter.
+        base: name, folder or hub id of the base model.
+        task_type: PEFT's task type: `CAUSAL_LM` for a model with its head, `FEATURE_EXTRACTION` without.
     """
     config = _PEFT_DEFAULTS | {
         "r": shape.rank,

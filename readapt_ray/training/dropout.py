@@ -1,7 +1,7 @@
-"""Apply dropout whose mask is drawn again in the backward pass, and that is fast on a CPU.
+"""Draw dropout masks from a seed, so that the backward pass can draw them again, and fast on a CPU.
 
-Most of an adapter's own time on a CPU went into random numbers, so there the mask is kept. On a GPU masks and dropped
-copies were a quarter of what a layer kept of its activations, and a seed takes their place.
+On a GPU masks and dropped copies took a quarter of a layer's activation memory, so only the seed is kept. On a CPU
+random numbers took most of an adapter's own time, so there the mask is kept (adapted_output.py).
 """
 
 import numpy as np
@@ -10,20 +10,21 @@ from torch import Tensor
 
 
 def draw_seed() -> int:
-    """Return a seed from torch's generator of the host, so that no device is waited for."""
+    """Draw a seed from torch's CPU generator, so that the GPU need not be waited for."""
     return int(torch.randint(2**62, ()))
 
 
 def kept_share(probability: float) -> float:
-    """Return the share of elements that `keep_mask` keeps in the mean: the nearest multiple of 2^-16."""
+    """Return the share of elements that `keep_mask` keeps on average: 1 - probability, rounded to 2^-16."""
     return 1 - round(probability * 65536) / 65536
 
 
 def keep_mask(x: Tensor, probability: float, seed: int) -> Tensor:
-    """Draw which elements of `x` are kept; the same for the same seed, shape and device.
+    """Draw a dropout mask for `x`: true or 1 where an element is kept. Seed, shape and device decide it.
 
-    On a CPU 16-bit pieces of NumPy's fastest generator take a third of the time of torch's Bernoulli draws, and the mask
-    has the type of `x`: a product with booleans converts them, forward and backward. Elsewhere it is bool.
+    On a CPU, 16-bit pieces of numbers from NumPy's fastest generator take a third of the time of torch's Bernoulli
+    draws. There the mask has the type of `x`, since multiplying by booleans would convert them in both passes.
+    Elsewhere it is bool.
     """
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(seed)

@@ -1,9 +1,9 @@
 """Take optimizer steps with DeepSpeed on any number of workers, and save and load their state.
 
-A step's loss is a sum over all its units divided by their number over *all* workers, and gradients are summed over
-workers; then one worker and many take the same step. At stage 0 gradients.py sums them. At others DeepSpeed averages them,
-so each worker scales its part by the number of workers. Workers run the same number of passes, since those are collective
-where gradients or parameters are partitioned: a worker short of one repeats a part at weight zero.
+The loss of a step is a sum over all its units, divided by their number over *all* workers. Gradients are summed over
+workers, so one worker and many take the same step. At ZeRO stage 0 gradients.py sums them. At other stages DeepSpeed
+averages them, so each worker multiplies its loss by the number of workers. If gradients or parameters are partitioned,
+passes are collective. So all workers run the same number: a worker with fewer repeats a micro-batch at weight zero.
 """
 
 import contextlib
@@ -27,26 +27,30 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """Settings of the optimizer, the same for every objective."""
+    """The settings of the optimizer and of checkpoints, for every objective."""
 
     learning_rate: float
+    """Peak learning rate of AdamW."""
     weight_decay: float
     warmup_fraction: float
+    """Share of the steps in which the learning rate rises to its peak."""
     max_gradient_norm: float
-    """Gradients are clipped to this norm; 0 leaves them."""
+    """Gradients are clipped to this norm; 0 does not clip."""
     zero_stage: int
     """What DeepSpeed partitions over workers: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     seed: int
     checkpoint_every_s: float
     """Seconds between checkpoints; 0 makes one after each step."""
     keep_checkpoints: int = 2
+    """Number of newest checkpoints that are kept."""
 
 
 def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, Any]:
-    """Return DeepSpeed's settings. Batches and accumulation are ours, so DeepSpeed sees one batch per step.
+    """Return DeepSpeed's settings. We make batches and accumulate gradients, so DeepSpeed sees one batch per step.
 
-    Gradients are summed beside the backward pass. Buckets are small: with DeepSpeed's default all gradients of an adapter
-    are in one, which is sent last, and its buffer takes 2 GB. At stage 3 weights are fetched beside the products, too.
+    Communication overlaps with computation: the sum of gradients with the backward pass, and at stage 3 also the
+    fetching of weights. Buckets are small, since DeepSpeed's default puts all gradients of an adapter into one bucket,
+    which is sent at the end and takes a buffer of 2 GB.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -64,7 +68,7 @@ def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, 
 
 
 def prepare_deepspeed() -> None:
-    """Prepare DeepSpeed's first use: make it quiet, and keep it from compiling a C++ extension for minutes on a CPU."""
+    """Silence DeepSpeed's log, and keep it from compiling a C++ extension, which takes minutes on a CPU."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -72,29 +76,27 @@ def prepare_deepspeed() -> None:
 
 
 def linear_schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:
-    """Return the share of the peak learning rate at a step (from 0): a linear rise, then a linear fall to 0 after the
-    last.
-    """
+    """Return the learning rate of a step (from 0) as a share of the peak: linear warmup, then linear decay to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return (num_steps - step) / max(1, num_steps - warmup_steps)
 
 
 def seed_dropout(seed: int, *, step: int, worker_rank: int, part: int) -> None:
-    """Seed torch for one micro-batch, so that it can be run again with the same dropout.
+    """Seed torch for one micro-batch, so that running it again gives the same dropout.
 
     Args:
-        seed: of the whole run.
+        seed: seed of the whole run.
         step: optimizer steps before this one.
-        worker_rank: of the worker that runs the micro-batch.
-        part: index of the micro-batch among the worker's own of the step.
+        worker_rank: rank of the worker that runs the micro-batch.
+        part: index of the micro-batch in the worker's part of the step.
     """
     torch.manual_seed(derive_seed(seed, "dropout", step, worker_rank, part))
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """Results of one step. `loss` is the mean over all workers' loss-bearing units."""
+    """The loss and the gradient norm of one step. `loss` is the mean over all workers' units that count in the loss."""
 
     loss: float
     gradient_norm: float
@@ -104,7 +106,7 @@ class DeepSpeedEngine:
     """A model under DeepSpeed with AdamW on its trainable parameters.
 
     Args:
-        model: on the worker's device; frozen parameters stay as they are.
+        model: a model on the worker's device; parameters without gradients are not trained.
         optimization: learning rate, ZeRO stage and the like.
     """
 
@@ -145,13 +147,13 @@ class DeepSpeedEngine:
     def step(
         self, parts: Sequence[tuple[T, float]], *, loss_of: Callable[[T], Tensor], rate: float, step: int
     ) -> StepOutcome:
-        """Take one optimizer step.
+        """Take one optimizer step. Collective: all workers call it.
 
         Args:
-            parts: this worker's micro-batches with their weights, as many as every other worker's.
-            loss_of: a part's share of the step's loss; the shares of all workers add up to the mean loss.
-            rate: share of the peak learning rate.
-            step: optimizer steps before this one; dropout differs by it.
+            parts: this worker's micro-batches with their weights; every worker has the same number.
+            loss_of: a function from a micro-batch to its share of the loss; all shares add up to the mean loss.
+            rate: learning rate as a share of the peak.
+            step: optimizer steps before this one; it seeds dropout.
 
         Raises:
             TrainingDivergedError: the loss or the gradient is NaN or infinite.
@@ -168,7 +170,7 @@ class DeepSpeedEngine:
             total += loss.detach()
             self._backward(loss, is_last=index == len(parts) - 1)
         torch.distributed.all_reduce(total)
-        # At stage 0 DeepSpeed clips but does not tell the norm, so it is done here. A device is waited for once.
+        # At stage 0 DeepSpeed would clip but not return the norm, so we clip. `tolist` is the only wait for the device.
         norms = [self._clipped_norm()] if self._zero_stage == 0 else []
         loss, *told = torch.stack([total, *norms]).tolist()
         if not math.isfinite(loss):
@@ -183,8 +185,8 @@ class DeepSpeedEngine:
 
     def _backward(self, loss: Tensor, *, is_last: bool) -> None:
         if self._buckets is None:
-            # DeepSpeed's forward calls this, which the loss does not go through: without it, stage 3 forgets all passes of a
-            # step but the last.
+            # DeepSpeed's forward would call this, but our loss does not use it. Without the call, stage 3 forgets all
+            # passes of a step except the last.
             self._optimizer.clear_backward_seen_flag()
             self._engine.backward(loss * self.num_workers)
             return
@@ -195,7 +197,7 @@ class DeepSpeedEngine:
         return nn.utils.clip_grad_norm_(self.trained.values(), self._max_gradient_norm)
 
     def agree(self, answer: bool) -> bool:
-        """Return worker 0's answer on every worker. Collective where ZeRO partitions; elsewhere each keeps its own."""
+        """Return worker 0's answer on every worker if ZeRO partitions (then collective), else this worker's own."""
         if not self.is_partitioned:
             return answer
         told = torch.tensor(int(answer), device=self.device)
@@ -204,11 +206,11 @@ class DeepSpeedEngine:
 
     @property
     def is_partitioned(self) -> bool:
-        """Return whether all workers must take part in `state`, since each holds a part of it."""
+        """Whether ZeRO partitions the state over workers, so that all of them must call `state`."""
         return self._zero_stage > 0
 
     def state(self) -> dict[str, Tensor]:
-        """Return trained tensors and Adam's moments, whole, on the CPU. Collective where ZeRO partitions."""
+        """Copy trained tensors and Adam's moments to the CPU, as whole tensors. Collective if ZeRO partitions them."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = {}
@@ -228,7 +230,7 @@ class DeepSpeedEngine:
         return state
 
     def load_state(self, state: dict[str, Tensor], *, step: int) -> None:
-        """Resume from a state after `step` steps. Collective where ZeRO partitions."""
+        """Load a state that `state` returned after `step` steps. Collective if ZeRO partitions."""
         if self._zero_stage:
             self._allocate_moments(step)
         for name, tensor in self.trained.items():
@@ -261,13 +263,13 @@ class DeepSpeedEngine:
             safe_set_full_optimizer_state(tensor, each, moment)
 
     def _partition(self, whole: Tensor) -> Tensor:
-        """Return this worker's part of a tensor under ZeRO-3: equal pieces of it flattened, the last one padded."""
+        """Return this worker's part of a tensor under ZeRO-3: one of equal pieces of the flattened, padded tensor."""
         size = -(-whole.numel() // self.num_workers)
         padded = nn.functional.pad(whole.flatten(), (0, size * self.num_workers - whole.numel()))
         return padded[self.worker_rank * size : (self.worker_rank + 1) * size]
 
     def _allocate_moments(self, step: int) -> None:
-        """Make DeepSpeed's partitioned moments, which it otherwise makes in the first step, so that they can be set."""
+        """Allocate DeepSpeed's partitioned moments now instead of in the first step, so that they can be set."""
         optimizer = self._optimizer
         is_whole = self._zero_stage < 3
         partitions = optimizer.single_partition_of_fp32_groups if is_whole else optimizer.fp32_partitioned_groups_flat

@@ -1,8 +1,9 @@
 """Sum gradients over workers while the backward pass still computes others, as torch's DistributedDataParallel does.
 
-An adapter of rank 32 for Mistral-7B has 230 MB of gradients. Among 8 nodes with 25 Gbit/s their sum takes 0.18 s, an eighth
-of a step of 16,384 tokens on an H100. Beside the last backward pass 0.02 s of it are waited for; in bfloat16 after it,
-0.09 s would be, and gradients rounded. `readapt plan` counts what is waited for (planner/exchange.py).
+An adapter of rank 32 for Mistral-7B has 230 MB of gradients. Among 8 nodes with 25 Gbit/s their sum takes 0.18 s, an
+eighth of a step of 16,384 tokens on an H100. If it overlaps with the last backward pass, only 0.02 s are spent waiting.
+A sum in bfloat16 after that pass would take 0.09 s and round the gradients. `readapt plan` counts the wait
+(planner/exchange.py).
 """
 
 import contextlib
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 BUCKET_BYTES = 25 << 20
-"""Size of what is summed at once, as in DistributedDataParallel: small, so that little is left when the backward pass ends."""
+"""Size of a bucket, as in DistributedDataParallel: small, so that little is left to sum after the backward pass."""
 
 
 class GradientBuckets:
-    """The gradients of a model, in a few long tensors that are summed over all workers.
+    """The gradients of a model in a few long tensors (buckets), which are summed over all workers.
 
     Args:
-        trained: float32, in the order of the forward pass; the backward pass reaches the last ones first.
+        trained: the float32 parameters, in the order of the forward pass; the backward pass reaches the last one first.
     """
 
     def __init__(self, trained: Sequence[nn.Parameter]) -> None:
@@ -35,7 +36,7 @@ class GradientBuckets:
                 parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
-        """Set all gradients to 0, at the beginning of a step."""
+        """Set all gradients to 0; call it at the beginning of a step."""
         for bucket, views in self._buckets:
             bucket.zero_()
             for parameter, view in views:
@@ -43,20 +44,20 @@ class GradientBuckets:
 
     @contextlib.contextmanager
     def summed(self) -> Iterator[None]:
-        """Sum all gradients, while the last backward pass of a step runs inside the block. Collective."""
+        """Sum all gradients while the last backward pass of a step runs inside the `with` block. Collective."""
         self._sums, self._num_missing = [], [len(views) for _, views in self._buckets]
         self._is_last_pass = self._num_workers > 1
         try:
             yield
             while self._is_last_pass and len(self._sums) < len(self._buckets):
-                self._send()  # the loss did not reach all of its parameters
+                self._send()  # some parameters of this bucket got no gradient from the loss
             for each in self._sums:
                 each.wait()
         finally:
             self._is_last_pass = False
 
     def _take(self, number: int, _: Tensor) -> None:
-        """Note that a gradient is complete; send all buckets that are, in the same order on every worker."""
+        """Record that a gradient is complete; send all complete buckets, in the same order on every worker."""
         if not self._is_last_pass:
             return
         self._num_missing[number] -= 1
@@ -71,7 +72,7 @@ class GradientBuckets:
 
 
 def _split(trained: Sequence[nn.Parameter]) -> list[tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]]:
-    """Return the buckets, the last parameters first: a long tensor, and what of it is the gradient of which parameter."""
+    """Return the buckets, last parameters first: a long tensor, and each parameter with its view of the tensor."""
     groups: list[list[nn.Parameter]] = []
     size = BUCKET_BYTES
     for parameter in reversed(trained):

@@ -1,10 +1,10 @@
-"""Read labelled pairs for finetuning: judged pairs of a corpus or a file of pairs, tokenised as the retriever wants.
+"""Read labelled pairs for finetuning, from a corpus with judgements or a file of pairs, and tokenise them.
 
-The driver holds the judged passages and their hard negatives: 1 GB a million of 1,000 characters. A file of pairs is
-streamed, with some 100 bytes in memory for each of its texts.
+The driver holds the judged passages and their hard negatives: 1 GB per million passages of 1,000 characters. A file of
+pairs is streamed, with some 100 bytes in memory per text.
 
-Of a document that ingest split, the passage that shares most words with the query represents it, both as the answer and
-as a hard negative; all its passages are in memory. None of a document's passages is a negative of a query that it answers.
+If ingest split a document, the passage that shares most words with the query represents it, as an answer and as a hard
+negative; all its passages are in memory. No passage of a document is a negative of a query that the document answers.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ _TEXTS_PER_CALL = 1024
 
 
 class TrainingPair(NamedTuple):
-    """A query, a passage that answers it, and some that do not."""
+    """A query, a passage that answers it, and hard negatives: passages that do not."""
 
     query: str
     passage: Passage
@@ -45,28 +45,36 @@ class TrainingPair(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PairSource:
-    """A source of pairs."""
+    """The place of labelled pairs: a corpus with queries and qrels, or a JSONL file."""
 
     name: str
     """What the user called it."""
     fingerprints: dict[str, str]
-    """Of the inputs by the names of their options."""
+    """Fingerprints of the inputs, by the names of their options."""
     corpus: Artifact | None = None
-    """An output of ingest; None where `file` holds the pairs."""
+    """Output of ingest with the passages; None if `file` holds the pairs."""
     labels: Location | None = None
-    """Folder with the queries and qrels; None where `file` holds the pairs."""
+    """Folder with the queries and qrels; None if `file` holds the pairs."""
     split: str = ""
+    """Split of the qrels; empty if `file` holds the pairs."""
     file: Location | None = None
+    """JSONL file of pairs; None if they are in a corpus."""
     run: Location | None = field(default=None)
-    """Hard negatives."""
+    """TREC run that hard negatives are taken from; None for none."""
 
 
 def open_pairs(corpus: str, split: str, negatives: str | None) -> PairSource:
-    """Open a corpus with judgements, queries that a model wrote for one, or a JSONL file of pairs.
+    """Open a corpus with judgements, queries that a language model wrote for one, or a JSONL file of pairs.
+
+    Args:
+        corpus: output of ingest or synthesize, or a JSONL file.
+        split: split of the qrels, such as train; ignored for a file.
+        negatives: TREC run to take hard negatives from; None for none.
 
     Raises:
-        ArtifactMissingError: neither is there.
-        CorpusError: the corpus has no qrels of that split, or hard negatives have no corpus to be found in.
+        ArtifactMissingError: `corpus` is none of these.
+        CorpusError: the corpus has no qrels of that split, the run does not exist, or a run was given with a file.
+        FingerprintMismatchError: the corpus of the written queries was replaced.
     """
     run = None if negatives is None else Location(negatives)
     file = Location(corpus)
@@ -93,7 +101,7 @@ def open_pairs(corpus: str, split: str, negatives: str | None) -> PairSource:
 
 
 def _open_labels(uri: str) -> tuple[Artifact, Artifact]:
-    """Return the artifact with queries and qrels, and the one with the passages: one and the same, but for synthesized queries."""
+    """Open the artifact with queries and qrels, and the one with the passages. They differ for synthesized queries."""
     manifest = artifacts.read_manifest(uri)
     if manifest is None or manifest.stage != "synthesize":
         corpus = artifacts.open_artifact(uri, "ingest")
@@ -110,16 +118,19 @@ def _open_labels(uri: str) -> tuple[Artifact, Artifact]:
 def write_pairs(
     source: PairSource, model: OpenModel, encoding: Encoding, target: Location, *, num_negatives: int
 ) -> None:
-    """Tokenise every pair, in the order of the qrels or of the file.
+    """Tokenise every pair and write a Parquet file, in the order of the qrels or of the JSONL file.
 
-    Texts with the same tokens get the same number, since the model cannot tell them apart.
+    Texts with the same tokens get the same number, since they are the same to the model.
 
     Args:
-        target: a Parquet file of PAIR_SCHEMA.
-        num_negatives: hard negatives a query, where there is a run.
+        source: the pairs.
+        model: the model whose tokenizer is used.
+        encoding: prompts, special tokens and maximum lengths.
+        target: the file to write, of PAIR_SCHEMA.
+        num_negatives: hard negatives per query, if the source has a run.
 
     Raises:
-        CorpusError: fewer than two pairs, or a line that is no pair.
+        CorpusError: there are fewer than two pairs, or a line of the file is not a pair.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -145,11 +156,11 @@ def write_pairs(
 
 
 class _Columns:
-    """Make the columns of PAIR_SCHEMA: texts and documents are numbered from 0 on, and equal texts have one number.
+    """A maker of the columns of PAIR_SCHEMA. It numbers texts and documents from 0; equal texts get one number.
 
     Args:
-        tokenizer: of the model that is trained.
-        document_of: the document of each passage, if ingest split documents.
+        tokenizer: tokenizer of the model that is trained.
+        document_of: document of each passage, by doc_id; None if ingest did not split documents.
     """
 
     def __init__(self, tokenizer: "TextTokenizer", document_of: Mapping[str, str] | None) -> None:
@@ -159,7 +170,7 @@ class _Columns:
         self._documents: dict[str, int] = {}
 
     def of(self, part: Sequence[TrainingPair]) -> dict[str, Any]:
-        """Return the columns of some pairs."""
+        """Tokenise and number some pairs; return their columns by name."""
         found = iter(self._passage_ids([each for pair in part for each in pair.negatives]))
         query_ids = self._tokenizer.ids([pair.query for pair in part], "query")
         right_ids = self._passage_ids([pair.passage for pair in part])
@@ -189,13 +200,13 @@ class _Columns:
 
 
 def _numbers(texts: Iterable[Sequence[int]], known: dict[bytes, int]) -> list[int]:
-    """Return the number of each tokenised text; new ones are added to those that are known."""
+    """Return the number of each tokenised text; new texts get the next numbers and are added to `known`."""
     digests = (hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest() for ids in texts)
     return [known.setdefault(digest, len(known)) for digest in digests]
 
 
 def _judged_pairs(source: PairSource, num_negatives: int) -> tuple[Iterator[TrainingPair], Mapping[str, str] | None]:
-    """Return the judged pairs and, of a corpus that was split, the document of each of their passages."""
+    """Return the judged pairs; and the document of each of their passages, None if ingest split no documents."""
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
     assert source.corpus is not None and source.labels is not None
@@ -224,9 +235,9 @@ def _judged_pairs(source: PairSource, num_negatives: int) -> tuple[Iterator[Trai
 
 
 def _best(query: str, passages: Sequence[Passage]) -> Passage:
-    """Return the passage of a document that has most words of the query, the first of equals.
+    """Return the passage of a document that has most words of the query; of equals, the first.
 
-    A word counts the less the more of the passages have it, since what all have tells none from another.
+    A word counts 1 / (number of passages with it), since a word in all passages does not help to choose.
     """
     if len(passages) == 1:
         return passages[0]
@@ -240,7 +251,7 @@ def _best(query: str, passages: Sequence[Passage]) -> Passage:
 def _hard_negatives(
     run: Location, right: Mapping[str, set[str]], num_negatives: int, corpus: PassageFiles
 ) -> dict[str, list[str]]:
-    """Return the best passages or documents of each query in a run that are not judged relevant to it, nor of such a document."""
+    """Return the best results of each query in a run that are not relevant to it, nor part of a relevant document."""
     from readapt_ray.evaluation.runs import read_run
 
     ranked = {query_id: [each.doc_id for each in found] for query_id, found in read_run(run.uri).items()}
@@ -253,7 +264,7 @@ def _hard_negatives(
 
 
 def _file_pairs(file: Location) -> Iterator[TrainingPair]:
-    """Yield the pairs of a JSONL file; its passages are named by their lines."""
+    """Yield the pairs of a JSONL file; the ids of passages are their line numbers."""
     from readapt_ray.sources.lines import read_lines
     from readapt_ray.sources.source import REASONS, BadRow
 

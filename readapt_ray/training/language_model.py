@@ -1,4 +1,4 @@
-"""Train a language model on a packed corpus: one worker's part of the knowledge adapter."""
+"""Compute one worker's micro-batches and losses when a language model is trained on token blocks (`train`)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,14 +19,13 @@ from readapt_ray.training.steps import StepWork
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelling:
-    """Predict the next token, or the masked tokens, of every block.
+    """The language-model objective: predict the next token, or the masked tokens, of every block.
 
     Args:
-        model: a language model on the worker's device with the attention of attention.py and a LossHead; adapters are in
-            it already.
-        data_order: which blocks, in which order.
-        batches: gives this worker's share of every step from a first one on.
-        dtype: of matrix products; below float32 they run under autocast where weights have another type.
+        model: a language model on the worker's device, changed by `objectives.prepare`, with its adapters added.
+        data_order: the order in which blocks are trained on.
+        batches: a function from a first step to this worker's shares of that step and all later ones.
+        dtype: type of matrix products. If it is below float32 and weights have another type, autocast is used.
     """
 
     model: Any
@@ -35,11 +34,11 @@ class LanguageModelling:
     dtype: torch.dtype
 
     def work(self, engine: DeepSpeedEngine, batch: Share, step: int) -> StepWork[Batch]:
-        """Return this worker's micro-batches.
+        """Return this worker's micro-batches and loss.
 
         Raises:
-            RuntimeError: the batch is of another step or worker.
-            ModelError: the tokenizer gives an id that the model does not know.
+            RuntimeError: the batch belongs to another step or worker.
+            ModelError: a token id exceeds the model's vocabulary.
         """
         if (batch.step, batch.worker_rank) != (step, engine.worker_rank):
             raise RuntimeError(

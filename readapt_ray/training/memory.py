@@ -1,8 +1,8 @@
-"""Estimate whether a training run fits, from the model's shape, before any weight is read. `plan` asks the same.
+"""Estimate the memory of a training worker from the model's shape, and refuse a run that does not fit.
 
-Exact are weights, gradients and Adam's moments (Rajbhandari et al., 2020: what each ZeRO stage divides by
-the workers). Activations are counted from what autograd keeps in a transformer layer, within a factor of
-two; a run that was measured corrects them for the next start in the same folder.
+No weight is read. `readapt plan` uses the same estimate. Weights, gradients and Adam's moments are exact (Rajbhandari
+et al., 2020, say what each ZeRO stage divides by the number of workers). Activations are estimated from what autograd
+keeps in a transformer layer, within a factor of two. A measured run corrects them for the next start in its folder.
 """
 
 import math
@@ -24,10 +24,10 @@ _LOSS_BYTES = {"cpu": 1 << 24, "cuda": 3 << 28}
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSetup:
-    """Options that decide the memory of a worker."""
+    """The options that decide how much memory a worker needs."""
 
     adapter: AdapterShape | None
-    """What is trained; None trains all weights."""
+    """The adapter that is trained; None trains all weights."""
     num_workers: int
     zero_stage: int
     micro_batch_tokens: int
@@ -35,39 +35,39 @@ class WorkerSetup:
     gradient_checkpointing: bool
     device_type: str
     base_dtype: BaseDtype = "auto"
-    """How the frozen linear layers are stored; auto: in `dtype`."""
+    """Type that the frozen linear layers are stored in; auto stores them in `dtype`."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of a worker by part, with what each part is."""
+    """The memory of one worker in bytes, by part, with an explanation of each part."""
 
     parts: dict[str, int]
     reasons: dict[str, str]
 
     @property
     def total_bytes(self) -> int:
-        """Return the bytes of all parts."""
+        """Bytes of all parts together."""
         return sum(self.parts.values())
 
     def arithmetic(self) -> str:
-        """Return the sum as text, part by part."""
+        """Write the sum out as text, part by part, for an error message."""
         terms = [f"{name} {_gigabytes(size)} ({self.reasons[name]})" for name, size in self.parts.items()]
         return f"{' + '.join(terms)} = {_gigabytes(self.total_bytes)}"
 
     def corrected(self, measured_bytes: int) -> float:
-        """Return by how much the activations of a measured run differ from the estimate; at least 0.1."""
+        """Return the ratio of measured to estimated activations, at least 0.1, for `estimate_memory`'s `correction`."""
         fixed = self.total_bytes - self.parts["activations"]
         return max(0.1, (measured_bytes - fixed) / max(1, self.parts["activations"]))
 
 
 def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float = 1.0) -> MemoryEstimate:
-    """Count the bytes of one worker.
+    """Estimate the bytes of memory that one training worker needs.
 
     Args:
-        shape: of the model that is trained, with its language-model head where it has one.
-        setup: what the options ask for.
-        correction: of the activations, from a run that was measured.
+        shape: shape of the model that is trained, with its language-model head if it has one.
+        setup: the options.
+        correction: factor of the activations, from a measured run; see `MemoryEstimate.corrected`.
 
     Raises:
         ModelError: a target of the adapter matches no layer.
@@ -107,7 +107,7 @@ def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float 
 
 
 def _frozen(shape: ModelShape, setup: WorkerSetup) -> tuple[int, str]:
-    """Return the bytes of the frozen weights over all workers of ZeRO-3, and how they are counted."""
+    """Return the bytes of all frozen weights, before ZeRO-3 divides them, and an explanation."""
     num, width = 0 if setup.adapter is None else shape.num_parameters, setup.dtype.itemsize
     if setup.base_dtype == "auto":
         return num * width, f"{num:,} x {width} bytes"
@@ -121,12 +121,12 @@ def _frozen(shape: ModelShape, setup: WorkerSetup) -> tuple[int, str]:
 
 
 def process_bytes(device_type: str) -> int:
-    """Return the bytes of a worker that has only loaded its libraries: host memory on a CPU, device memory on a GPU."""
+    """Return the bytes of a worker that has only imported its libraries: host memory for "cpu", else GPU memory."""
     return _PROCESS_BYTES.get(device_type, _PROCESS_BYTES["cuda"])
 
 
 def num_trained(shape: ModelShape, adapter: AdapterShape | None) -> int:
-    """Count what is trained: the numbers of an adapter, or all parameters where there is none."""
+    """Count the trained parameters: those of the adapter, or all of the model if `adapter` is None."""
     if adapter is None:
         return shape.num_parameters
     magnitudes = 1 if adapter.method == "dora" else 0
@@ -136,7 +136,7 @@ def num_trained(shape: ModelShape, adapter: AdapterShape | None) -> int:
 
 
 def _activations(shape: ModelShape, setup: WorkerSetup) -> int:
-    """Return the bytes that the backward pass needs."""
+    """Estimate the bytes of activations that are kept for the backward pass."""
     token_bytes = setup.micro_batch_tokens * setup.dtype.itemsize
     layer_bytes = round(token_bytes * kept_numbers(shape, setup.device_type))
     if setup.gradient_checkpointing:
@@ -145,11 +145,11 @@ def _activations(shape: ModelShape, setup: WorkerSetup) -> int:
 
 
 def kept_numbers(shape: ModelShape, device_type: str) -> float:
-    """Return the numbers per token that autograd keeps in a layer with DoRA and dropout, in the type of the products.
+    """Estimate how many numbers per token autograd keeps in a layer with DoRA and dropout, in the type of the products.
 
-    On a GPU: what each linear layer gives; what attention and the feed-forward part take, with rotated queries and keys;
-    both norms and what they take. benchmarks/step_traffic.py counts the same within 15%, compiled or not, and a CPU keeps
-    masks of dropout and what is not fused.
+    On a GPU these are: the outputs of linear layers; the inputs of attention (with rotated queries and keys) and of the
+    feed-forward part; inputs and outputs of both norms. benchmarks/step_traffic.py counts the same within 15%, compiled
+    or not. A CPU also keeps dropout masks and results that a GPU would fuse.
     """
     if device_type == "cpu":
         return 16 * shape.hidden + 6 * shape.intermediate
@@ -158,11 +158,15 @@ def kept_numbers(shape: ModelShape, device_type: str) -> float:
 
 
 def what_fits(shape: ModelShape, setup: WorkerSetup, free_bytes: float, *, section: str = "") -> str:
-    """Return the first of `gradient_checkpointing` and smaller base_dtypes with which a worker fits, as text.
+    """Find options with which a worker fits, `gradient_checkpointing` or a smaller `base_dtype`; return advice as text.
 
-    Each next one computes longer or rounds more. The text is empty if none fits.
+    The options are tried in order of cost: each next one computes longer or rounds more. The text is empty if none
+    fits.
 
     Args:
+        shape: as for `estimate_memory`.
+        setup: the options that do not fit.
+        free_bytes: memory of the worker in bytes.
         section: prefix of the names of options: `train.` in a run file.
     """
     kinds: tuple[BaseDtype, ...] = get_args(BaseDtype)
@@ -182,14 +186,14 @@ def what_fits(shape: ModelShape, setup: WorkerSetup, free_bytes: float, *, secti
 
 
 def check_fits(shape: ModelShape, setup: WorkerSetup, *, free_bytes: int, correction: float = 1.0) -> None:
-    """Refuse what does not fit.
+    """Refuse a training run whose worker would not fit into memory.
 
     Args:
         shape: as for `estimate_memory`, as are `setup` and `correction`.
-        free_bytes: of the worker's device.
+        free_bytes: free memory of the worker's device in bytes.
 
     Raises:
-        PlacementError: it does not; the message shows the arithmetic.
+        PlacementError: the worker does not fit; the message shows the arithmetic.
     """
     found = estimate_memory(shape, setup, correction=correction)
     if found.total_bytes > free_bytes:
@@ -201,7 +205,7 @@ def check_fits(shape: ModelShape, setup: WorkerSetup, *, free_bytes: int, correc
 
 
 def free_bytes(device: torch.device, num_workers_here: int) -> int:
-    """Return the bytes that a worker may take: of its GPU, or its share of this machine's or its container's memory."""
+    """Return the bytes that a worker may use: free GPU memory, or its share of the free memory of the machine."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return hardware.free_memory_bytes() // num_workers_here

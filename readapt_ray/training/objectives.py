@@ -1,8 +1,8 @@
-"""Compute training losses without holding the logits of a whole batch.
+"""Compute language-model losses in chunks of tokens, without the logits of a whole batch in memory.
 
-For a vocabulary of 32,000 and 8,192 tokens the logits alone would be 1 GB in float32; here the head and
-the cross entropy go over some tokens at a time (a CPU's cache, or 256 MB on a GPU), and the gradient is
-made on the way. On a CPU the last chunk is filled up, so that all have one shape (packing.py says why).
+For a vocabulary of 32,000 and 8,192 tokens the logits alone would take 1 GB in float32. Here the head and the cross
+entropy are computed for some tokens at a time (as many as fit a CPU's cache, or 256 MB on a GPU), with their gradients.
+On a CPU the last chunk is padded, so that all have one shape (see `packing.padded_width` for the reason).
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def _chunk_tokens(device_type: str, vocab_size: int) -> int:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum -log softmax(hidden @ weight.T + bias)[label]; gradients are made in the forward pass, chunk by chunk."""
+    """The sum of -log softmax(hidden @ weight.T + bias)[label]. The forward pass computes gradients, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
@@ -79,10 +79,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class LossHead(nn.Module):
-    """A linear output layer that gives the sum of the cross entropy in place of logits, where labels are set.
+    """A linear output layer that returns the summed cross entropy instead of logits while labels are set.
 
-    It holds the layer's own parameters under their own names, so checkpoints, tied weights and DeepSpeed's
-    hooks (which fetch a partitioned weight when a module is called) see no difference.
+    It has the same parameters under the same names as the layer that it replaces. So checkpoints, tied weights and
+    DeepSpeed's hooks (which fetch a partitioned weight when a module is called) work unchanged.
     """
 
     bias: nn.Parameter | None
@@ -95,8 +95,11 @@ class LossHead(nn.Module):
 
     @contextlib.contextmanager
     def predicting(self, labels_BT: Tensor, places_N: Tensor) -> Iterator[None]:
-        """Make the layer return the loss of these labels, int64 [B, T], at these places of the flattened batch, inside
-        the block.
+        """Make the layer return the loss of labels during a `with` block.
+
+        Args:
+            labels_BT: int64 [B, T], the tokens to predict.
+            places_N: int64 [N], the positions in the flattened batch that count.
         """
         self._labels = labels_BT, places_N
         try:
@@ -105,7 +108,7 @@ class LossHead(nn.Module):
             self._labels = None
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
-        """Return logits [B, T, V], or a float32 scalar."""
+        """Return logits [B, T, V]; inside `predicting` the summed cross entropy, a float32 scalar."""
         if self._labels is None:
             return functional.linear(hidden_BTH, self.weight, self.bias)
         labels_BT, places_N = self._labels
@@ -116,14 +119,17 @@ class LossHead(nn.Module):
 
 
 def prepare(model: Any, name: str) -> None:
-    """Put a LossHead in place of a language model's output layer, and attention.py's, norms.py's and gated.py's kernels into its layers.
+    """Prepare a language model for training: replace its output layer by a LossHead, and install faster kernels.
+
+    The kernels are attention for packed passages (attention.py), if the model allows that, and on a GPU fused norms and
+    gated layers (norms.py, gated.py).
 
     Args:
-        model: a transformers `*ForCausalLM` or `*ForMaskedLM`.
-        name: what the user calls it.
+        model: a transformers `*ForCausalLM` or `*ForMaskedLM`; changed in place.
+        name: what the user calls the model; used in errors.
 
     Raises:
-        ModelError: its head is not linear, or its logits are scaled or capped behind it.
+        ModelError: its head is not linear, or its logits are scaled or capped after the head.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -147,11 +153,11 @@ def prepare(model: Any, name: str) -> None:
 
 
 def loss_sum(model: Any, batch: Batch) -> Tensor:
-    """Return the cross entropy of a language model summed over all labelled tokens, float32 scalar.
+    """Compute the cross entropy of a language model, summed over all labelled tokens, a float32 scalar.
 
     Args:
         model: a language model that `prepare` made ready.
-        batch: as `collate` makes it, on the model's device.
+        batch: a batch from `collate`, on the model's device.
     """
     if not attention.is_exchangeable(model):
         rows = batch.in_rows()

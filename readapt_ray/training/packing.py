@@ -1,19 +1,19 @@
-"""Make numbered token blocks of passages, and the tensors of a step of blocks.
+"""Pack passages into numbered token blocks, and make the tensors of a training step from blocks.
 
-Two modes. `passage`: a block is one passage, cut at the maximum length (RE-AdaptIR's own setting).
-`packed`: passages are laid end to end up to the block length; none is split.
+Two modes. `passage`: a block is one passage, truncated at the maximum length (the setting of RE-AdaptIR).
+`packed`: passages are concatenated up to the block length, and none is split.
 
     passages   [5 6 7] [8 9] [4 4 4 4]         block length 6
     blocks     [5 6 7 8 9] [4 4 4 4]
     positions  [0 1 2 0 1] [0 1 2 3]           restart with every passage
     labels     [6 7 . 9 .] [4 4 4 .]           the next token; none from one passage to the next
 
-Attention never leaves a passage (attention.py), so both give the same loss for the same passages. In both
-the passages of a forward pass are laid end to end in one row and none is padded; with `packed` all steps
-have about as many tokens.
+Attention stays within a passage (attention.py), so both modes give the same loss for the same passages. In both, the
+passages of a forward pass are concatenated in one row without padding between them. With `packed`, all steps have about
+the same number of tokens.
 
-For an encoder 15% of each passage's tokens count in the loss instead (Devlin et al., 2019): of these 80% become
-the mask token, 10% a random one, 10% stay. Which ones is a function of seed, step and passage alone.
+For an encoder, 15% of each passage's tokens count in the loss instead (Devlin et al., 2019): 80% of these become the
+mask token, 10% a random token, and 10% stay. The choice depends only on seed, step and passage.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -45,10 +45,10 @@ BLOCK_SCHEMA = pa.schema(
 
 
 def padded_width(num_tokens: int) -> int:
-    """Return the length of a row that holds so many tokens: up to a sixteenth more, so that few lengths occur.
+    """Return the length to which a row is padded: to a multiple of 16, and for long rows by up to a sixteenth.
 
-    A CPU's matrix library keeps a program for each shape that it has met; with a new length every step a
-    worker grew by 20 MB a step.
+    So few lengths occur. A CPU's matrix library keeps a program for each shape: with a new length in every step, a
+    worker grew by 20 MB per step.
     """
     step = max(_MIN_WIDTH_STEP, (1 << num_tokens.bit_length()) // (2 * _WIDTHS_PER_OCTAVE))
     return -(-num_tokens // step) * step
@@ -56,20 +56,20 @@ def padded_width(num_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens of one or more passages. `input_ids` is int32 [sum of passage_lengths]."""
+    """The tokens of one or more passages. `input_ids` is int32 [sum of passage_lengths]."""
 
     input_ids: np.ndarray
     passage_lengths: tuple[int, ...]
     passage_numbers: tuple[int, ...]
 
     def num_labels(self, masking: "Masking | None" = None) -> int:
-        """Count the tokens of the loss: all but the first of each passage, or those that are masked."""
+        """Count the tokens in the loss: all except the first of each passage; with masking, the masked ones."""
         if masking is None:
             return len(self.input_ids) - len(self.passage_lengths)
         return sum(masking.num_masked(length) for length in self.passage_lengths)
 
     def passages(self) -> Iterator["Block"]:
-        """Return each passage as a block of its own."""
+        """Yield each passage as a separate block."""
         start = 0
         for length, number in zip(self.passage_lengths, self.passage_numbers, strict=True):
             yield Block(self.input_ids[start : start + length], (length,), (number,))
@@ -78,20 +78,21 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """How tokens are masked for an encoder."""
+    """The masking of tokens for masked-token training of an encoder."""
 
     mask_id: int
     vocab_size: int
     seed: int
     share: float = 0.15
+    """Share of a passage's tokens that count in the loss."""
 
     def num_masked(self, length: int) -> int:
-        """Return how many tokens of a passage of this length are masked, CLS and SEP left out; at least one."""
+        """Return how many tokens of a passage are masked, never CLS or SEP; `length` includes these two."""
         inner = length - 2
         return max(1, round(self.share * inner)) if inner > 0 else 0
 
     def apply(self, ids: np.ndarray, *, step: int, passage_number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mask a passage; return it with its labels, the original tokens or IGNORED. int64 [T] each."""
+        """Mask tokens of a passage; return its tokens and its labels (original tokens or IGNORED), int64 [T] each."""
         random = random_generator(self.seed, "masking", step, passage_number)
         chosen = 1 + random.permutation(len(ids) - 2)[: self.num_masked(len(ids))] if len(ids) > 2 else np.empty(0, int)
         labels = np.full(len(ids), IGNORED, np.int64)
@@ -105,21 +106,24 @@ class Masking:
 
 
 def end_id(tokenizer: Any) -> int | None:
-    """Return the token that ends a text: EOS, or an encoder's SEP; None if the tokenizer has neither."""
+    """Return the id of the token that ends a text: EOS, or else SEP; None if the tokenizer has neither."""
     found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return None if found is None else int(found)
 
 
 def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> tuple[list[list[int]], list[int]]:
-    """Return the token ids of whole passages, and how many tokens truncation took from each.
+    """Tokenise passages with their special tokens, and count the tokens that truncation cut from each.
 
-    A decoder's: BOS where the tokenizer has one, the text, EOS where it was not cut. An encoder's (its
-    tokenizer has a mask token): CLS, the text, SEP always.
+    For a decoder: BOS if the tokenizer has one, the text, and EOS if the text was not truncated. For an encoder (its
+    tokenizer has a mask token): CLS, the text, and always SEP.
 
     Args:
         tokenizer: a fast transformers tokenizer.
-        texts: one text a passage.
-        max_tokens: longest passage, specials included.
+        texts: one text per passage.
+        max_tokens: maximum tokens of a passage, special tokens included.
+
+    Returns:
+        Token ids per passage, and number of lost tokens per passage.
     """
     if not texts:
         return [], []
@@ -134,12 +138,12 @@ def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> tup
 
 
 def pack(passages: Iterable[tuple[int, list[int]]], *, mode: Mode, block_tokens: int) -> Iterator[Block]:
-    """Lay numbered passages into blocks, in order.
+    """Pack numbered passages into blocks, in order.
 
     Args:
         passages: pairs of passage number and token ids, none longer than `block_tokens`.
-        mode: `passage` gives each its own block; `packed` fills blocks.
-        block_tokens: longest block.
+        mode: `passage` makes one block per passage; `packed` fills blocks with several.
+        block_tokens: maximum tokens of a block.
     """
     ids: list[int] = []
     lengths: list[int] = []
@@ -156,7 +160,7 @@ def pack(passages: Iterable[tuple[int, list[int]]], *, mode: Mode, block_tokens:
 
 
 def blocks_to_table(blocks: Sequence[Block], first_block_id: int) -> pa.Table:
-    """Return blocks as a table of BLOCK_SCHEMA, numbered from `first_block_id`."""
+    """Convert blocks to a table of BLOCK_SCHEMA, numbered from `first_block_id`."""
     return pa.table(
         {
             "block_id": pa.array(range(first_block_id, first_block_id + len(blocks)), pa.int64()),
@@ -169,7 +173,7 @@ def blocks_to_table(blocks: Sequence[Block], first_block_id: int) -> pa.Table:
 
 
 def table_to_blocks(table: pa.Table) -> list[Block]:
-    """Return the blocks of a table of `blocks_to_table`."""
+    """Convert a table from `blocks_to_table` back to blocks."""
     columns = [table.column(name).combine_chunks() for name in ("input_ids", "passage_lengths", "passage_numbers")]
     rows = zip(*columns, strict=True)
     return [
@@ -179,23 +183,23 @@ def table_to_blocks(table: pa.Table) -> list[Block]:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one forward pass: passages end to end in one row of T tokens, then some padding."""
+    """The tensors of one forward pass: passages concatenated in one row of T tokens, then some padding."""
 
     input_ids: "torch.Tensor"
     """int64 [1, T]"""
     position_ids: "torch.Tensor"
-    """int64 [1, T]; from 0 in each passage."""
+    """int64 [1, T]; counted from 0 in each passage."""
     labels: "torch.Tensor"
     """int64 [1, T]: the token to predict at this position, or IGNORED."""
     passage_ends: "torch.Tensor"
-    """int32 [passages + 1]: 0, then where each passage ends; the padding counts as a passage."""
+    """int32 [passages + 1]: 0, then the end offset of each passage; the padding counts as a passage."""
     longest_passage: int
-    """Tokens."""
+    """Tokens in the longest passage."""
     label_places: "torch.Tensor"
-    """int64 [N]: places of the labels in the row. Found on the host, since a device would have to be waited for."""
+    """int64 [N]: positions in the row that have a label. Computed on the host, to avoid waiting for the device."""
 
     def to(self, device: "str | torch.device") -> "Batch":
-        """Return the same batch on another device."""
+        """Copy the batch to another device."""
         import torch
 
         moved: dict[str, Any] = {
@@ -206,9 +210,9 @@ class Batch:
         return replace(self, **moved)
 
     def in_rows(self) -> "dict[str, torch.Tensor]":
-        """Return input_ids, position_ids, labels and attention_mask with each passage in a row of its own, padded.
+        """Return input_ids, position_ids, labels and attention_mask with one padded row per passage.
 
-        For models whose attention cannot keep concatenated passages apart.
+        This is for models whose attention cannot keep concatenated passages separate.
         """
         import torch
 
@@ -223,7 +227,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Row:
-    """The arrays of a `Batch`, made by processes that do not load torch."""
+    """The arrays of a `Batch` in numpy, for processes that do not load torch."""
 
     input_ids: np.ndarray
     position_ids: np.ndarray
@@ -231,7 +235,7 @@ class Row:
     passage_ends: np.ndarray
 
     def batch(self) -> Batch:
-        """Return the tensors; they share this row's memory."""
+        """Convert the arrays to tensors, which share their memory."""
         import torch
 
         return Batch(
@@ -245,18 +249,18 @@ class Row:
 
 
 def collate(passages: Sequence[Block], *, pad_id: int, masking: Masking | None = None, step: int = 0) -> Batch:
-    """Return the tensors of `lay_out`."""
+    """Make the tensors of a forward pass from passages; arguments as in `lay_out`."""
     return lay_out(passages, pad_id=pad_id, masking=masking, step=step).batch()
 
 
 def lay_out(passages: Sequence[Block], *, pad_id: int, masking: Masking | None = None, step: int = 0) -> Row:
-    """Lay passages end to end, and pad them to a length that occurs often.
+    """Concatenate passages into one row, padded to `padded_width`, with positions and labels.
 
     Args:
         passages: blocks of one passage each, at least one.
-        pad_id: fills the row; does not count in the loss.
-        masking: an encoder's; without it the objective is the next token.
-        step: which step of training it is; masks differ by it.
+        pad_id: token that fills the row; it does not count in the loss.
+        masking: masking for an encoder; None trains to predict the next token.
+        step: number of the training step; each step masks other tokens.
     """
     lengths = [len(each.input_ids) for each in passages]
     ends = np.cumsum([0, *lengths])
@@ -278,7 +282,7 @@ def lay_out(passages: Sequence[Block], *, pad_id: int, masking: Masking | None =
 
 
 def micro_batches(passages: Sequence[Block], *, max_tokens: int) -> list[list[Block]]:
-    """Split passages, in order, into rows of at most `max_tokens` tokens; a longer one goes alone."""
+    """Split passages, in order, into micro-batches of at most `max_tokens` tokens; a longer passage gets its own."""
     groups: list[list[Block]] = []
     total = 0
     for passage in passages:

@@ -1,6 +1,6 @@
 """Read tokenised pairs of query and passage, with hard negatives, in training order.
 
-Every worker holds all pairs in memory: 0.6 GB a million pairs of 150 tokens; each hard negative adds its own.
+Every worker holds all pairs in memory: 0.6 GB per million pairs of 150 tokens; hard negatives add their tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ PAIR_SCHEMA = pa.schema(
         ("doc_id", pa.string()),
         ("negative_ids", pa.list_(_IDS)),
         ("negative_numbers", pa.list_(pa.int64())),
-        # Null unless ingest split documents; then documents are numbered, too.
+        # Null unless ingest split documents into passages; then the number of the document.
         ("document_number", pa.int64()),
         ("negative_document_numbers", pa.list_(pa.int64())),
     ]
@@ -35,31 +35,32 @@ PAIR_SCHEMA = pa.schema(
 
 
 class Texts(NamedTuple):
-    """The texts of some pairs: queries, the passages that answer them, then their hard negatives.
+    """The tokenised texts of some pairs: queries, then the passages that answer them, then their hard negatives.
 
-    Numbers name passages: equal numbers, equal texts. What is relevant to a query is no negative to it, wherever in the
-    batch it is.
+    Passages have numbers; equal texts have equal numbers. A passage in `relevant` is never a negative of that query,
+    even if it is in the batch with another pair.
     """
 
     token_ids: list[np.ndarray]
+    """Token ids of each text, in the order above."""
     num_pairs: int
     passage_numbers: np.ndarray
-    """int64 [pairs]"""
+    """int64 [pairs]: numbers of the passages that answer the queries."""
     negative_numbers: np.ndarray
-    """int64 [negatives]"""
+    """int64 [negatives]: numbers of the hard negatives."""
     relevant: list[np.ndarray]
-    """For each pair int64 numbers: every passage that answers its query, its own, the passages of the query's other pairs, and
-    all others of their documents."""
+    """For each pair, int64 numbers of all passages that answer its query: its own, the passages of the query's other
+    pairs, and all other passages of the same documents."""
 
 
 class PairReader:
-    """Read all pairs in training order: a seeded shuffle per epoch, the same on every worker.
+    """All pairs of a folder in memory, read in training order: a seeded shuffle per epoch, the same on every worker.
 
     Args:
-        folder: Parquet files of PAIR_SCHEMA.
-        batch_size: pairs a step over all workers; the last batch of an epoch may be smaller.
-        num_epochs: times that each pair is trained on.
-        seed: of the shuffle.
+        folder: folder of Parquet files of PAIR_SCHEMA.
+        batch_size: pairs per step over all workers; the last batch of an epoch may be smaller.
+        num_epochs: number of times that each pair is trained on.
+        seed: random seed of the shuffle.
     """
 
     def __init__(self, folder: Location, *, batch_size: int, num_epochs: int, seed: int) -> None:
@@ -91,7 +92,7 @@ class PairReader:
         self.data_order = DataOrder(num_units=table.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
     def steps(self, first_step: int) -> Iterator[np.ndarray]:
-        """Yield the pair numbers of every step from `first_step` on."""
+        """Yield the numbers of all workers' pairs for every step from `first_step` on."""
         data_order = self.data_order
         for step in range(first_step, data_order.num_steps):
             epoch, first = data_order.consumed(step)
@@ -103,7 +104,7 @@ class PairReader:
         return np.asarray(self._doc_numbers[pairs])
 
     def doc_ids(self, numbers: Sequence[int]) -> list[str]:
-        """Return the ids of passages by their numbers."""
+        """Return the doc_ids of passages by their numbers, quoted for an error message."""
         names = dict(zip(self._doc_numbers.tolist(), self._columns["doc_id"].to_pylist(), strict=True))
         return [repr(names[number]) for number in numbers]
 
@@ -113,7 +114,7 @@ class PairReader:
         return float(sum(lengths)) / (2 * self.data_order.num_units)
 
     def most_tokens(self, num_workers: int) -> int:
-        """Return how many tokens one step of a worker computes at most, padding included."""
+        """Return an upper bound of the tokens that a worker computes in one step, padding included."""
         negatives = self._columns["negative_ids"]
         ids = [self._columns["query_ids"], self._columns["passage_ids"], negatives.flatten()]
         longest = max(pc.max(pc.list_value_length(each)).as_py() or 0 for each in ids)
@@ -121,7 +122,7 @@ class PairReader:
         return -(-self.data_order.batch_size // num_workers) * num_texts * padded_width(longest)
 
     def read(self, pairs: np.ndarray) -> Texts:
-        """Read the texts of these pairs."""
+        """Return the tokenised texts of these pairs."""
         at = [int(pair) for pair in pairs]
         queries = [self._columns["query_ids"][pair].values.to_numpy() for pair in at]
         passages = [self._columns["passage_ids"][pair].values.to_numpy() for pair in at]
@@ -136,7 +137,7 @@ class PairReader:
         )
 
     def _answers(self, pair: int) -> np.ndarray:
-        """Return the numbers of the passages that answer the query of a pair."""
+        """Return the numbers of all passages that answer the query of a pair."""
         documents = np.unique(self._documents_by_query[self._query_starts[pair] : self._query_ends[pair]])
         starts, ends = (np.searchsorted(self._numbers_by_document[:, 0], documents, side) for side in _SIDES)
         rows = [self._numbers_by_document[start:end, 1] for start, end in zip(starts, ends, strict=True)]

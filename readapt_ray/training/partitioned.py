@@ -1,4 +1,4 @@
-"""Gather whole parameters where ZeRO-3 partitions them over workers."""
+"""Gather whole parameters that ZeRO-3 partitions over workers."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -7,16 +7,17 @@ from torch import Tensor
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Return whether ZeRO-3 holds a part of the parameter on each worker."""
+    """Return whether ZeRO-3 partitions a parameter, so that each worker holds only a part of it."""
     return hasattr(parameter, "ds_id")
 
 
 @contextlib.contextmanager
 def gathered(parameters: Sequence[Tensor], *, changed_by_rank: int | None = None) -> Iterator[None]:
-    """Make parameters whole inside the block, if ZeRO-3 partitions them.
+    """Gather parameters during a `with` block if ZeRO-3 partitions them. Collective in this case.
 
     Args:
-        changed_by_rank: the worker whose changes all others take over.
+        parameters: the parameters to gather.
+        changed_by_rank: rank of the worker whose changes in the block are kept; None if none changes them.
     """
     partitioned = [each for each in parameters if is_partitioned(each)]
     if not partitioned:

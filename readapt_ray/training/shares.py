@@ -1,7 +1,8 @@
-"""Cut the blocks of a step into what each worker computes: its micro-batches, as arrays.
+"""Divide the blocks of a training step into shares, one per worker: micro-batches as arrays.
 
-Passages are dealt to the workers in turn. Passes are collective where ZeRO partitions, so all workers run as many:
-a worker short of one repeats a passage at weight zero. Shares travel as Arrow tables, a row a step, 12 bytes a token.
+Passages are dealt to the workers in turn. If ZeRO partitions, passes are collective, so all workers run the same
+number: a worker with fewer repeats a passage at weight zero. Shares are sent as Arrow tables, with one row per share
+and 12 bytes per token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,22 +16,22 @@ from readapt_ray.training import packing
 from readapt_ray.training.packing import Batch, Block, Masking, Row
 
 NAMED_PASSAGES = 20
-"""Of a step whose loss is no number, in the message."""
+"""Number of passages of a step that the message names if the loss is NaN or infinite."""
 _TOKENS = ("input_ids", "position_ids", "labels")
 _COUNTS = ("step", "worker_rank", "num_own", "num_parts", "num_labels", "num_tokens", "num_slots", "num_passages")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One worker's part of one step. All counts but `num_own` are over all workers."""
+    """One worker's part of one step. All counts are over all workers, except `num_own`."""
 
     step: int
     """Steps before this one."""
     worker_rank: int
     rows: Sequence[Row]
-    """Micro-batches, and last the one to repeat at weight zero, where this worker has fewer than others."""
+    """Micro-batches. If this worker has fewer than others, the last one is to be repeated at weight zero."""
     num_own: int
-    """Micro-batches that count."""
+    """Micro-batches of this worker that count."""
     num_parts: int
     """Micro-batches that every worker runs."""
     num_labels: int
@@ -44,19 +45,19 @@ class Share:
 
     @property
     def parts(self) -> list[tuple[Batch, float]]:
-        """Return micro-batches with their weights, as many as every other worker's."""
+        """Micro-batches of this worker with their weights; every worker has the same number."""
         own = [(row.batch(), 1.0) for row in self.rows[: self.num_own]]
         return own + [(self.rows[-1].batch(), 0.0)] * (self.num_parts - self.num_own)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cutting:
-    """How blocks are cut into micro-batches.
+    """The settings for dividing blocks into micro-batches.
 
     Args:
-        pad_id: the token that fills short rows.
-        micro_batch_tokens: of one forward and backward pass, at most; a longer passage goes alone.
-        masking: an encoder's.
+        pad_id: token that fills rows up to their padded length.
+        micro_batch_tokens: most tokens of one forward and backward pass; a longer passage gets its own.
+        masking: masking for an encoder; None trains to predict the next token.
     """
 
     pad_id: int
@@ -64,7 +65,7 @@ class Cutting:
     masking: Masking | None = None
 
     def shares(self, blocks: Sequence[Block], num_workers: int, step: int) -> list[Share]:
-        """Return the share of every worker of one step, by rank."""
+        """Divide the blocks of one step into a share per worker, in the order of ranks."""
         passages = [passage for block in blocks for passage in block.passages()]
         groups = [
             packing.micro_batches(passages[rank::num_workers], max_tokens=self.micro_batch_tokens)
@@ -99,7 +100,7 @@ def _row_tokens(part: Sequence[Block]) -> int:
 
 
 def shares_to_table(shares: Sequence[Share]) -> pa.Table:
-    """Return shares of consecutive steps as a table, a row a share."""
+    """Convert shares to a table with one row per share."""
     columns = {name: pa.array([getattr(share, name) for share in shares], pa.int64()) for name in _COUNTS}
     for name in (*_TOKENS, "passage_ends"):
         columns[name] = _lists([[getattr(row, name) for row in share.rows] for share in shares])
@@ -110,7 +111,7 @@ def shares_to_table(shares: Sequence[Share]) -> pa.Table:
 
 
 def table_to_shares(table: pa.Table) -> Iterator[Share]:
-    """Yield the shares of a table of `shares_to_table`."""
+    """Convert a table from `shares_to_table` back to shares, one at a time."""
     for index in range(table.num_rows):
         tokens = [_split(table, name, "widths", index, np.int64) for name in _TOKENS]
         ends = _split(table, "passage_ends", "num_ends", index, np.int32)
@@ -122,7 +123,7 @@ def table_to_shares(table: pa.Table) -> Iterator[Share]:
 
 
 def _lists(rows: Sequence[Sequence[np.ndarray]]) -> pa.Array:
-    """Return a column of lists of int32: each row's arrays one after the other."""
+    """Return a column of int32 lists; the arrays of each row are concatenated."""
     offsets = np.cumsum([0, *(sum(map(len, row)) for row in rows)])
     values = np.concatenate([each for row in rows for each in row]).astype(np.int32)
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))

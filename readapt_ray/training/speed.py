@@ -1,4 +1,4 @@
-"""Count the arithmetic of training and the peak of devices, for MFU (model FLOPs utilisation) and for plan."""
+"""Count the FLOPs of training, and look up the peak FLOPS of devices, for MFU (model FLOPs utilisation) and `plan`."""
 
 import torch
 
@@ -19,11 +19,11 @@ PEAK_FLOPS: dict[str, float] = {
     "A10": 1.25e14,
     "T4": 6.5e13,
 }
-"""Dense bfloat16 (T4: float16) operations a second by part of the device's name; NVIDIA's data sheets."""
+"""Dense bfloat16 (T4: float16) operations per second, by a part of the device's name; from NVIDIA's data sheets."""
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak of a device; None if it is unknown, as for every CPU."""
+    """Return the peak operations per second of a device; None if unknown, as for every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -33,15 +33,15 @@ def peak_flops(device: torch.device) -> float | None:
 def flops_per_token(shape: ModelShape, adapter: AdapterShape | None, *, mean_attended: float = 0.0) -> float:
     """Count the model FLOPs per token of one forward and backward pass.
 
-    2 per weight forward, 2 for the gradient of its input, 2 for its own gradient where it is trained: 4 N with a frozen
-    base, 6 N with all weights trained. Embeddings look up, they do not multiply. Attention adds 4 times its width per
-    layer and attended token forward, twice that backward (Chowdhery et al., 2022, appendix B). Recomputation under
-    gradient checkpointing does not count.
+    A weight takes 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it is trained. So N weights
+    take 4 N if they are frozen, 6 N if they are trained. Embeddings do not count, since they are looked up. Attention
+    adds 4 times its width per layer and attended token forward, and twice that backward (Chowdhery et al., 2022,
+    appendix B). Recomputation under gradient checkpointing does not count.
 
     Args:
-        shape: of the model with its language-model head.
-        adapter: what is trained; None trains all weights.
-        mean_attended: tokens that a token attends to on average.
+        shape: shape of the model with its language-model head.
+        adapter: the adapter that is trained; None trains all weights.
+        mean_attended: number of tokens that a token attends to on average.
     """
     if adapter is None:
         weights = 6.0 * shape.num_matrix_parameters
@@ -60,13 +60,13 @@ def run_flops(
     num_steps: float,
     gradient_checkpointing: bool,
 ) -> float:
-    """Count what a whole run computes: model FLOPs, recomputed forward passes and DoRA's norms.
+    """Count the FLOPs of a whole training run: model FLOPs, recomputed forward passes and DoRA's norms.
 
     Args:
         shape, adapter: as for `flops_per_token`.
-        num_tokens, num_passages: over all epochs; attention never leaves a passage.
+        num_tokens, num_passages: over all epochs; attention stays within a passage.
         num_steps: optimizer steps; each computes DoRA's norms once, 2 * rank FLOPs per weight of an adapted layer.
-        gradient_checkpointing: whether the forward pass is run again for the backward one.
+        gradient_checkpointing: whether the backward pass runs the forward pass again.
     """
     mean_tokens = num_tokens / max(1.0, num_passages)
     each = flops_per_token(shape, adapter, mean_attended=shape.attended(mean_tokens))

@@ -1,7 +1,7 @@
-"""Choose the size of a training step where batch_size is auto: enough for every worker, and enough steps to learn.
+"""Choose the size of a training step if batch_size is auto: large enough for every worker, with enough steps to learn.
 
-In: the size of the packed corpus and the number of workers. Out: blocks per step, how many of the workers that
-feeds, and the factor of the learning rate. Plain arithmetic; `readapt plan` uses it too.
+In: the size of the packed corpus and the number of workers. Out: blocks per step, the number of workers that these keep
+busy, and the factor of the learning rate. It is plain arithmetic; `readapt plan` uses it too.
 """
 
 import math
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from typing import Final
 
 TOKENS_PER_WORKER: Final = 16_384
-"""Least tokens per worker and step. With fewer, what a GPU does once per step (starting kernels, exchanging gradients,
-the optimizer) takes longer than the products."""
+"""Least tokens per worker and step. With fewer, the fixed work of a step on a GPU (kernel launches, exchange of
+gradients, optimizer) takes longer than the matrix products."""
 MIN_STEPS: Final = 500
 """Least optimizer steps per run; a small corpus takes smaller steps, and then fewer workers."""
 REFERENCE_PASSAGES: Final = 4
-"""Passages per step that the learning rate is given for: the paper's batch."""
+"""Passages per step for which the option learning_rate is meant: the batch of the paper."""
 MAX_RATE_FACTOR: Final = 5.0
-"""Adapters diverge at much higher rates however large the batch is; 5 x 2e-4 is the usual upper end for LoRA."""
+"""Largest factor. Adapters diverge at much higher rates with any batch; 5 x 2e-4 is the usual upper end for LoRA."""
 
 _ROUNDING: Final = 1 + 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSize:
-    """The size of a packed corpus over all epochs; estimated in a plan."""
+    """The size of a packed corpus, summed over all epochs. In `readapt plan` it is an estimate."""
 
     num_blocks: float
     num_passages: float
@@ -32,19 +32,19 @@ class PackedSize:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """The size of a step."""
+    """The chosen size of a training step."""
 
     batch_size: int
-    """Blocks, over all workers."""
+    """Blocks per step, over all workers."""
     num_workers: int
-    """Workers that so many blocks keep busy; at most those that were offered."""
+    """Number of workers that this batch keeps busy, at most the available ones."""
     num_tokens: float
     """Mean tokens per step."""
     rate_factor: float
-    """What the learning rate is multiplied by."""
+    """Factor by which the learning rate is multiplied."""
 
     def describe(self, num_offered: int) -> str:
-        """Describe it in one line, with the reason where workers stay idle."""
+        """Describe the size in one line, with the reason if some of `num_offered` workers stay idle."""
         said = (
             f"{self.batch_size:,} blocks ({self.num_tokens:,.0f} tokens) per step on {_workers(self.num_workers)}, "
             f"learning rate x {self.rate_factor:.2f}"
@@ -64,16 +64,17 @@ def _workers(count: int) -> str:
 def choose_step_size(
     size: PackedSize, *, num_workers: int, least_workers: int = 1, batch_size: int | None = None
 ) -> StepSize:
-    """Choose the size of a step.
+    """Choose the batch size, the number of workers and the factor of the learning rate.
 
-    Each worker gets TOKENS_PER_WORKER tokens, unless the run would then have fewer than MIN_STEPS steps. The learning
-    rate grows with the square root of the passages per step, as Adam's does (Malladi et al., 2022), MAX_RATE_FACTOR at most.
+    Each worker gets TOKENS_PER_WORKER tokens per step, unless the run would then have fewer than MIN_STEPS steps. The
+    learning rate grows with the square root of the passages per step, the rule for Adam (Malladi et al., 2022), at most
+    by MAX_RATE_FACTOR.
 
     Args:
-        size: of the packed corpus.
-        num_workers: how many there could be.
-        least_workers: how many take part however small the corpus is.
-        batch_size: what the run began with; None chooses.
+        size: size of the packed corpus.
+        num_workers: number of available workers.
+        least_workers: number of workers that take part for any size of the corpus.
+        batch_size: batch size with which the run began, to keep; None chooses one.
     """
     mean_tokens = size.num_tokens / max(1.0, size.num_blocks)
     if batch_size is None:

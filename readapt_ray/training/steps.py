@@ -1,6 +1,6 @@
-"""Run the training loop, which training on blocks and on pairs share.
+"""Run the training loop of one worker, for training on token blocks (`train`) and on labelled pairs (`finetune`).
 
-Resume from the newest checkpoint, take every step once, save as it goes, report each step.
+It resumes from the newest checkpoint, takes every step once, reports each step, and writes checkpoints in between.
 """
 
 import functools
@@ -23,74 +23,75 @@ T = TypeVar("T")
 B = TypeVar("B")
 
 _PASSES = 3
-"""A micro-batch takes as long as so many computations of its loss: the backward pass is two."""
+"""Time of a micro-batch as a multiple of its forward pass; the backward pass takes two."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork(Generic[T]):
-    """One step of one worker."""
+    """The work of one worker in one step: its micro-batches and their loss."""
 
     parts: Sequence[tuple[T, float]]
-    """Micro-batches with their weights, as many on every worker."""
+    """Micro-batches with their weights; every worker has the same number."""
     loss_of: Callable[[T], Tensor]
-    """A part's share of the mean loss over all workers."""
+    """A function from a micro-batch to its share of the mean loss over all workers."""
     num_tokens: int
-    """Of text, over all workers."""
+    """Tokens of text, over all workers."""
     num_slots: int
     """Tokens and padding together, over all workers."""
     num_passages: int
-    """Over all workers."""
+    """Passages, over all workers."""
     first_passages: Sequence[int]
-    """The numbers of the first passages of the step."""
+    """Numbers of the first passages of the step, for error messages."""
 
 
 class Objective(Protocol[B, T]):
-    """What is trained: batches in a fixed order, and the work of each."""
+    """A training objective: batches in a fixed order, and the micro-batches and loss of each."""
 
     @property
     def data_order(self) -> DataOrder:
-        """Which units, in which order."""
+        """The order in which units (blocks or pairs) are trained on."""
 
     def batches(self, first_step: int) -> Iterator[B]:
-        """Return what this worker needs for every step from `first_step` on."""
+        """Yield this worker's batch of every step from `first_step` on."""
 
     def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> StepWork[T]:
-        """Return what this worker does with a batch; `step` counts from 0."""
+        """Return this worker's micro-batches and loss for a batch; `step` counts from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """Measurements of one step."""
+    """The measurements of one finished step."""
 
     step: int
     """Steps done, this one included."""
     num_steps: int
     loss: float
-    """Mean over the loss-bearing tokens, or over the queries, of all workers, in nats."""
+    """Mean over the tokens that count in the loss, or over the queries, of all workers, in nats."""
     learning_rate: float
     gradient_norm: float
-    """Before clipping."""
+    """Norm of the gradient before clipping."""
     num_tokens: int
     """Tokens of text in the step over all workers; padding does not count."""
     num_passages: int
     num_workers: int
-    """That took the step; others may have taken the one before where nodes were lost or came."""
+    """Number of workers that took the step. It can change during a run, when nodes are lost or added."""
     tokens_per_s: float
-    """Over all workers."""
+    """Tokens per second over all workers."""
     mfu: float | None
-    """Share of the workers' peak that the model's own arithmetic takes; None where the peak is unknown."""
+    """Model FLOPs utilisation: share of the workers' peak FLOPS; None if the peak is unknown."""
     padding_share: float
     """Share of the computed tokens that is padding."""
     seconds: float
+    """Seconds that the step took, with the wait for its batch."""
     data_wait_s: float
-    """Of `seconds`, how long the step waited for its batch."""
+    """Part of `seconds` in which the step waited for its batch."""
     peak_memory_bytes: int
-    """Of worker 0: allocated on its GPU, or resident in its process."""
+    """Peak memory of worker 0: allocated on its GPU, or resident in its process."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartReport:
-    """How far worker 0 is inside a step."""
+    """The progress of worker 0 inside a step."""
 
     step: int
     """Steps done before this one."""
@@ -100,27 +101,27 @@ class PartReport:
     num_parts: int
     """Micro-batches of this step."""
     part_s: float
-    """Seconds per micro-batch, without the first, which takes longer, once there are others: until then the first one's,
-    and within the first an estimate from its loss. 0 before that."""
+    """Mean seconds per micro-batch, without the first, which takes longer. Before a second one is done, the time of the
+    first; during the first, an estimate from its forward pass. 0 before that."""
     num_tokens: int
     """Tokens of text in the whole step over all workers."""
     peak_memory_bytes: int
-    """Of worker 0, so far."""
+    """Peak memory of worker 0 so far."""
     checkpoint_every_s: float
-    """Seconds between checkpoints, which come only between steps."""
+    """Seconds between checkpoints. They are written only between steps."""
 
 
 class Reporter(Protocol):
-    """Receive the reports of worker 0."""
+    """A receiver of worker 0's reports. `part` and the call must return soon, since training waits for them."""
 
     def part(self, report: PartReport) -> None:
-        """Take a report from inside a step, soon."""
+        """Take a report of the progress inside a step."""
 
     def __call__(self, report: StepReport) -> None:
-        """Take one, soon."""
+        """Take the report of a finished step."""
 
     def keep(self, step: int) -> None:
-        """Store all reports up to this step for good; called before the checkpoint of the step is written."""
+        """Store all reports up to this step permanently; called before the step's checkpoint is written."""
 
 
 def run_steps(
@@ -133,16 +134,19 @@ def run_steps(
     flops_per_token: float,
     doc_ids_of: Callable[[Sequence[int]], list[str]],
 ) -> None:
-    """Take all steps after the last checkpoint.
+    """Train from the newest checkpoint to the last step. Collective: all workers call it.
 
     Args:
-        checkpoints: their folder.
-        reporter: called on worker 0.
-        flops_per_token: of one forward and backward pass, for the MFU.
-        doc_ids_of: the ids of passages by number, for the message of a loss that is no number.
+        engine: the model under DeepSpeed.
+        objective: the batches and their loss.
+        optimization: settings of the optimizer and of checkpoints.
+        checkpoints: folder of the checkpoints.
+        reporter: gets the reports; called on worker 0.
+        flops_per_token: model FLOPs per token of one forward and backward pass, for the MFU.
+        doc_ids_of: a function from numbers of passages to their ids, for the message if the loss diverges.
 
     Raises:
-        TrainingDivergedError: loss or gradient is no number; the message names step and passages, the newest
+        TrainingDivergedError: loss or gradient is NaN or infinite. The message names step and passages; the newest
             checkpoint is the last good one.
     """
     data_order = objective.data_order
@@ -189,7 +193,7 @@ def run_steps(
 def _part_report(
     work: StepWork[Any], step: int, num_steps: int, optimization: Optimization
 ) -> Callable[..., PartReport]:
-    """Return what makes the reports from inside a step, with what is the same in all of them."""
+    """Return a function that makes `PartReport`s of a step, with the fields filled in that do not change."""
     return functools.partial(
         PartReport,
         step=step,
@@ -203,8 +207,9 @@ def _part_report(
 def _watched(
     work: StepWork[T], engine: DeepSpeedEngine, reporter: Reporter, report: Callable[..., PartReport], *, is_first: bool
 ) -> Callable[[T], Tensor]:
-    """Return the loss function of a step that reports, from worker 0, before each micro-batch, and in the first step that this
-    process takes also after the first loss.
+    """Wrap the loss function of a step, so that worker 0 reports before each micro-batch.
+
+    In the first step of this process it also reports after the first forward pass.
     """
     if engine.worker_rank != 0:
         return work.loss_of
@@ -232,10 +237,10 @@ def _watched(
 
 
 class CheckpointClock:
-    """Decide when a checkpoint is written.
+    """A clock that decides when to write a checkpoint.
 
     Args:
-        every_s: seconds from one to the next; the first are counted from now.
+        every_s: seconds between checkpoints, counted from now.
     """
 
     def __init__(self, every_s: float) -> None:
@@ -243,10 +248,10 @@ class CheckpointClock:
         self._last_s = time.monotonic()
 
     def is_due(self, next_step_s: float = 0.0) -> bool:
-        """Return whether to write a checkpoint now; the next interval starts now.
+        """Return whether to write a checkpoint now. If so, the next interval starts now.
 
         Args:
-            next_step_s: seconds that the next step will take: a checkpoint comes before one that would make it late.
+            next_step_s: expected seconds of the next step; if the interval would end during it, write now.
         """
         now_s = time.monotonic()
         if now_s + next_step_s - self._last_s < self._every_s:
@@ -266,7 +271,7 @@ def _save(engine: DeepSpeedEngine, step: int, reporter: Reporter, writer: Checkp
 
 
 def _speed(num_tokens: int, seconds: float, engine: DeepSpeedEngine, flops_per_token: float) -> dict[str, Any]:
-    """Return the fields of a `StepReport` that follow from a step's time."""
+    """Compute the fields of a `StepReport` that depend on the step's time."""
     peak = peak_flops(engine.device)
     tokens_per_s = num_tokens / max(seconds, 1e-9)
     mfu = None if peak is None else tokens_per_s * flops_per_token / (peak * engine.num_workers)
@@ -274,7 +279,7 @@ def _speed(num_tokens: int, seconds: float, engine: DeepSpeedEngine, flops_per_t
 
 
 def _resume(engine: DeepSpeedEngine, checkpoints: Location, data_order: DataOrder) -> int:
-    """Load the newest checkpoint, the same on all workers; return the number of steps done."""
+    """Load the newest checkpoint, and check that all workers found the same; return the number of steps done."""
     found = newest_checkpoint(checkpoints, data_order)
     step = torch.tensor([found[0] if found else 0], device=engine.device)
     torch.distributed.broadcast(step, src=0)
@@ -310,7 +315,7 @@ def _timed(batches: Iterator[B]) -> Iterator[tuple[B, float]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: on the GPU by torch, or by this process."""
+    """Return the peak memory so far, in bytes: of torch on the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

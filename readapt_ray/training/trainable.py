@@ -1,7 +1,7 @@
-"""Load models to train, whole or a tensor at a time into every ZeRO-3 worker's part, and write them again.
+"""Load models for training, whole or partitioned over ZeRO-3 workers, and save them.
 
-Loading under ZeRO-3 holds a worker's part of the model and one tensor: worker 0 reads each from disk and
-hands it out, so that no worker ever needs room for the whole.
+Under ZeRO-3, worker 0 reads one tensor at a time from disk and distributes it. So a worker holds only its part of the
+model and one tensor, and needs no memory for the whole model.
 """
 
 import functools
@@ -39,24 +39,25 @@ def load_for_training(
     zero_stage: int,
     base_dtype: BaseDtype = "auto",
 ) -> Any:
-    """Load a model in train mode.
+    """Load a model for training, in train mode on a device.
 
     Args:
-        source: full weights.
-        objective: loads the model with its language-model head; None loads it headless.
-        dtype: of the weights.
-        zero_stage: at 3 each worker holds its part of every weight, and all workers call this together.
-        base_dtype: of the linear layers, which are then frozen; auto leaves them in `dtype`. Not with `zero_stage` 3.
+        source: a model with full weights.
+        objective: the model is loaded with the head for this objective; None loads it without a head.
+        dtype: type of the weights.
+        device: where to put them.
+        zero_stage: at 3 each worker holds a part of every weight, and all workers must call this together.
+        base_dtype: type to quantize the linear layers to, which freezes them; auto keeps `dtype`. Not with ZeRO-3.
 
     Raises:
-        InputError: what decodes `base_dtype` is not installed.
-        ModelError: the folder holds no such model, or its weights lack some that the architecture has.
+        InputError: the package that decodes `base_dtype` is not installed.
+        ModelError: the folder holds no such model, or weights that the architecture has are missing.
     """
     if zero_stage == 3:
         model = _load_partitioned(source, objective, dtype=dtype, device=device)
     else:
         if objective is None:
-            # Weights that are quantized go to the device one by one.
+            # If weights will be quantized, load them on the CPU; `quantize` moves them to the device one by one.
             model = load_model(source, dtype=dtype, device=str(device) if base_dtype == "auto" else "cpu")
         else:
             model = _load_with_head(source, objective, dtype=dtype)
@@ -102,7 +103,7 @@ def _load_partitioned(
     prepare_deepspeed()
     try:
         config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
-        # Init's option dtype gives bfloat16 on devices without float16 (DeepSpeed 0.19.8), and would round buffers too.
+        # Init's option dtype becomes bfloat16 on devices without float16 (DeepSpeed 0.19.8), and also rounds buffers.
         settings = deepspeed_config(zero_stage=3, max_gradient_norm=0.0)
         settings |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
         with (
@@ -131,13 +132,13 @@ def _load_partitioned(
 
 
 def _find(name: str, stored: dict[str, StoredTensor], prefix: str) -> StoredTensor | None:
-    """Find a parameter among the files' tensors, which may name it with or without the model's prefix."""
+    """Find a parameter among the stored tensors, whose names may have the model's prefix or lack it."""
     candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
     return next((stored[each] for each in candidates if each in stored), None)
 
 
 def make_trainable(model: nn.Module, shape: dora.AdapterShape | None) -> None:
-    """Train adapters of this shape on frozen weights; all weights where there is none."""
+    """Add adapters to a model and freeze its other weights; with `shape` None, train all weights instead."""
     if shape is None:
         model.requires_grad_(True)
     else:
@@ -145,15 +146,17 @@ def make_trainable(model: nn.Module, shape: dora.AdapterShape | None) -> None:
 
 
 def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool, zero_stage: int) -> None:
-    """Save memory with more arithmetic, or gain speed with a slower start.
+    """Enable gradient checkpointing (less memory) and torch.compile (faster steps, slower start) on a model.
 
     Args:
-        gradient_checkpointing: compute a layer's activations again in the backward pass; DoRA's norms are not
-            computed again, they change with the optimizer step alone.
+        model: a transformers model; changed in place.
+        gradient_checkpointing: recompute a layer's activations in the backward pass. DoRA's norms are not recomputed,
+            since they change only with an optimizer step.
         compile_layers: torch.compile each layer; see `compile_if_right`.
+        zero_stage: ZeRO stage of the training.
 
     Raises:
-        InputError: torch.compile with ZeRO-3, whose hooks it cannot trace.
+        InputError: `compile_layers` with ZeRO-3, whose hooks torch.compile cannot trace.
     """
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -165,9 +168,9 @@ def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool
 
 
 def save_model(model: Any, source: Location, output: Location) -> None:
-    """Write all weights as a Hugging Face folder, with the tokenizer files of the folder that they came from.
+    """Write all weights as a Hugging Face folder, with the tokenizer files of `source`, the folder of the original.
 
-    Collective under ZeRO-3: all workers call it, the first one writes. Memory: one shard of 2 GB, twice.
+    Collective under ZeRO-3: all workers call it, and worker 0 writes. Memory: two times a shard of 2 GB.
     """
     file_of, num_bytes = _write_weights(model, output)
     if torch.distributed.get_rank() != 0:
@@ -186,10 +189,10 @@ def save_model(model: Any, source: Location, output: Location) -> None:
 
 
 def _write_weights(model: Any, output: Location) -> tuple[dict[str, str], int]:
-    """Write the weights in numbered files, with the names and tensors that files of the family have.
+    """Write the weights in numbered files, under the names that the model's family uses in files.
 
     Returns:
-        The file of each tensor and the bytes of all, on worker 0 alone.
+        The file of each tensor, and the bytes of all tensors; valid only on worker 0.
     """
     is_writer = torch.distributed.get_rank() == 0
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()

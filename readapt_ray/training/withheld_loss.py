@@ -1,7 +1,8 @@
-"""Measure the language-model loss of passages before and after an adapter, on one device, without Ray.
+"""Measure the language-model loss of texts before and after training, on one device, without Ray.
 
-In: the pretrained model, what training made of it, and texts that it was not trained on. Out: the loss per token of each
-text, twice. Memory is one model and the tokens of one passage; it costs two forward passes per passage.
+In: the pretrained model, the trained adapter or model, and texts that were withheld from training. Out: the loss per
+token of each text, before and after. Memory is one model and the tokens of one text. It costs two forward passes per
+text.
 """
 
 from collections.abc import Sequence
@@ -30,17 +31,17 @@ def losses(
     dtype: torch.dtype,
     device: torch.device,
 ) -> NDArray[np.float64]:
-    """Return the mean loss per labelled token of each text. float64 [2, N]: before and after training.
+    """Measure the mean loss per predicted token of each text, float64 [2, N]: before and after training.
 
-    Masked-token training masks the same tokens both times.
+    For masked-token training, the same tokens are masked both times.
 
     Args:
         pretrained: the model before training.
-        trained: the adapter that was trained, or all weights.
-        texts: N texts. What has no token to predict gives NaN.
-        objective: as in training.
-        max_tokens: longest text in tokens, as in training.
-        dtype: of weights and computation.
+        trained: the trained adapter, or a model with all weights trained.
+        texts: N texts. A text without a token to predict gives NaN.
+        objective: the objective of the training.
+        max_tokens: maximum tokens of a text, as in training; longer ones are truncated.
+        dtype: type of weights and computation.
         device: where to compute.
     """
 

@@ -1,8 +1,8 @@
-"""Read a PEFT adapter (LoRA or DoRA) as factors, and compute what it adds to each weight of its base model.
+"""Read the factors of a PEFT adapter (LoRA or DoRA) and check that they fit its base model.
 
 In: a folder that PEFT saved. Out: for each adapted weight the factors A and B, the scaling and, for
-DoRA, the magnitude. Opening reads headers only and checks every module against the model; the
-factors of one weight are read when asked for. What is not understood is refused, never left out.
+DoRA, the magnitude. Opening reads only headers and checks every module against the model. The
+factors of a weight are read when requested. An option or tensor that is not understood is refused.
 """
 
 import functools
@@ -40,27 +40,27 @@ _HARMLESS = {
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
     "runtime_config", "eva_config", "ensure_weight_tying",
 }  # fmt: skip
-# These begin by taking the factors out of the base weights, so the factors alone say nothing.
+# These initialisations subtract the factors from the base weights, so the factors alone are not the update.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NUM_LISTED = 10
-# The weight in hand, and the next one that another core has begun.
+# Weights whose factors are cached: the current one, and the next one that another core has begun.
 _NUM_HELD = 2
 
 
 class Adapter:
-    """An adapter bound to the weights that it changes."""
+    """A LoRA or DoRA adapter, matched to the weights of the model that it changes."""
 
     def __init__(self, folder: Path, base: Checkpoint, *, name: str | None = None) -> None:
         """Read the config and headers, and find the weight that each module changes.
 
         Args:
             folder: a local PEFT folder; it may have been trained on the model with or without its LM head.
-            base: the model that it is laid on.
-            name: what the user calls the adapter; used in errors.
+            base: the model that the adapter is applied to.
+            name: what the user calls the adapter; used in errors. None uses the folder.
 
         Raises:
-            ModelError: not an adapter, or one that does more than LoRA and DoRA on linear layers.
-            WeightMismatchError: modules that `base` lacks, or of other shapes: an adapter of another model.
+            ModelError: the folder holds no adapter, or one that does more than LoRA and DoRA on linear layers.
+            WeightMismatchError: the adapter has modules that `base` lacks or of other shapes; it is of another model.
         """
         self.folder = folder
         self.name = name or str(folder)
@@ -79,12 +79,12 @@ class Adapter:
                 )
             self._modules[weight], self._paths[weight] = parts, path
         self.heads = tuple(sorted(heads))
-        """Modules of the LM head: they do not take part in a vector."""
+        """Adapted modules of the LM head. They are left out, since no vector depends on them."""
         self._check(base)
         self.factors = functools.lru_cache(maxsize=_NUM_HELD)(self._read_factors)
 
     def names(self) -> list[str]:
-        """Return the weights that it changes, under the headless names of the model."""
+        """List the weights that the adapter changes, by their names in the model without its head."""
         return sorted(self._modules, key=natural_order)
 
     def __contains__(self, name: str) -> bool:
@@ -92,11 +92,11 @@ class Adapter:
 
     @property
     def is_dora(self) -> bool:
-        """Whether it holds magnitudes."""
+        """Whether it is DoRA: it holds magnitudes besides A and B."""
         return bool(self._config.get("use_dora"))
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Factors:
-        """Return what is added to rows of a weight: the factors of the whole; see `Factors.add_to`."""
+        """Return the factors of a whole weight. The other arguments are ignored; `Factors.add_to` selects the rows."""
         del start, stop, scratch, role
         return self.factors(name)
 
@@ -120,7 +120,7 @@ class Adapter:
         )
 
     def _scaling(self, name: str, rank: int) -> float:
-        """Return alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA; patterns are matched as PEFT does."""
+        """Return alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA; patterns are matched as in PEFT."""
         patterns = self._config.get("alpha_pattern") or {}
         matched = next(
             (each for each in patterns if re.match(rf"(.*\.)?({each})$", self._paths[name])), self._paths[name]
@@ -163,7 +163,7 @@ class Adapter:
 
 
 def listed(problems: list[str]) -> str:
-    """Return the first few of a list of differences as text, and how many more there are."""
+    """Join the first ten items of a list for an error message, and say how many more there are."""
     shown = "; ".join(problems[:_NUM_LISTED])
     return f"{shown}; and {len(problems) - _NUM_LISTED} more" if len(problems) > _NUM_LISTED else shown
 
@@ -202,7 +202,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _modules(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
-    """Return the stored factors by module path (without PEFT's prefix) and kind (A, B, magnitude)."""
+    """Find the stored factors by module path (without PEFT's prefix) and kind (A, B, magnitude)."""
     path = folder / ADAPTER_WEIGHTS_NAME
     if not path.is_file():
         raise ModelError(

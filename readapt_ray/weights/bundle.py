@@ -1,12 +1,12 @@
-"""Store a retriever and its knowledge as factors in a small folder, to be added to their base model when loaded.
+"""Store a retriever and its knowledge as factors in a small folder (a bundle), to be added to their base when loaded.
 
-    bundle.json            base (name, revision, SHA-256 of its files), scales, encoding, what the factors hold
-    readapter.safetensors  the retriever's difference (`low_rank`), or retriever/, the adapter that it is
-    knowledge-1/ ...       the knowledge adapters as plain PEFT folders, or difference.safetensors
-    config.json, tokenizer, 2_Dense/   the retriever's
+    bundle.json            base (name, revision, SHA-256 of its files), scales, encoding, types of the weights
+    readapter.safetensors  the retriever's difference (`low_rank`); if the retriever is an adapter, a folder retriever/
+    knowledge-1/ ...       each knowledge adapter as a plain PEFT folder, or difference.safetensors
+    config.json, tokenizer, 2_Dense/   those of the retriever
 
-In: checked models and scales. Out: such a folder, from which any pair of scales can be made again
-with the base alone. Memory: as `low_rank`.
+In: checked models and scales. Out: such a folder. With it and the base model, the merged model can be made for any
+scales. Memory: as `low_rank`.
 """
 
 import json
@@ -58,23 +58,24 @@ def write_bundle(
     model_fingerprint: str,
     report: Callable[[int], None],
 ) -> list[Stored]:
-    """Write the folder; resume after a killed call.
+    """Write a bundle of factors; a killed call resumes when it is called again.
 
     Args:
-        target: the folder.
-        readapter: the models.
-        scales: those that a merge of the bundle takes unless told otherwise.
-        variance: share of the retriever's squared difference that its factors hold; None keeps it whole.
-        encoding: how the retriever wants its text.
-        config_of: the model whose config.json is the retriever's.
-        tokenizer_of: the model whose tokenizer is the retriever's.
-        dense_of: the model whose Dense modules are the retriever's.
-        sources: what the models are, by role; `pretrained` is the base.
-        model_fingerprint: of the model that a merge with the same options writes.
-        report: called with the elements of weights done so far.
+        target: the folder to write.
+        readapter: the opened models.
+        scales: the default scales of a merge of this bundle.
+        variance: least share of the retriever's squared difference that its factors hold; None stores it whole, or as
+            the adapter that the retriever is.
+        encoding: how the retriever encodes text.
+        config_of: the model that has the retriever's config.json.
+        tokenizer_of: the model that has the retriever's tokenizer.
+        dense_of: the model that has the retriever's Dense modules.
+        sources: name, revision, fingerprint and file hashes of each model by role; `pretrained` is the base.
+        model_fingerprint: fingerprint of the model that a merge with the same options writes.
+        report: called with the number of weight elements done so far.
 
     Returns:
-        How the retriever's difference is kept; empty where the retriever is kept as the adapter that it is.
+        A record per weight of how the retriever's difference is stored; empty if it is stored as an adapter.
     """
     _copy(config_of.folder, (CONFIG_NAME,), target)
     _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
@@ -117,37 +118,38 @@ def _copy(folder: Path, names: Sequence[str], target: Location) -> None:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder of factors on this machine's disk."""
+    """A folder of factors on this machine's disk, with the content of its bundle.json."""
 
     model: OpenModel
     content: Mapping[str, Any]
 
     @property
     def scales(self) -> Scales:
-        """The scales that it was written with."""
+        """The scales that the bundle was written with; a merge uses them unless told otherwise."""
         layers = layer_scales(self.content.get("layer_scales", ()))
         return Scales(self.content["readapter_scale"], tuple(self.content["knowledge_scale"]), layers)
 
     @property
     def encoding(self) -> Encoding:
-        """The encoding of its retriever."""
+        """How its retriever encodes text."""
         return Encoding.parse(self.content["encoding"], where=str(self.model.folder / BUNDLE_NAME))
 
     @property
     def base_name(self) -> str:
-        """The name of the base when the bundle was written."""
+        """The name by which the base was given when the bundle was written."""
         return str(self.content["sources"]["pretrained"]["name"])
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Tensors that took no part, with the model that held them."""
+        """Tensors that the merge left out, with the model that held them (LM heads, poolers)."""
         return tuple(self.content["left_out"])
 
     def readapter(self, base: Checkpoint) -> Readapter:
-        """Return the models as differences from their base.
+        """Open the retriever and the knowledge in the bundle as changes of the base model.
 
         Raises:
-            WeightMismatchError: they do not fit it.
+            WeightMismatchError: the factors do not fit the base.
+            ModelError: a file of the bundle is missing or damaged.
         """
         dtypes = {name: _DTYPES[code] for name, code in self.content["dtypes"].items()}
         retriever = self._source(
@@ -173,23 +175,23 @@ class Bundle:
 
 
 def open_bundle(model: OpenModel) -> Bundle:
-    """Open the bundle in a folder.
+    """Open the bundle in a model's folder; only bundle.json is read.
 
     Raises:
-        ModelError: there is none, or it is of another format.
+        ModelError: the folder holds no bundle, or one of another format.
     """
     return Bundle(model, read_bundle(Location(str(model.folder)), model.name))
 
 
 def read_bundle(folder: Location, name: str) -> Mapping[str, Any]:
-    """Return what a bundle says of itself.
+    """Read the bundle.json of a bundle.
 
     Args:
-        folder: where it is.
+        folder: folder of the bundle, local or remote.
         name: what the user calls it; used in errors.
 
     Raises:
-        ModelError: there is none, or it is of another format.
+        ModelError: the folder holds no bundle, or one of another format.
     """
     file = folder / BUNDLE_NAME
     if not file.is_file():
@@ -206,10 +208,10 @@ def read_bundle(folder: Location, name: str) -> Mapping[str, Any]:
 
 
 def check_base(model: OpenModel, base: MergeInput) -> None:
-    """Refuse a base that is not the one the factors were made from.
+    """Check that a base model is the one that a bundle's factors were made from.
 
     Raises:
-        WeightMismatchError: it is another.
+        WeightMismatchError: the fingerprints differ.
     """
     due = open_bundle(model).content["sources"]["pretrained"]
     if base.fingerprint != due["fingerprint"]:

@@ -1,9 +1,9 @@
-"""Measure what the cast to the output type lost of the intended update, for each kind of tensor.
+"""Measure how much of the update of a merge the cast to the output type loses, for each kind of tensor.
 
-bfloat16 keeps 8 bits of a weight, so an update a hundredth of its size is mostly rounding. In: rows
-in float32 and what they were cast to. Out: of each kind of tensor (`layers.*.mlp.up_proj.weight`)
-the share of the squared update that survives, `1 - ||cast - exact||^2 / ||update||^2`, once for the
-whole update and once for what the knowledge adapters add. Sums in float64, in a fixed order.
+bfloat16 keeps 8 significant bits of a weight, so an update of a hundredth of its size is mostly lost in rounding.
+In: rows in float32, and the same rows after the cast. Out: for each kind of tensor (`layers.*.mlp.up_proj.weight`) the
+share of the squared update that survives, `1 - ||cast - exact||^2 / ||update||^2`. It is computed for the whole
+update, and for the part that the knowledge adapters add. Slices are summed in float64, in a fixed order.
 """
 
 import dataclasses
@@ -25,24 +25,24 @@ class _Squares:
     knowledge: float = 0.0
     """Squared norm of what the knowledge adapters add."""
     error: float = 0.0
-    """Squared norm of what the cast changed."""
+    """Squared norm of the rounding error of the cast."""
 
 
 @dataclass
 class CastLoss:
-    """Squared norms by kind of tensor."""
+    """The loss of a cast: squared norms of update, knowledge and rounding error, by kind of tensor."""
 
     squares: dict[str, _Squares] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, rows: TensorRows, cast: torch.Tensor, scratch: ScratchBuffers) -> "CastLoss":
-        """Measure the loss of a slice; `rows.pretrained` is overwritten.
+        """Measure the loss of one slice of rows; `rows.pretrained` and `rows.retrieval` are overwritten.
 
         Args:
-            name: of the tensor.
+            name: name of the tensor.
             rows: the slice in float32.
-            cast: the same in the output type.
-            scratch: where the differences are made.
+            cast: the same rows in the output type.
+            scratch: buffers for the differences.
         """
         exact = rows.readapted
         knowledge = 0.0
@@ -54,7 +54,7 @@ class CastLoss:
         return cls({kind: _Squares(update, knowledge, error)})
 
     def is_finite(self) -> bool:
-        """Return whether all sums are finite; then so is every value that entered them."""
+        """Return whether all sums are finite; if so, every summed value is finite too."""
         return all(math.isfinite(value) for each in self.squares.values() for value in dataclasses.astuple(each))
 
     def add(self, other: "CastLoss") -> None:
@@ -66,8 +66,9 @@ class CastLoss:
             mine.error += squares.error
 
     def survives(self) -> dict[str, dict[str, float | None]]:
-        """Return by kind of tensor which share of the whole update and of the knowledge survives the cast; None without
-        any.
+        """Return the shares of the update and of the knowledge that survive the cast, by kind of tensor.
+
+        A share is 0 to 1; None if there is no update, or no knowledge.
         """
         return {
             kind: {"update": _share(each.error, each.update), "knowledge": _share(each.error, each.knowledge)}
@@ -75,12 +76,12 @@ class CastLoss:
         }
 
     def to_json(self) -> str:
-        """Return the sums as JSON, to resume from."""
+        """Return the sums as JSON, so that a killed merge can resume with `from_json`."""
         return json.dumps({kind: dataclasses.asdict(each) for kind, each in self.squares.items()})
 
     @classmethod
     def from_json(cls, text: str) -> "CastLoss":
-        """Restore what `to_json` returned."""
+        """Restore the sums from the text that `to_json` returned."""
         return cls({kind: _Squares(**values) for kind, values in json.loads(text).items()})
 
 

@@ -1,8 +1,8 @@
-"""Check that a model still is the one that it was made from: compare configs and tokenizers, read no weight.
+"""Check that a tuned model was made from a pretrained one, by their configs and tokenizers; no weight is read.
 
 In: two models on this machine's disk. Out: nothing, or an error that lists what differs and names
-the option that settles it. Weights of equal shapes can belong to models that compute otherwise
-(another rope, other heads) or read text otherwise, and a merge of those is noise.
+the option that accepts it. Models with weights of equal shapes can still compute differently (rotary
+embeddings, number of heads) or split text differently, and a merge of such models gives noise.
 """
 
 import logging
@@ -25,16 +25,19 @@ _MATTERS = re.compile(
     r"^model_type$|rope|rotary|head|norm|eps$|_act$|activation|window|layer_types|hidden_layers|n_layer|hidden_size"
     r"|intermediate|position_embedding_type|causal|is_decoder|bidirectional|bias$|softcap|multiplier|scal|expert"
 )
-# Options of those names that do not: rules of training, and what a head that is dropped reads.
+# Options that match the pattern above but do not matter: for training, or for a head, which is left out.
 _MATTERS_NOT = re.compile(r"dropout|loss|_coef|router_jitter|classifier|normalize_logits|id2label|pruned_heads")
 _PROBES = ("Hello, world! 1,234", "query: Ünïcode 数据 🙂", "two\nlines  and   spaces", "CamelCase_and-dashes")
 
 
 def check_configs(pretrained: OpenModel, tuned: OpenModel) -> None:
-    """Compare the configs that decide how weights are used, with library defaults filled in.
+    """Check that two models agree in the config options that decide what the weights compute.
+
+    Options that a config.json leaves out have the defaults of transformers.
 
     Raises:
-        WeightMismatchError: options differ; each is listed with both values.
+        WeightMismatchError: options differ; the error lists each with both values.
+        ModelError: transformers cannot read a config.json.
     """
     before, after = _options(pretrained), _options(tuned)
     differences = [
@@ -50,10 +53,10 @@ def check_configs(pretrained: OpenModel, tuned: OpenModel) -> None:
 
 
 def check_knowledge(retriever: MergeInput, knowledge: Sequence[tuple[OpenModel, MergeInput]]) -> None:
-    """Refuse as knowledge a model that holds retrieval skill: it would be added twice.
+    """Refuse a retriever that was given as knowledge, since its retrieval skill would be added twice.
 
     Raises:
-        ModelError: it is the retriever itself, or the output of a merge.
+        ModelError: a knowledge model is the retriever itself, or the output of a merge.
     """
     for model, source in knowledge:
         manifest = read_manifest(str(model.folder))
@@ -79,15 +82,17 @@ def _options(model: OpenModel) -> dict[str, Any]:
 
 
 def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabulary: bool) -> None:
-    """Compare the ids of all tokens, and how text is split.
+    """Check that two models have the same token ids and split texts into the same tokens.
+
+    Nothing is checked if one of them has no tokenizer.
 
     Args:
-        pretrained: the model before.
-        tuned: the model after.
-        accept_vocabulary: take tokens that only one of them has.
+        pretrained: the model before tuning.
+        tuned: the model after tuning.
+        accept_vocabulary: accept tokens that only one of them has.
 
     Raises:
-        WeightMismatchError: they differ; the tokens and texts are listed.
+        WeightMismatchError: the tokenizers differ; the error lists tokens and texts.
         ModelError: a tokenizer cannot be read.
     """
     for model in (pretrained, tuned):
@@ -127,15 +132,15 @@ def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabula
 
 
 def check_bases(pretrained: MergeInput | OpenModel, adapters: Sequence[OpenModel], *, accept: bool) -> None:
-    """Compare the model that each adapter was trained on with the one that it is applied to.
+    """Check that each adapter is applied to the model that it was trained on.
 
-    What `readapt train` and `readapt finetune` made says it by fingerprint; other adapters give a name, and another name is
-    only a warning.
+    Adapters that `readapt train` or `readapt finetune` made record the fingerprint of their model. Other adapters
+    record only a name, so a different name is only a warning.
 
     Args:
-        pretrained: what they are laid on.
-        adapters: models; those that are no adapters are left out.
-        accept: take an adapter that was trained on another model.
+        pretrained: the model that the adapters are applied to.
+        adapters: models to check; those that are not adapters are skipped.
+        accept: accept an adapter that was trained on another model.
 
     Raises:
         WeightMismatchError: an adapter was trained on another model.

@@ -1,6 +1,6 @@
-"""Add `scale * (tuned - pretrained)` to a pretrained weight, in each form in which a difference is stored.
+"""Add `scale * (tuned - pretrained)` to a pretrained weight, for each form in which a difference can be given.
 
-In: rows of the pretrained weight W and of the tuned one, its factors, or the difference itself.
+In: rows of the pretrained weight W, and the rows of the tuned weight, or the adapter's factors, or the difference.
 Out: `total += scale * (tuned - W)`, in place. Memory: at most one buffer of the size of the rows.
 """
 
@@ -14,7 +14,7 @@ from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """The tuned weight itself; the rows are in memory."""
+    """Rows of a tuned weight, in memory."""
 
     rows: torch.Tensor
     """[O, I], of any type."""
@@ -23,14 +23,14 @@ class Whole:
     def add_to(
         self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: ScratchBuffers
     ) -> None:
-        """Add the scaled difference from `weight_OI`."""
-        del first_row  # the rows are already those in hand
+        """Add the scaled difference from `weight_OI` to `total_OI`, in place."""
+        del first_row  # `rows` already holds only the wanted rows
         total_OI.add_(scratch.float32("term", self.rows).sub_(weight_OI), alpha=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """`tuned - pretrained`; the rows are in memory."""
+    """Rows of the difference `tuned - pretrained`, in memory."""
 
     rows: torch.Tensor
     """[O, I], of any type."""
@@ -39,14 +39,14 @@ class Difference:
     def add_to(
         self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: ScratchBuffers
     ) -> None:
-        """Add the scaled difference."""
+        """Add the scaled difference to `total_OI`, in place."""
         del weight_OI, first_row
         total_OI.add_(scratch.float32("term", self.rows), alpha=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """The update of a LoRA or DoRA adapter to a weight W [O, I]."""
+    """The factors with which a LoRA or DoRA adapter changes a weight W [O, I]."""
 
     A_rI: torch.Tensor
     """The inner factor [rank, I]."""
@@ -55,27 +55,27 @@ class Factors:
     magnitude: torch.Tensor | None = None
     """DoRA's norm of each output row [O]; None for LoRA."""
     scaling: float = 1.0
-    """What B A is multiplied by."""
+    """Multiplier of B A; written s below."""
 
     @property
     def reads_weight(self) -> bool:
-        """Whether the update depends on W."""
+        """Whether the update depends on W. It does for DoRA."""
         return self.magnitude is not None
 
     def add_to(
         self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: ScratchBuffers
     ) -> None:
-        """Add the scaled update of the rows from `first_row` on.
+        """Add the scaled update of some rows to `total_OI`, in place.
 
-        LoRA adds s B A. DoRA makes the tuned weight d (W + s B A), d = m / ||W + s B A|| by output row
+        LoRA adds s B A. DoRA makes the tuned weight d (W + s B A), with d = m / ||W + s B A|| per output row
         (arXiv 2402.09353, section 4.1, as `peft` merges it).
 
         Args:
-            total_OI: what is added to; the sums are made in its type.
+            total_OI: the rows to add to; the sums are made in their type.
             weight_OI: the same rows of W, in that type.
             scale: share of the update that is added.
-            first_row: which output row the first row is.
-            scratch: gives the buffer of W + s B A.
+            first_row: index in W of the first of these rows.
+            scratch: gives the buffer for W + s B A.
         """
         rows = slice(first_row, first_row + total_OI.shape[0])
         A_rI, B_Or = self.A_rI.to(total_OI), self.B_Or[rows].to(total_OI)
@@ -86,18 +86,18 @@ class Factors:
         torch.addmm(weight_OI, B_Or, A_rI, alpha=self.scaling, out=tuned_OI)
         norm_O1 = torch.linalg.vector_norm(tuned_OI, dim=1, keepdim=True)
         magnitude_O1 = self.magnitude[rows].to(total_OI).unsqueeze(1)
-        # A row that is zero as a whole has no direction to scale: it stays zero.
+        # A row of zeros has no direction to scale. It stays zero.
         d_O1 = torch.where(norm_O1 == 0, torch.ones_like(norm_O1), magnitude_O1 / norm_O1)
         total_OI.add_(tuned_OI.mul_(d_O1 * scale)).sub_(weight_OI, alpha=scale)
 
     def update(self, weight_OI: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        """Return `tuned - pretrained` of the rows of W from `first_row` on, in the type of `weight_OI`."""
+        """Compute `tuned - pretrained` for rows of W, in their type; `first_row` is the index in W of the first."""
         update_OI = torch.zeros_like(weight_OI)
         self.add_to(update_OI, weight_OI, 1.0, first_row, ScratchBuffers())
         return update_OI
 
     def to(self, device: torch.device) -> "Factors":
-        """Return the same factors on a device."""
+        """Return a copy of the factors on a device."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device)
         return Factors(A_rI=self.A_rI.to(device), B_Or=self.B_Or.to(device), magnitude=magnitude, scaling=self.scaling)
 

@@ -1,7 +1,7 @@
-"""Load the linear layers behind the pooling (`catalog/dense_layers.py`), and copy them beside a merged model.
+"""Load the Dense layers that some retrievers apply after pooling (`catalog/dense_layers.py`), or copy them to a folder.
 
-They are part of the retriever alone: a pretrained model has none, so a merge takes them as they are. They compute in
-float32, whatever the type of the model; EmbeddingGemma's two take 19 MB.
+Only the retriever has them. The pretrained model has none, so a merge copies them unchanged. They compute in float32,
+for any type of the model; EmbeddingGemma's two take 19 MB.
 """
 
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.weight_files import read_header
 
 FIRST_NUMBER = 2
-"""Of a layer among the modules: behind Transformer and Pooling."""
+"""Number of the first Dense layer among sentence-transformers modules: 0 is Transformer, 1 is Pooling."""
 
 
 class DenseHead(nn.Sequential):
-    """The Dense layers in order. `width` is the length of its output."""
+    """The Dense layers of a retriever, in order. `width` is the length of the output vectors."""
 
     def __init__(self, parts: Sequence[nn.Module], width: int) -> None:
         super().__init__(*parts)
@@ -29,10 +29,10 @@ class DenseHead(nn.Sequential):
 
 
 def load_dense(model: OpenModel, *, device: str) -> DenseHead | None:
-    """Load the layers that a pooled vector goes through; None where there are none.
+    """Load the Dense layers of a model, which pooled vectors go through; None if it has none.
 
     Raises:
-        ModelError: a layer cannot be read, or its weights are not of the shape that its config says.
+        ModelError: a layer cannot be read, or its weights have other shapes than its config says.
     """
     layers = dense_layers(model)
     if not layers:
@@ -55,7 +55,7 @@ def _load(model: OpenModel, layer: DenseLayer) -> tuple[nn.Module, nn.Module]:
 
 
 def copy_dense(model: OpenModel, target: Location) -> list[str]:
-    """Copy the layers of a model into another folder, and return their kinds as `modules_of` takes them."""
+    """Copy the Dense layers of a model into another folder; return "Dense" per layer, for `modules_of`."""
     layers = dense_layers(model)
     for number, layer in enumerate(layers, start=FIRST_NUMBER):
         for file in (CONFIG_NAME, SINGLE_NAME):
@@ -64,7 +64,7 @@ def copy_dense(model: OpenModel, target: Location) -> list[str]:
 
 
 def modules_of(kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """Return what modules.json holds of modules of these kinds; each but the first has a subfolder by its number."""
+    """Return the content of modules.json for modules of these kinds. All except the first have numbered subfolders."""
     return [
         {
             "idx": number,

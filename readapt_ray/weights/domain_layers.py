@@ -1,16 +1,17 @@
-"""Compute linear layers of which each text in a batch may have another adapter: one set of weights, many domains.
+"""Compute linear layers for batches in which each text may use another domain's adapters, with one copy of the weights.
 
-In: a linear layer with the retriever's weight W, and each domain's factors of it. Out: for tokens of a domain with the
-knowledge adapters k and their scales c_k (RE-AdaptIR, section 2.2)
+In: a linear layer with the retriever's weight W, and each domain's adapter factors for it. Out: for tokens of a domain
+with knowledge adapters k and their scales c_k (RE-AdaptIR, section 2.2)
 
     y = W x + sum_k c_k ((d_k - 1) * P x + d_k * s_k B_k A_k x) + bias
 
-which is what the merged weight gives. P x, the output of the pretrained weight, is W x - R x if the retriever is a LoRA
-adapter R, whose factors then join the domain's, and a second dense product otherwise. Texts are sorted by domain, so that the
-tokens of a domain are one slice, in a padded batch as in a packed one. GPUs multiply all slices in two launches (torch's grouped
-products; not measured on one yet). In bfloat16 on CPUs slices of one length are multiplied
-together: 20 of 64 tokens take .4 to .6 of the time of 20 products. Slices of other lengths, copied into a padded batch, take .6
-to 1.0 of it, and float32 no less than one by one, so those are multiplied one by one.
+which equals the output of the merged weight. P x is the output of the pretrained weight. If the retriever is a LoRA
+adapter R, P x is W x - R x, and R's factors are multiplied together with the domain's. Otherwise P x costs a second
+dense product. Texts are sorted by domain, so that the tokens of a domain are one slice, in padded and packed batches.
+GPUs multiply all slices in two launches (torch's grouped products; not measured on a GPU yet). CPUs multiply slices of
+equal length together in bfloat16: 20 slices of 64 tokens take .4 to .6 of the time of 20 products. All else is
+multiplied one by one: slices of unequal lengths, padded to one length, would take .6 to 1.0 of that time, and float32
+would gain nothing.
 """
 
 import functools
@@ -31,49 +32,49 @@ from readapt_ray.weights.deltas import Factors
 logger = logging.getLogger("readapt_ray")
 
 _ALIGNED = 8
-"""Grouped products on GPUs take sizes that are multiples of 16 bytes."""
+"""Grouped products on GPUs need dimensions that are multiples of 16 bytes: 8 numbers in bfloat16."""
 _TOLERANCE = 0.03
-"""Share of the largest result that two ways may differ by in bfloat16."""
+"""Largest accepted difference between grouped and separate products in bfloat16, as a share of the largest result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTerms:
-    """What the adapters of one domain add to one linear layer [O, I]. R is the sum of their ranks, K their number."""
+    """The factors that one domain adds to one linear layer [O, I]. K is its number of adapters, R the sum of ranks."""
 
     A_RI: Tensor
     B_OR: Tensor
-    """Multiplied by scaling and the layer's factor, and for DoRA by d."""
+    """Already multiplied by the adapter's scaling, by the layer's factor, and for DoRA by d."""
     ranks: tuple[int, ...]
-    """Rank of each adapter; 0 if it leaves the layer alone."""
+    """Rank of each adapter; 0 if it does not change this layer."""
     gains: Tensor | None
-    """d - 1 in float32 [K, O], times the layer's factor; None if no adapter is DoRA."""
+    """d - 1 of each DoRA adapter, times the layer's factor, in float32 [K, O]; None if no adapter is DoRA."""
 
     @property
     def num_bytes(self) -> int:
-        """Memory that it takes."""
+        """Bytes of memory that the factors take."""
         tensors = [self.A_RI, self.B_OR] + ([] if self.gains is None else [self.gains])
         return sum(each.nbytes for each in tensors)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Domain:
-    """The factors of one domain in memory."""
+    """One domain, with its adapter factors in memory."""
 
     name: str
     terms: Mapping[str, LayerTerms]
-    """By the weight that they belong to."""
+    """By the name of the weight that they change."""
     num_bytes: int
 
 
 class DomainUse(NamedTuple):
-    """The domain of a text, with the scale of each of its knowledge adapters."""
+    """The domain that a text is encoded for, with a scale per knowledge adapter."""
 
     domain: Domain
     scales: tuple[float, ...]
 
 
 class _Slice(NamedTuple):
-    """Tokens that a domain adds to."""
+    """Rows of tokens that one domain changes, with its terms and scales."""
 
     rows: slice
     terms: LayerTerms
@@ -82,26 +83,26 @@ class _Slice(NamedTuple):
 
 @dataclass
 class DomainBatch:
-    """The domains of the batch that goes through the model now. All layers of a model share it."""
+    """The domains of the batch that is being computed. All layers of a model share one object."""
 
     uses: Sequence[DomainUse | None] = ()
-    """Domain of each slice of tokens; None is the retriever alone."""
+    """Domain of each slice of tokens; None for the retriever without a domain."""
     num_tokens: Sequence[int] = ()
-    """Tokens of each slice, padding included."""
+    """Number of tokens in each slice, padding included."""
     called: set[str] = field(default_factory=set)
-    """Weights whose layers were called."""
+    """Names of the weights whose layers were called since it was last cleared."""
 
 
 class DomainLinear(nn.Linear):
     """A linear layer that adds each domain's terms to the tokens of its texts.
 
     Args:
-        linear: the layer that it takes the place of, with the retriever's weight.
-        name: of its weight.
-        batch: says which tokens are of which domain.
-        pretrained_OI: the pretrained weight, unless it follows from the retriever's.
-        retriever: what the retriever adds to the pretrained weight as LoRA factors; None where it leaves it alone.
-        norm_squared_O: squared norm of each row of the pretrained weight.
+        linear: the layer that it replaces, with the retriever's weight.
+        name: name of that weight.
+        batch: says which domain each slice of tokens belongs to.
+        pretrained_OI: the pretrained weight; None if it can be computed from `linear` and `retriever`.
+        retriever: LoRA factors that the retriever adds to the pretrained weight; None if it has none for this weight.
+        norm_squared_O: squared norm of each row of the pretrained weight, float32.
     """
 
     def __init__(
@@ -122,15 +123,15 @@ class DomainLinear(nn.Linear):
         self.retriever = retriever
         self.norm_squared_O = norm_squared_O
         self.replaced = (linear,)
-        """In a tuple, so that its weight has one name in this module."""
+        """In a tuple, so that torch does not register it as a submodule and list its weight a second time."""
         self._by_weight = linear.product if isinstance(linear, PackedLinear) else functional.linear
         self._by_pretrained = PackedProduct() if isinstance(linear, PackedLinear) else functional.linear
 
     def forward(self, input: Tensor) -> Tensor:  # the name is torch's
-        """Return [..., O] of [..., I].
+        """Multiply tokens [..., I] and return [..., O], with each domain's terms added to its tokens.
 
         Raises:
-            ModelError: the layer gets something other than the tokens of the batch, in order.
+            ModelError: the number of rows is not the number of tokens in the batch.
         """
         batch = self.batch
         batch.called.add(self.name)
@@ -159,7 +160,7 @@ class DomainLinear(nn.Linear):
         return y_NO.view(*input.shape[:-1], self.out_features)
 
     def _slices(self) -> Iterator["_Slice"]:
-        """Yield the slices of the batch that a domain adds to."""
+        """Yield the slices of the batch whose domain changes this layer."""
         start = 0
         for use, length in zip(self.batch.uses, self.batch.num_tokens, strict=True):
             if use is not None and any(use.scales) and (terms := use.domain.terms.get(self.name)) is not None:
@@ -167,14 +168,19 @@ class DomainLinear(nn.Linear):
             start += length
 
     def _retriever_terms(self, x_NI: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return A x and s B of the retriever's R = s B A; None if it leaves the layer alone."""
+        """Return A x and s B of the retriever's factors R = s B A; None if it has none."""
         if self.retriever is None:
             return None
         A_rI, B_Or = self.retriever.A_rI.to(x_NI.dtype), self.retriever.B_Or
         return x_NI @ A_rI.T, self.retriever.scaling * B_Or
 
     def terms_of(self, factors: Sequence[Factors | None], share: float = 1.0) -> LayerTerms:
-        """Make what a domain adds to this layer, times `share`, from the factors of its adapters."""
+        """Compute the terms that a domain adds to this layer.
+
+        Args:
+            factors: factors of each of its adapters for this weight; None for an adapter that does not change it.
+            share: multiplies the terms.
+        """
         some = next(each for each in factors if each is not None)
         none = Factors(A_rI=some.A_rI[:0], B_Or=some.B_Or[:, :0])
         known = [(each or none).to(self.weight.device) for each in factors]
@@ -192,7 +198,9 @@ class DomainLinear(nn.Linear):
         )
 
     def _directions(self, factors: Factors) -> Tensor:
-        """Return d = m / ||P + s B A|| in float32 [O], without a matrix of the weight's size (arXiv 2603.22276)."""
+        """Return DoRA's d = m / ||P + s B A|| in float32 [O], without storing a matrix of the weight's size (arXiv
+        2603.22276).
+        """
         A_rI, B_Or, scaling = factors.A_rI, factors.B_Or, factors.scaling
         products_rO = self._pretrained_of(A_rI)
         squared_O = (
@@ -202,7 +210,7 @@ class DomainLinear(nn.Linear):
         )
         norm_O = squared_O.clamp(min=0).sqrt()
         assert factors.magnitude is not None
-        # A row that is zero as a whole has no direction to scale: it stays zero.
+        # A row of zeros has no direction to scale. It stays zero.
         return torch.where(norm_O == 0, torch.ones_like(norm_O), factors.magnitude.to(norm_O) / norm_O)
 
     def _pretrained_of(self, A_rI: Tensor) -> Tensor:
@@ -216,20 +224,20 @@ class DomainLinear(nn.Linear):
 
 
 class _Output(NamedTuple):
-    """Output of a layer, to which domains add their terms, and the inputs of these terms."""
+    """The output of a layer that domains add their terms to, and what these terms are computed from."""
 
     y: Tensor
     """W x [N, O]."""
     x: Tensor
     """[N, I]."""
     pretrained: Tensor | None
-    """P x [N, O], if it does not follow from the retriever's factors."""
+    """P x [N, O]; None if it is not needed, or if it is computed from `retriever`."""
     retriever: tuple[Tensor, Tensor] | None
     """A x [N, r] and s B [O, r] of the retriever's factors."""
 
 
 def _add_all(out: _Output, own: Sequence[_Slice]) -> None:
-    """Add the terms of all domains, in the way that is fast on the device."""
+    """Add the terms of all domains, by the method that is fastest on this device."""
     y_NO = out.y
     is_aligned = not any(size % _ALIGNED for size in (y_NO.shape[1], out.x.shape[1]))
     if y_NO.dtype == torch.bfloat16 and is_aligned and _follow(own) and _has_grouped_products(y_NO.device):
@@ -242,7 +250,10 @@ def _add_all(out: _Output, own: Sequence[_Slice]) -> None:
 
 
 def _add(out: _Output, own: _Slice) -> None:
-    """Add a domain's terms to the tokens of its texts. With g = sum_k c_k (d_k - 1), g * P x is g * W x - (g * s B) A x."""
+    """Add one domain's terms to its tokens.
+
+    With g = sum_k c_k (d_k - 1), the DoRA term g * P x is g * W x - (g * s B) A x, with the retriever's update s B A.
+    """
     rows, terms, scales = own
     y_NO, inner_NR, B_OR = out.y[rows], out.x[rows] @ terms.A_RI.T, terms.B_OR
     is_single = len(scales) == 1
@@ -262,18 +273,18 @@ def _add(out: _Output, own: _Slice) -> None:
 
 
 def _are_alike(own: Sequence[_Slice]) -> bool:
-    """Return whether slices of one length follow each other, with adapters of the same ranks."""
+    """Return whether the slices are adjacent, of one length, and with adapters of the same ranks."""
     shapes = {(each.rows.stop - each.rows.start, each.terms.ranks, each.terms.gains is None) for each in own}
     return len(shapes) == 1 and _follow(own)
 
 
 def _follow(own: Sequence[_Slice]) -> bool:
-    """Return whether there are several slices, each right behind the one before."""
+    """Return whether there are several slices and they are adjacent."""
     return len(own) > 1 and all(one.rows.stop == other.rows.start for one, other in itertools.pairwise(own))
 
 
 def _add_together(out: _Output, own: Sequence[_Slice]) -> None:
-    """Do what `_add` does with several slices that are alike, by batched products. D is their number, L their length."""
+    """Do the same as `_add` for D slices of one length L, by batched products."""
     rows, terms = slice(own[0].rows.start, own[-1].rows.stop), [each.terms for each in own]
 
     def of_slices(whole: Tensor) -> Tensor:
@@ -298,7 +309,10 @@ def _add_together(out: _Output, own: Sequence[_Slice]) -> None:
 
 
 def _add_grouped(out: _Output, own: Sequence[_Slice]) -> None:
-    """Do what `_add` does with slices of any lengths and ranks, by two grouped products. R is the largest rank, padded to 8."""
+    """Do the same as `_add` for slices of any lengths and ranks, by two grouped products.
+
+    D is the number of slices, R the largest rank, rounded up to a multiple of 8.
+    """
     rows, terms = slice(own[0].rows.start, own[-1].rows.stop), [each.terms for each in own]
     y_NO, x_NI = out.y[rows], out.x[rows]
     ends_D = torch.tensor([each.rows.stop - rows.start for each in own], dtype=torch.int32).to(y_NO.device)
@@ -327,7 +341,7 @@ def _add_grouped(out: _Output, own: Sequence[_Slice]) -> None:
 
 
 def _columns(own: _Slice) -> Tensor:
-    """Return the scale of each rank of a slice's factors, float32 [R]."""
+    """Return the scale of each column of a slice's B, float32 [R]."""
     return torch.tensor([scale for scale, rank in zip(own.scales, own.terms.ranks, strict=True) for _ in range(rank)])
 
 
@@ -339,12 +353,12 @@ def _gain(own: _Slice, num_outputs: int) -> Tensor:
 
 @functools.cache
 def _has_grouped_products(device: torch.device) -> bool:
-    """Return whether a device multiplies all domains in two launches, as well as one after the other: GPUs, if that is so."""
+    """Return whether to use grouped products on a device: on GPUs, if a test there gives the right result."""
     return device.type == "cuda" and _grouped_are_right(device)
 
 
 def _grouped_are_right(device: torch.device) -> bool:
-    """Compare grouped products with those of one slice after the other; where they differ, one line says so."""
+    """Compare grouped products with separate ones on random data; log a warning if they differ or fail."""
     random = torch.Generator().manual_seed(0)
 
     def made(*shape: int) -> Tensor:

@@ -1,8 +1,9 @@
-"""Hold one retriever in memory, and add the factors of many domains to it, text by text.
+"""Hold one retriever in memory and encode each text with its own domain's adapter factors.
 
-In: a base model and the bundles that `readapt merge --factors` writes for one retriever of it. Out: pooled vectors of
-batches in which each text has its own domain and scales; they equal the merged models' vectors. Memory: the retriever;
-of a retriever of full weights also the pretrained weight of each layer that a domain adapts; and each domain's factors.
+In: a base model, and bundles that `readapt merge --factors` wrote for one retriever made from it. Out: pooled vectors
+of batches in which each text has its own domain and scales; they equal the vectors of the merged models. Memory: the
+retriever, and the factors of each domain. If the retriever has full weights instead of an adapter, also the pretrained
+weight of each layer that a domain changes.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,13 +32,13 @@ _PROBE: Rows = ([1, 2, 3], [3, 2, 1, 2, 3, 1, 2])
 
 
 class DomainNetwork:
-    """A retriever whose linear layers take the factors of domains.
+    """A retriever in memory whose linear layers can add the factors of domains.
 
     Args:
-        bundle: a bundle of any domain; the retriever in it is the one of all.
-        base: the model that the bundle was made of.
+        bundle: the bundle of any one domain; all domains must have been made with the same retriever.
+        base: the base (pretrained) model of the bundle.
         dtype: type of the weights and of the computation.
-        device: where they are: cpu, cuda, cuda:1.
+        device: where the weights are: cpu, cuda, cuda:1.
 
     Raises:
         ModelError: the base or the bundle cannot be read, or holds NaN.
@@ -57,13 +58,13 @@ class DomainNetwork:
     def pooled(
         self, run: Callable[[Rows], Tensor], rows: Rows, uses: Sequence[DomainUse | None], *, is_packed: bool
     ) -> Tensor:
-        """Return the vectors of texts that may be of several domains.
+        """Return the vectors of texts, each encoded with its own domain, in the order of the texts.
 
         Args:
-            run: the forward pass through `module`.
+            run: the forward pass through `module`; it takes token ids per text and returns a vector per text.
             rows: the token ids of each text.
-            uses: the domain of each text; None is the retriever itself.
-            is_packed: texts are concatenated in `run`; otherwise each is padded to the longest.
+            uses: the domain of each text; None for the retriever without a domain.
+            is_packed: whether `run` concatenates the texts; otherwise it pads each to the longest.
         """
         kinds = {use: number for number, use in enumerate(dict.fromkeys(uses))}
         order = sorted(range(len(rows)), key=lambda place: kinds[uses[place]])
@@ -87,19 +88,19 @@ class DomainNetwork:
         encode: Callable[[Rows, Sequence[DomainUse | None]], object],
         layers: Sequence[LayerScale] = (),
     ) -> Iterator[Domain | None]:
-        """Read the factors of a domain, layer by layer, so that batches can be computed in between.
+        """Load the factors of a domain layer by layer, so that the caller can compute batches in between.
 
         Args:
-            name: used in errors.
+            name: name of the domain.
             adapters: its knowledge adapters, bound to `base`.
-            encode: encodes texts of domains with `module`; layers that are new among those of domains are tried with it.
+            encode: encodes texts of given domains with `module`; used to test layers that no earlier domain changed.
             layers: factors of its scales in ranges of layers.
 
         Yields:
-            None after each layer, and the domain at the end.
+            None after each layer, and the loaded domain at the end.
 
         Raises:
-            ModelError: a factor is NaN, or a layer cannot be computed text by text.
+            ModelError: a factor is NaN or infinite, or a layer cannot be computed for each text separately.
         """
         names = sorted({weight for adapter in adapters for weight in adapter.names()})
         new = [weight for weight in names if weight not in self._layers]
@@ -122,7 +123,7 @@ class DomainNetwork:
     def _try(
         self, domain: Domain, encode: Callable[[Rows, Sequence[DomainUse | None]], object], num_adapters: int
     ) -> None:
-        """Encode two texts, and see that each layer was called, with the tokens of all texts."""
+        """Encode two texts, and check that each layer of the domain was called with the tokens of all texts."""
         self._batch.called.clear()
         encode(_PROBE, [DomainUse(domain, (1.0,) * num_adapters), None])
         silent = [weight for weight in domain.terms if weight not in self._batch.called]
@@ -133,7 +134,7 @@ class DomainNetwork:
             )
 
     def _converted(self, weight: str) -> DomainLinear:
-        """Replace a linear layer by one that takes domains."""
+        """Replace a linear layer by one that can add the factors of domains."""
         path = weight.removesuffix(".weight")
         try:
             linear = self.module.get_submodule(path)
@@ -161,7 +162,9 @@ class DomainNetwork:
         return layer
 
     def _retriever_of(self, weight: str, shape: Sequence[int]) -> tuple[Factors | None, bool]:
-        """Return what the retriever adds as LoRA factors; and whether that is all, so that P x follows from W x."""
+        """Return the LoRA factors that the retriever adds to a weight, if any; and whether P x can be computed from W x
+        and them, so that the pretrained weight need not be held.
+        """
         source = self._readapter.retriever
         if weight not in source or self._scale == 0:
             return None, True
@@ -176,7 +179,7 @@ class DomainNetwork:
         return None, False
 
     def _restore(self, weights: Sequence[str]) -> None:
-        """Make layers what they were before a domain that could not be loaded."""
+        """Put back the original layers after a domain could not be loaded."""
         for weight in weights:
             layer = self._layers.pop(weight, None)
             if layer is not None:

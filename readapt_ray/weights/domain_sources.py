@@ -1,8 +1,8 @@
-"""Find the factors of domains, check from their records that they belong to one retriever, and fetch them.
+"""Find the factors of domains, check that they belong to one retriever, and fetch their adapters when needed.
 
-In: folders or URIs that `readapt merge --factors` wrote. Out: what each was made of (two small files each, read in
-threads), and when a domain is needed its knowledge adapters. The retriever's part of a bundle, which may be as large as
-the model, is read from one of them alone.
+In: folders or URIs that `readapt merge --factors` wrote. Out: a record of what each was made from (two small files per
+domain, read in threads), and the knowledge adapters of a domain when it is needed. The retriever's part of a bundle is
+not read here: it may be as large as the model, and one bundle's is enough for all.
 """
 
 import contextlib
@@ -28,26 +28,29 @@ _NUM_THREADS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSource:
-    """Where the factors of a domain are. It can be sent to another machine."""
+    """Where the factors of a domain are stored, and its scales. It can be sent to another machine."""
 
     name: str
     folder: str
     """Folder or URI."""
     fingerprint: str
-    """Of the bundle."""
+    """Fingerprint of the bundle."""
     model_fingerprint: str
-    """Of the merged model."""
+    """Fingerprint of the model that a merge of the bundle writes."""
     merged_scales: tuple[float, ...]
     """Scale of each knowledge adapter in the merged model."""
     scales: tuple[float, ...]
     """Scale of each knowledge adapter unless a request says otherwise."""
     retriever: tuple[str, str | None] | None
-    """Fingerprints of the retriever and, if it is an adapter, of its base; None if scale 0 gives other vectors than its own."""
+    """Fingerprints of the retriever, and of its base if it is an adapter; None if the bundle truncated or scaled it."""
     layers: tuple[LayerScale, ...] = ()
-    """Factors of these scales, and of those of a request, in ranges of layers."""
+    """Factors in ranges of layers; they multiply `scales`, or the scales of a request."""
 
     def weights_at(self, scales: Sequence[float]) -> tuple[str, str | None] | None:
-        """Return the fingerprints of a model, and of its base, that makes the same vectors; None if no model on disk does."""
+        """Return the fingerprints of the model on disk that makes the same vectors at these scales, and of its base.
+
+        The base is None unless the model is an adapter. The result is None if no model on disk makes these vectors.
+        """
         if tuple(scales) == self.merged_scales:
             return self.model_fingerprint, None
         return None if any(scales) else self.retriever
@@ -55,7 +58,7 @@ class DomainSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainRecord:
-    """A domain, and what its bundle says that it was made of."""
+    """A domain, with the record in its bundle of what it was made from."""
 
     source: DomainSource
     content: Mapping[str, Any]
@@ -67,17 +70,17 @@ class DomainRecord:
 
     @property
     def retriever_fingerprint(self) -> str:
-        """Return a fingerprint of what all domains of an encoder share."""
+        """The fingerprint of what domains in one encoder must share: base, retriever with its scale, encoding."""
         shared = {name: self.content[name] for name in ("readapter_scale", "low_rank", "encoding")}
         retriever = self.content["sources"]["retriever"]["fingerprint"]
         return fingerprint({"base": self.base_fingerprint, "retriever": retriever, **shared})
 
 
 def read_domains(folders: Mapping[str, str]) -> list[DomainRecord]:
-    """Read the record of each domain, many at a time.
+    """Read the record of each domain, many at the same time.
 
     Args:
-        folders: the factors of each domain by its name.
+        folders: folder or URI of each domain's bundle, by the domain's name.
 
     Raises:
         ModelError: a folder is not a finished bundle.
@@ -106,7 +109,7 @@ def _read(name: str, folder: str) -> DomainRecord:
 
 
 def _retriever(content: Mapping[str, Any]) -> tuple[str, str | None] | None:
-    """Return the fingerprints of the retriever that a bundle adds as a whole."""
+    """Return the fingerprints of the retriever and its base; None if the bundle truncates or scales the retriever."""
     if content["low_rank"] is not None or content["readapter_scale"] != 1.0:
         return None
     retriever, base = content["sources"]["retriever"], content["sources"]["pretrained"]["fingerprint"]
@@ -114,10 +117,10 @@ def _retriever(content: Mapping[str, Any]) -> tuple[str, str | None] | None:
 
 
 def check_domains(records: Sequence[DomainRecord], base: OpenModel) -> None:
-    """Check that all domains were made of this base, and of one retriever.
+    """Check that all domains were made from this base and with one retriever.
 
     Raises:
-        WeightMismatchError: one was not; it is named.
+        WeightMismatchError: a domain was not; the error names it.
     """
     first = records[0]
     for each in records:
@@ -132,7 +135,7 @@ def check_domains(records: Sequence[DomainRecord], base: OpenModel) -> None:
 
 
 def _difference(one: DomainRecord, other: DomainRecord) -> str:
-    """Say why two domains are not of one retriever."""
+    """Say in what two domains with different retrievers differ, for an error message."""
     for option in ("readapter_scale", "low_rank", "encoding"):
         values = one.content[option], other.content[option]
         if values[0] != values[1]:
@@ -145,12 +148,12 @@ def _difference(one: DomainRecord, other: DomainRecord) -> str:
 
 @contextlib.contextmanager
 def fetched(source: DomainSource, base: Checkpoint) -> Iterator[list[Adapter]]:
-    """Give the knowledge adapters of a domain; files from a URI are removed after the block.
+    """Fetch the knowledge adapters of a domain for use in a `with` block; copies of remote files are removed after it.
 
     Raises:
-        ModelError: the files are gone or damaged, or the knowledge is whole weights.
-        FingerprintMismatchError: another bundle is there by now.
-        WeightMismatchError: they do not fit the base.
+        ModelError: the files are damaged, or the knowledge is stored as whole weights instead of adapters.
+        FingerprintMismatchError: the bundle is gone, or another one has replaced it.
+        WeightMismatchError: the adapters do not fit the base.
     """
     manifest = read_manifest(source.folder)
     if manifest is None or manifest.fingerprint != source.fingerprint:

@@ -1,10 +1,10 @@
-"""A readapted model as a Hugging Face folder: shards of safetensors, written as they fill.
+"""Write the weights of a readapted model as a Hugging Face folder of safetensors shards.
 
 In: a `Readapter` and scales. Out: `model.safetensors`, or `model-00001-of-0000N.safetensors` with
-their index, on any filesystem, and what the cast to the output type lost. All cores make slices of
-rows, one writes them in order, so the bytes are the same whatever the number of cores. The plan of
-shards follows from shapes alone, so a merge that was killed writes the missing shards and no other.
-Memory: some slices of rows for each core.
+their index, on any filesystem, and a measure of what the cast to the output type lost. All cores
+compute slices of rows and one thread writes them in order, so the bytes do not depend on the number
+of cores. The plan of shards depends only on shapes and types, so a killed merge resumes with the
+missing shards. Memory: some slices of rows per core.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16":
 
 _LOSS_SUFFIX = ".cast.json"
 _SLICE_COPIES = 10
-"""Slices in float32 that a core holds at most: inputs, sums, and results that wait to be written."""
+"""Most float32 slices that a core holds in memory: inputs, sums, and results that wait to be written."""
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class WeightShard:
     file_name: str
     tensors: tuple[StoredWeights, ...]
     num_bytes: int
-    """Bytes of tensors, without the header."""
+    """Bytes of its tensors, without the header."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The weights in it, in file order."""
+        """Names of the weights in the file, in file order."""
         return tuple(weight for tensor in self.tensors for weight in tensor.weights)
 
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Which tensor goes where, in which type."""
+    """The shards of an output, and the type of each weight."""
 
     shards: tuple[WeightShard, ...]
     dtypes: dict[str, torch.dtype]
@@ -70,12 +70,12 @@ class WeightPlan:
 
 
 def plan_shards(readapter: Readapter, *, dtype: str, max_shard_bytes: int) -> WeightPlan:
-    """Cut the output into shards.
+    """Divide the tensors of an output among shards.
 
     Args:
-        readapter: what is written.
-        dtype: float32, float16, bfloat16, or retriever: for each tensor what the retriever has.
-        max_shard_bytes: bound of a shard; a tensor that is larger has a shard of its own.
+        readapter: the merge whose result will be written.
+        dtype: output type: float32, float16, bfloat16, or "retriever" for the type that the retriever has per tensor.
+        max_shard_bytes: largest size of a shard; a larger tensor gets its own shard.
     """
     tensors = readapter.pretrained.name_table.stored(readapter.names())
     dtypes = {name: _output_dtype(readapter, tensor, dtype) for tensor in tensors for name in tensor.weights}
@@ -92,14 +92,14 @@ def plan_shards(readapter: Readapter, *, dtype: str, max_shard_bytes: int) -> We
     shards = []
     for number, group in enumerate(groups, start=1):
         file_name = SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        # Wider types first, as safetensors itself does, so that every tensor is aligned.
+        # Wider types first, as the safetensors library does, so that every tensor is aligned.
         ordered = sorted(group, key=lambda tensor: -dtypes[tensor.weights[0]].itemsize)
         shards.append(WeightShard(file_name, tuple(ordered), sum(sizes[tensor] for tensor in group)))
     return WeightPlan(tuple(shards), dtypes)
 
 
 def _output_dtype(readapter: Readapter, tensor: StoredWeights, dtype: str) -> torch.dtype:
-    """Return the type of a tensor: of the weights in it, the widest."""
+    """Return the output type of a tensor; for several weights in one tensor, the widest of their types."""
     if dtype != "retriever":
         return OUTPUT_DTYPES[dtype]
     chosen = max(map(readapter.dtype, tensor.weights), key=lambda each: each.itemsize)
@@ -115,18 +115,18 @@ def write_weights(
     report: Callable[[int], None],
     num_threads: int | None = None,
 ) -> CastLoss:
-    """Write the shards that are not there, then the index, on this machine.
+    """Compute and write the shards that are missing, then the index, on this machine.
 
     Args:
-        readapter: what is written.
-        scales: how much of each difference.
+        readapter: the merge to compute.
+        scales: how much of each difference is added.
         plan: from `plan_shards`.
-        target: the folder.
-        report: called with the bytes done so far, shards that were there included.
-        num_threads: how many cores work; all, or as many as three times the largest tensor has room for.
+        target: the folder to write into.
+        report: called with the bytes done so far; shards that already existed count.
+        num_threads: cores to use. None takes all, or fewer, so that slices take about twice the largest tensor at most.
 
     Returns:
-        What the cast lost, in all shards.
+        What the cast to the output type lost, over all shards.
 
     Raises:
         ModelError: an input holds NaN or infinity, or a value is too large for the output type.
@@ -152,15 +152,15 @@ def _report_after(report: Callable[[int], None], before: int, made: int) -> None
 
 
 def is_written(shard: WeightShard, target: Location) -> bool:
-    """Return whether a shard is there: a file appears under its name only when it is whole."""
+    """Return whether a shard is complete. A file gets its name only when all of it is written."""
     return (target / shard.file_name).is_file() and _loss_record(target, shard).is_file()
 
 
 def finish_weights(plan: WeightPlan, target: Location) -> CastLoss:
-    """Write the index of shards that are all there.
+    """Write the index, after all shards are written.
 
     Returns:
-        What the cast lost, in all shards.
+        What the cast to the output type lost, over all shards.
     """
     losses = CastLoss()
     for shard in plan.shards:
@@ -175,7 +175,7 @@ def finish_weights(plan: WeightPlan, target: Location) -> CastLoss:
 
 
 def forget_progress(plan: WeightPlan, target: Location) -> None:
-    """Remove the records that a merge needs to resume."""
+    """Remove the records that a killed merge would resume from; call it when the merge is complete."""
     for shard in plan.shards:
         _loss_record(target, shard).delete()
 
@@ -211,13 +211,16 @@ def write_shard(
     report: Callable[[int], None],
     num_threads: int | None = None,
 ) -> None:
-    """Write one shard, unless it is there; the arguments are as in `write_weights`."""
+    """Compute and write one shard, unless it is complete already.
+
+    Args and errors are as in `write_weights`; `report` gets the bytes of this shard.
+    """
     if is_written(shard, target):
         return
     num_threads = num_threads or _affordable_threads(readapter)
     done, losses = 0, CastLoss()
     slices = (_Slice(name, start, stop) for name in shard.names for start, stop in readapter.slices(name))
-    # One for each slice that is being made, plus one that is being written.
+    # One per slice that is being computed, one per slice that waits, and one that is being written.
     idle: queue.SimpleQueue[ScratchBuffers] = queue.SimpleQueue()
     for _ in range(num_threads + 2):
         idle.put(ScratchBuffers())
@@ -241,18 +244,18 @@ def write_shard(
 
 
 def _entry(readapter: Readapter, plan: WeightPlan, tensor: StoredWeights) -> tuple[str, torch.dtype, tuple[int, ...]]:
-    """Return name, type and shape of a tensor; the rows of its weights follow each other."""
+    """Return name, type and shape of a stored tensor; it holds the rows of its weights one after the other."""
     shapes = [readapter.shape(name) for name in tensor.weights]
     shape = (sum(each[0] for each in shapes), *shapes[0][1:]) if shapes[0] else ()
     return tensor.name, plan.dtypes[tensor.weights[0]], shape
 
 
 def _cast(name: str, rows: TensorRows, dtype: torch.dtype, scratch: ScratchBuffers) -> tuple[torch.Tensor, CastLoss]:
-    """Return a slice in the output type, and what that lost; it uses up `rows.pretrained`."""
+    """Cast a slice to the output type and measure the loss; this overwrites `rows.pretrained` and `rows.retrieval`."""
     exact = rows.readapted
     cast = scratch.empty("cast", exact.shape, dtype, exact.device).copy_(exact)
     loss = CastLoss.of(name, rows, cast, scratch)
-    # Sums that are finite speak for every value; others may come of values whose squares alone are too large.
+    # If the sums of squares are finite, so is every value. If not, perhaps only the squares were too large.
     if not loss.is_finite() and not is_finite(cast):
         largest = exact.abs().max().item()
         raise ModelError(

@@ -1,8 +1,8 @@
-"""Set the scales of the merge in a model in memory, without loading it again.
+"""Change the scales of a merge in a model in memory, without loading it again.
 
-In: a loaded headless model and the three inputs of the merge. It holds on the model's device one copy of the
-pretrained weights, of the retriever's (or its factors) and of the adapters' factors; setting the
-scales costs a pass over the weights that change.
+In: a loaded model without a head, and the inputs of the merge. Out: the same model with the merged weights.
+Memory, on the model's device: one copy of the pretrained weights, of the retriever's weights (or its factors)
+and of the adapters' factors. Setting the scales costs a pass over the weights that change.
 """
 
 import threading
@@ -23,18 +23,18 @@ _NUM_WAITING = 8
 
 
 class LiveReadapter:
-    """Write readapted weights into a module in place."""
+    """A module in memory whose weights can be merged again with other scales."""
 
     def __init__(self, module: torch.nn.Module, readapter: Readapter, *, layers: tuple[LayerScale, ...] = ()) -> None:
         """Read every input of the merge onto the module's device.
 
         Args:
-            module: a headless model of the same architecture, as `load_model` gives; its weights are replaced.
-            readapter: what they are made of.
-            layers: factors of every knowledge scale in ranges of layers.
+            module: a model of the same architecture, from `load_model`; `set_scales` replaces its weights.
+            readapter: the models that are merged.
+            layers: factors that multiply the knowledge scales in ranges of layers.
 
         Raises:
-            WeightMismatchError: the module has other tensors; all of them are listed.
+            WeightMismatchError: the module has other tensors than the merge; the error lists them.
             ModelError: an input holds NaN or infinity.
         """
         self._readapter, self._layers = readapter, layers
@@ -49,14 +49,14 @@ class LiveReadapter:
         self._of_thread = _OfThread()
 
     def set_scales(self, readapter_scale: float, knowledge_scale: float | Sequence[float]) -> None:
-        """Write the weights for these scales; they equal what a merge writes in the module's type.
+        """Write the merged weights for these scales into the module; a merge in its type writes the same weights.
 
         Args:
-            readapter_scale: share of the retrieval skill kept.
-            knowledge_scale: share of the new domain added; one number for all knowledge adapters, or one each.
+            readapter_scale: share of the retrieval skill that is kept.
+            knowledge_scale: share of the new domain that is added; one number for all knowledge adapters, or one each.
 
         Raises:
-            InputError: a scale is not finite, or there are not as many as adapters.
+            InputError: a scale is not finite, or there is neither one knowledge scale nor one per adapter.
         """
         knowledge = one_per_adapter(knowledge_scale, len(self._readapter.knowledge))
         scales = Scales(readapter_scale, knowledge, self._layers)
@@ -73,7 +73,7 @@ class LiveReadapter:
         )
         on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters.values())
 
-        @torch.no_grad()  # it does not reach into threads
+        @torch.no_grad()  # torch keeps this setting per thread
         def write(each: tuple[str, int, int]) -> None:
             name, start, stop = each
             scratch = self._of_thread.scratch
@@ -91,7 +91,7 @@ class LiveReadapter:
 
 
 class _OfThread(threading.local):
-    """Buffers and streams of one thread."""
+    """Scratch buffers of one thread."""
 
     def __init__(self) -> None:
         self.scratch = ScratchBuffers()
@@ -103,7 +103,7 @@ def _changes(tensor_terms: TensorTerms, before: Scales, now: Scales) -> bool:
 
 
 def _slice_elements(device: torch.device) -> int | None:
-    """Return an accelerator is kept busy by large slices, a CPU by those that stay in its cache."""
+    """Return the elements per slice: many for an accelerator; None for a CPU, which takes slices that fit its cache."""
     return None if device.type == "cpu" else _DEVICE_SLICE_ELEMENTS
 
 

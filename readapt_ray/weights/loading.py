@@ -1,8 +1,8 @@
-"""Load a model into memory, ready to encode: headless, in eval mode, adapters applied.
+"""Load a model into memory, ready to encode: without its head, in eval mode, adapters applied.
 
-In: a model on this machine's disk. Out: the module that transformers' `AutoModel` makes of it, with
-every weight accounted for. It costs the model's size in its type, and for an adapter one weight in
-float32 besides.
+In: a model on this machine's disk. Out: the module that transformers' `AutoModel` makes of it, after
+a check that no weight is missing or unexpected. Memory: the model in its type; an adapter needs one
+weight in float32 more.
 """
 
 import contextlib
@@ -30,19 +30,20 @@ T = TypeVar("T")
 
 
 def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn.Module:
-    """Load the headless model.
+    """Load a model without its head, ready to encode.
 
     Args:
-        model: full weights; a LoRA or DoRA adapter, which is laid on its base model; or factors, which are added to it.
-        dtype: type of the weights; an adapter is laid on in float32 and cast once, and factors make the merged model.
+        model: full weights; a LoRA or DoRA adapter, which is applied to its base; or a bundle, which is merged.
+        dtype: type of the loaded weights. An adapter is applied in float32, then cast once. A bundle gives the same
+            values as the model that a merge writes.
         device: where to put it: cpu, cuda, cuda:1.
 
     Returns:
-        The transformers module in eval mode, without gradients, with sdpa attention where its class has it.
+        The transformers module in eval mode, without gradients, with sdpa attention if its class supports that.
 
     Raises:
         ModelError: no safetensors, an architecture that transformers does not have, or an adapter of another kind.
-        WeightMismatchError: weights that the architecture lacks, or that it has and the files do not.
+        WeightMismatchError: the files have weights that the architecture lacks, or lack weights that it has.
     """
     checkpoint, change = open_weights(model)
     holder = model.base if change is not None else model
@@ -57,7 +58,10 @@ def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn
 
 
 def open_weights(model: OpenModel) -> tuple[Checkpoint, Adapter | Readapter | None]:
-    """Open the weights of a model, and what is added to them: an adapter, or factors. Headers alone are read.
+    """Open the weights of a model; only headers are read.
+
+    Returns:
+        The full weights, and what is added to them: an adapter, the models of a bundle, or None.
 
     Raises:
         ModelError, WeightMismatchError: as `load_model`.
@@ -72,14 +76,14 @@ def open_weights(model: OpenModel) -> tuple[Checkpoint, Adapter | Readapter | No
 def load_headless(
     folder: Path, name: str, checkpoint: Checkpoint, dtype: torch.dtype, *, config_folder: Path | None = None
 ) -> torch.nn.Module:
-    """Load full weights into the headless module, on the CPU.
+    """Load full weights into transformers' module without a head, on the CPU.
 
     Args:
-        folder: has the weights.
-        name: what the user calls it.
-        checkpoint: the same weights.
+        folder: folder with the weights.
+        name: what the user calls the model; used in errors.
+        checkpoint: the same weights, opened.
         dtype: type of the module's weights.
-        config_folder: has the config.json, if another folder's is meant.
+        config_folder: folder with the config.json; None takes `folder`.
 
     Raises:
         ModelError, WeightMismatchError: as `load_model`.
@@ -131,10 +135,10 @@ def _from_pretrained(folder: Path, dtype: torch.dtype, config_folder: Path) -> A
 
 
 def with_best_attention(load: Callable[..., T]) -> T:
-    """Return what transformers loads with torch's own attention, or with the class's only one (MPNet, Gemma 2, DeBERTa).
+    """Load a model with torch's sdpa attention, or eager attention if its class lacks it (MPNet, Gemma 2, DeBERTa).
 
     Args:
-        load: one of transformers' functions; it takes `attn_implementation`.
+        load: a loading function of transformers, which is called with `attn_implementation`.
     """
     try:
         return load(attn_implementation="sdpa")
@@ -146,10 +150,10 @@ def with_best_attention(load: Callable[..., T]) -> T:
 
 @contextlib.contextmanager
 def in_float32(module: torch.nn.Module) -> Iterator[bool]:
-    """Widen a module's parameters to float32 for a while; each returns to its own type without loss.
+    """Widen a module's parameters to float32 during a `with` block; each then gets its own type back without loss.
 
-    It costs twice the memory of a model in bfloat16. Gives False, and nothing is changed, where there is not so much. A
-    weight that was itself too large for float16 stays infinite.
+    It takes twice the memory of a model in bfloat16. It yields whether all parameters were widened: False if memory ran
+    out. A weight that overflowed in float16 stays infinite.
     """
     narrow = [(each, each.dtype) for each in module.parameters() if each.dtype != torch.float32]
     try:
@@ -175,10 +179,10 @@ def _lay_on(module: torch.nn.Module, checkpoint: Checkpoint, adapter: Adapter) -
 
 
 def _write_merged(module: torch.nn.Module, readapter: Readapter, scales: Scales) -> None:
-    """Write the weights that a merge would write, rounded as there."""
+    """Write the weights that a merge would write, with the same rounding."""
     parameters = dict(module.named_parameters())
 
-    @torch.no_grad()  # it does not reach into threads
+    @torch.no_grad()  # torch keeps this setting per thread
     def write(name: str) -> None:
         parameters[name].copy_(readapter.weight(name, scales).to(readapter.dtype(name)))
 
@@ -189,7 +193,7 @@ def _write_merged(module: torch.nn.Module, readapter: Readapter, scales: Scales)
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' report and progress bar of a load; what matters in them is raised as an error here."""
+    """Silence transformers' report and progress bar during a load; `load_headless` raises errors for what matters."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,12 +1,11 @@
 """Store the difference between two models in a small file: a truncated SVD of each weight (LoRE), or the difference
 itself.
 
-In: the pretrained model and one made from it (full weights). Out: `NAME.safetensors` with, for each
-weight that changed, `W.lore_B` [O, r] and `W.lore_A` [r, I] (`tuned - pretrained` is about B A), or
-`W.difference` in float32 where the whole is kept (vectors, and matrices of which factors would take
-more than half the room). What did not change has no entry. Memory: the matrices in work take three times
-the largest in float32, however many cores work; the process itself was seen to grow by 120 MB where
-that is 50 MB (2048 x 2048).
+In: the pretrained model and a model made from it. Out: a safetensors file with two entries for each weight W that
+changed, `W.lore_B` [O, r] and `W.lore_A` [r, I], so that `tuned - pretrained` is about B A. Vectors, and matrices whose
+factors would take more than half the space, are stored whole as `W.difference` in float32. Weights that did not change
+have no entry. Memory: matrices that are being decomposed take at most three times the largest in float32, for any
+number of cores. The process was measured to grow by 120 MB where this limit is 50 MB (2048 x 2048).
 
 LoRE-Adapt (arXiv 2405.15007, section 3.2) truncates each layer at the same explained variance.
 """
@@ -32,34 +31,34 @@ from readapt_ray.weights.reused_buffers import ScratchBuffers
 from readapt_ray.weights.weight_files import Checkpoint, file_header, is_finite, read_header
 
 FACTOR_DTYPE = torch.bfloat16
-"""Type of stored factors. Its rounding error is part of the reported variance and small against the truncation."""
+"""Type of stored factors. The reported variance includes its rounding error, which is small beside the truncation's."""
 
 _A, _B, _WHOLE = ".lore_A", ".lore_B", ".difference"
 _EXACT_SIDE = 512
 _FIRST_SKETCH = 64
 _POWER_ITERATIONS = 2
 _LARGEST_SKETCH = 0.4
-"""Of the short side; a larger sketch would break the bound on memory, and its factors would hardly save room."""
+"""Largest sketch, as a share of the short side. A larger one would exceed the memory limit and hardly save space."""
 _TRUSTED_SHARE = 0.75
-"""Of a sketch: the rest is oversampling."""
+"""Share of a sketch's directions that must hold the wanted variance; the rest is oversampling."""
 _ROWS = 256
 _COST = 2.75
-"""What a decomposition holds at most, in times the matrix in float32."""
+"""Most memory that one decomposition holds, as a multiple of its matrix in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """How the difference of one weight is stored."""
+    """A record of how the difference of one weight is stored."""
 
     name: str
     shape: tuple[int, ...]
     rank: int | None
-    """Columns of B; 0 where nothing changed; None where the whole difference is kept."""
+    """Columns of B; 0 if the weight did not change; None if the whole difference is stored."""
     variance: float
-    """Share of the squared difference that it holds."""
+    """Share of the squared difference that is stored, 0 to 1."""
 
     def entries(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Return name, type and shape of the tensors in the file."""
+        """Return name, type and shape of each tensor that the file holds for this weight."""
         if self.rank is None:
             return [(self.name + _WHOLE, torch.float32, self.shape)]
         if self.rank == 0:
@@ -71,22 +70,22 @@ class Stored:
 
 
 class StoredDifference:
-    """A stored difference, as what a retriever or tuned model adds to the pretrained one."""
+    """A file of differences that `write_difference` made, read as the change from the pretrained model."""
 
     def __init__(
         self, path: Path, base: Checkpoint, *, name: str, dtypes: dict[str, torch.dtype] | None = None
     ) -> None:
-        """Read the header and check it against the model that it is added to.
+        """Read the header of the file and check that it fits the base model.
 
         Args:
             path: the safetensors file.
-            base: the model that it is a difference from.
+            base: the pretrained model that the differences are added to.
             name: what the user calls it; used in errors.
-            dtypes: the types of the model that the differences lead to.
+            dtypes: the weight types of the retriever or tuned model, by weight name.
 
         Raises:
-            WeightMismatchError: it was made of another model.
-            ModelError: it is not such a file.
+            WeightMismatchError: the differences were made from another model.
+            ModelError: the file does not hold differences.
         """
         self.name = name
         self.dtypes = dtypes or {}
@@ -112,7 +111,7 @@ class StoredDifference:
         return name in self._kinds
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Difference | Factors:
-        """Return what is added to rows of a weight."""
+        """Return the change of one weight: its factors, or rows `start` to `stop` of the whole difference."""
         if self._kinds[name] == _WHOLE:
             return Difference(rows=self._stored[name + _WHOLE].read(start, stop, scratch, role))
         return self.factors(name)
@@ -125,14 +124,14 @@ class StoredDifference:
 
 
 DeltaSource = Checkpoint | Adapter | StoredDifference
-"""What a difference from the pretrained model is read from."""
+"""The forms in which a retriever or tuned model can be given: full weights, an adapter, or stored differences."""
 
 
 def check_shapes(pretrained: Checkpoint, tuned: DeltaSource) -> None:
-    """Refuse a vocabulary that grew or shrank: new words have no difference.
+    """Refuse a tuned model whose vocabulary grew or shrank, since new words have no difference to store.
 
     Raises:
-        WeightMismatchError: a tensor has another shape.
+        WeightMismatchError: a tensor has another shape than in the pretrained model.
     """
     if not isinstance(tuned, Checkpoint):
         return
@@ -152,20 +151,21 @@ def write_difference(
     variance: float | None,
     report: Callable[[int], None],
 ) -> list[Stored]:
-    """Write `tuned - pretrained` into one file; resume after a killed call.
+    """Write `tuned - pretrained` of all weights into one file; a killed call resumes when it is called again.
 
     Args:
-        pretrained: the weights before.
-        tuned: what was made of them, checked to fit, see `check_shapes`.
-        target: the file; beside it is written how each weight is kept (its name with .json), and parts until it is whole.
-        variance: share of the squared difference that the factors of a matrix hold at least; None keeps the whole.
-        report: called with the elements of weights done so far.
+        pretrained: the weights before tuning.
+        tuned: the model made from them; `check_shapes` must have accepted it.
+        target: the file. A record of how each weight is stored is written beside it (its name with .json), and until
+            the file is complete also the finished factors (its name with .parts).
+        variance: least share of the squared difference that the factors of a matrix must hold; None stores it whole.
+        report: called with the number of weight elements done so far.
 
     Returns:
-        How each weight is kept, and how much of the difference that is.
+        A record per weight of how it is stored, and with which share of the difference.
 
     Raises:
-        ModelError: an input holds NaN or infinity; the tensor is named.
+        ModelError: an input holds NaN or infinity; the error names the tensor.
     """
     record = Location(f"{target.uri}.json")
     if target.is_file() and record.is_file():
@@ -212,7 +212,7 @@ def _decomposed(
     """Decompose one weight; write its factors, then its record."""
     shape = pretrained.shape(name)
     changed = False
-    for rows in _difference(pretrained, tuned, name):  # all of it, so that NaN is found before hours are spent
+    for rows in _difference(pretrained, tuned, name):  # no early exit: find NaN in any row before hours are spent
         changed = bool(rows.any()) or changed
     if not changed:
         stored = Stored(name=name, shape=shape, rank=0, variance=1.0)
@@ -236,7 +236,7 @@ def _decomposed(
 
 
 def _difference(pretrained: Checkpoint, tuned: DeltaSource, name: str) -> Iterator[torch.Tensor]:
-    """Return `tuned - pretrained` in float32, some rows at a time."""
+    """Yield `tuned - pretrained` of one weight in float32, some rows at a time."""
     shape = pretrained.shape(name)
     num_rows = shape[0] if shape else 1
     for start in range(0, num_rows, _ROWS):
@@ -256,20 +256,19 @@ def _difference(pretrained: Checkpoint, tuned: DeltaSource, name: str) -> Iterat
 def truncated_svd(
     difference_OI: torch.Tensor, variance: float, *, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """Return the fewest singular directions that hold a share of the squared difference.
+    """Compute the smallest factors B and A whose product holds a given share of a squared difference D.
 
-    Matrices with a short side are decomposed as they are, large ones through a random sketch that grows until it holds enough
-    (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
+    Matrices whose short side is at most 512 are decomposed exactly. Larger ones are decomposed in a random sketch,
+    which is doubled until it holds enough (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
 
     Args:
-        difference_OI: float32 [O, I], not all zero.
-        variance: the share, above 0, at most 1.
-        seed: of the random sketch.
+        difference_OI: D, float32 [O, I], not all zero.
+        variance: the share to hold, above 0, at most 1.
+        seed: seed of the random sketch.
 
     Returns:
-        B [O, r] and A [r, I] in `FACTOR_DTYPE` with B A close to the difference, and the share that B A holds, which is
-        1 - ||D - B A||^2 / ||D||^2; None where factors would take more than half the room of the difference, or a large
-        sketch does not hold enough.
+        B [O, r] and A [r, I] in `FACTOR_DTYPE`, and the share that they hold, 1 - ||D - B A||^2 / ||D||^2. None if the
+        factors would take more than half the space of D, or if the largest sketch does not hold enough.
     """
     num_rows, num_columns = difference_OI.shape
     side = min(num_rows, num_columns)
@@ -294,7 +293,7 @@ def truncated_svd(
 
 
 def _squared(matrix: torch.Tensor) -> float:
-    """Return the squared norm, some rows at a time, without a second matrix."""
+    """Return the squared norm of a matrix; computed by groups of rows, without a second matrix in memory."""
     total = 0.0
     for start in range(0, len(matrix), _ROWS):
         total += float(matrix[start : start + _ROWS].square().sum(dtype=torch.float64))
@@ -302,9 +301,7 @@ def _squared(matrix: torch.Tensor) -> float:
 
 
 def _exact(difference_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return all directions of a matrix with a short side, by the eigenvectors of its Gram matrix: B, A, squared
-    values.
-    """
+    """Return B, A and all squared singular values, from the eigenvectors of the short side's Gram matrix."""
     num_rows, num_columns = difference_OI.shape
     tall = num_rows >= num_columns
     short_LS = difference_OI if tall else difference_OI.T
@@ -320,7 +317,7 @@ def _exact(difference_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def _range(difference_OI: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Return an orthonormal basis of about the leading `size` left singular directions [O, size]."""
+    """Return an orthonormal basis [O, size] that approximates the first `size` left singular vectors."""
     sketch_IS = torch.randn(difference_OI.shape[1], size, generator=generator)
     basis_OS: torch.Tensor = torch.linalg.qr(difference_OI @ sketch_IS).Q
     del sketch_IS
@@ -337,9 +334,9 @@ def _truncated(
     squares_S: torch.Tensor,
     variance: float,
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """Return the leading directions, as few as hold the share after rounding."""
+    """Return the fewest leading directions that hold the variance after rounding; None if they save no space."""
     num_rows, num_columns = difference_OI.shape
-    most = num_rows * num_columns // (num_rows + num_columns)  # bfloat16 factors against a float32 difference
+    most = num_rows * num_columns // (num_rows + num_columns)  # then bfloat16 factors take half the float32 difference
     total = _squared(difference_OI)
     rank = 1 + int((squares_S.cumsum(0) < variance * total * (1 - 1e-9)).sum())
     while rank <= min(most, len(squares_S)):

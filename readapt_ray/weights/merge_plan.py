@@ -1,7 +1,7 @@
-"""Plan a merge: turn names of models into a `Readapter`, with every check that needs no weights.
+"""Plan a merge: open the models that the user named and do every check that needs no weights.
 
-In: names of models, as the user gave them. Out: the opened models and what they are. Headers, configs and
-tokenizers are read (kilobytes), and every file is hashed once, on all cores.
+In: names of models. Out: a `MergePlan` with the opened models, the encoding, and fingerprints of the inputs. Headers,
+configs and tokenizers are read (kilobytes), and every file is hashed once, on all cores.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ Roles = tuple[tuple[str, OpenModel], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class MergeModels:
-    """The models of a merge as the user named them. It can be sent to another machine."""
+    """The models of a merge as the user named them, not opened yet. It can be sent to another machine."""
 
     pretrained: str | None
     retriever: str | None
@@ -37,12 +37,12 @@ class MergeModels:
     accept: tuple[str, ...]
     """Mismatches to allow: config, tokenizer, vocabulary, base."""
     encoding: Encoding | None
-    """How the retriever encodes text; by default what its folder or the catalog says."""
+    """How the retriever encodes text; None takes what its folder or the catalog says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
-    """Models that fit together, opened on this machine."""
+    """The models of a merge, opened on this machine and checked to fit each other."""
 
     models: MergeModels
     readapter: Readapter
@@ -57,13 +57,13 @@ class MergePlan:
     sources: tuple[MergeInput, ...]
     """Name, fingerprint and file hashes of each input, the pretrained model first."""
     bundle: Bundle | None = None
-    """The factors that the result is made of, if they are given."""
+    """The bundle of factors that the result is made from; None if the merge starts from models."""
     left_out: tuple[str, ...] = ()
-    """Tensors that an earlier merge left out, with the model that held them."""
+    """Tensors that were left out when the bundle was written, each with the model that held it."""
 
     @property
     def made_of(self) -> list[tuple[str, str]]:
-        """Return role and fingerprint of the models: of factors, of those that they were made of."""
+        """Role and fingerprint of each model that the result, or the bundle, is made from."""
         if self.bundle is not None:
             return [(role, each["fingerprint"]) for role, each in self.bundle.content["sources"].items()]
         return [(each.role, each.fingerprint) for each in self.sources]
@@ -74,10 +74,11 @@ class MergePlan:
         knowledge_scale: float | Sequence[float] | None,
         layer_scales: Sequence[str] | None = (),
     ) -> Scales:
-        """Return one knowledge scale per adapter, and their factors by layer. None takes the bundle's.
+        """Return the scales of this merge, with one knowledge scale per adapter. None takes the bundle's.
 
         Raises:
-            InputError: there are neither one nor as many knowledge scales as adapters, or the model lacks layers of a range.
+            InputError: the number of knowledge scales is neither one nor the number of adapters, or the model lacks
+                layers of a range.
         """
         layers = None if layer_scales is None else ranges_of(layer_scales)
         if self.bundle is not None:
@@ -94,13 +95,13 @@ def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
     """Find, open and check the models of a merge, while all cores hash their files.
 
     Args:
-        models: what the user named.
-        as_factors: the retriever's difference will be stored as factors, so its shapes must allow that.
+        models: the models as the user named them.
+        as_factors: whether the retriever's difference will be stored as factors, which needs equal shapes.
 
     Raises:
         WeightMismatchError: the models do not fit each other; the message lists what differs.
-        ModelError: a model cannot be found or read, is unfinished, or has no known encoding; or what is given as
-            knowledge is a retriever.
+        ModelError: a model cannot be found or read, is unfinished, or has no known encoding; or a retriever was given
+            as knowledge.
     """
     if models.bundle is not None:
         roles = _find_bundle(models.bundle, models.pretrained)
@@ -118,14 +119,21 @@ def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
 def check_pair(
     pretrained: OpenModel, retriever: OpenModel, *, accept: Sequence[str], layer_scales: Sequence[str] = ()
 ) -> None:
-    """Check that a retriever was made from a pretrained model, as far as a merge does without an adapter.
+    """Check that a retriever was made from a pretrained model, before there is a knowledge adapter to merge.
 
-    Headers of weights, configs and tokenizers are read; the pretrained model is hashed only for an adapter of ours.
+    Headers of weights, configs and tokenizers are read. The pretrained model is hashed only if the retriever is an
+    adapter that readapt made.
+
+    Args:
+        pretrained: the model before retrieval training.
+        retriever: the model after it.
+        accept: mismatches to allow: config, tokenizer, vocabulary, base.
+        layer_scales: ranges of layers that a later merge will scale; the models must have these layers.
 
     Raises:
-        WeightMismatchError: they do not fit each other; the message lists what differs.
-        ModelError: a model cannot be read, or is for queries alone.
-        InputError: they lack layers that have scales of their own.
+        WeightMismatchError: the models do not fit each other; the message lists what differs.
+        ModelError: a model cannot be read, or encodes only queries.
+        InputError: the models lack layers of `layer_scales`.
     """
     refuse_query_model(retriever)
     check_layers(ranges_of(layer_scales), _open_pair(pretrained, retriever, (), accept).names())
@@ -150,7 +158,7 @@ def _find_models(pretrained: str, retriever: str, adapters: Sequence[str]) -> Ro
 
 
 def _find_bundle(bundle: str, pretrained: str | None) -> Roles:
-    """Return the bundle and its base: the one it names, unless `pretrained` is given."""
+    """Open the base model and the bundle. The base is `pretrained`, or the one that the bundle names."""
     model = _find("bundle", bundle)
     return (("pretrained", _find("pretrained", pretrained or open_bundle(model).base_name)), ("bundle", model))
 

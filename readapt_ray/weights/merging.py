@@ -4,8 +4,8 @@
 
 In: the weights before retrieval training, the retriever (full weights, an adapter or stored
 differences) and any number of knowledge adapters or tuned models. Out: float32 rows of every weight
-of the headless model; only who writes them casts. It costs one read of each input, and memory for a
-slice: no dense difference is ever stored.
+of the model without its head; only the code that writes them casts. It costs one read of each input,
+and memory for a slice of each, since no dense difference is stored.
 """
 
 import logging
@@ -29,18 +29,18 @@ from readapt_ray.weights.weight_files import Checkpoint, is_finite, natural_orde
 
 logger = logging.getLogger("readapt_ray")
 
-# 1 MiB in float32: what is in hand of each input stays in a core's cache between one sum and the next.
+# 1 MiB in float32, so that a slice of each input stays in a core's cache from one sum to the next.
 _SLICE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
 class Scales:
-    """The scale of each difference; one knowledge scale per knowledge adapter."""
+    """The scales of a merge: how much of each weight change it adds."""
 
     readapter: float
     knowledge: tuple[float, ...]
     layers: tuple[LayerScale, ...] = ()
-    """Factors of the knowledge scales in ranges of layers."""
+    """Factors that multiply the knowledge scales in ranges of layers."""
 
     def __post_init__(self) -> None:
         for scale in (self.readapter, *self.knowledge):
@@ -48,7 +48,7 @@ class Scales:
                 raise InputError(f"the scale {scale} is not a finite number; give one such as 0.5")
 
     def of(self, name: str) -> tuple[float, ...]:
-        """Return the scales of a tensor's changes: the retriever's, then that of each knowledge adapter."""
+        """Return the scales for one tensor: the readapter's, then one per knowledge adapter."""
         factor = factor_of(self.layers, name)
         return (self.readapter, *(each * factor for each in self.knowledge))
 
@@ -57,7 +57,7 @@ def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int)
     """Return one knowledge scale per adapter; a single number is used for all of them.
 
     Raises:
-        InputError: there are neither one nor as many scales as adapters.
+        InputError: there is neither one scale nor one per adapter.
     """
     given = tuple(knowledge_scale) if isinstance(knowledge_scale, Sequence) else (knowledge_scale,)
     if len(given) == 1:
@@ -71,7 +71,7 @@ def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int)
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRows:
-    """Rows of one readapted tensor in float32. Their memory is reused for the next rows, so use them first."""
+    """Rows of one readapted tensor in float32. The next call reuses their memory, so copy what must be kept."""
 
     readapted: torch.Tensor
     pretrained: torch.Tensor
@@ -82,24 +82,24 @@ class TensorRows:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorTerms:
-    """The pretrained rows of one tensor, and what is added to them."""
+    """The pretrained rows of one tensor, and the changes that a merge adds to them."""
 
     name: str
     start: torch.Tensor
-    """The pretrained rows; the retriever's, where only it has the tensor (a pooler, new words)."""
+    """The pretrained rows, or the retriever's if only the retriever has them (a pooler, new words)."""
     terms: tuple[Term | None, ...]
-    """What the retriever and each knowledge adapter add; None where they leave the tensor alone."""
+    """The change by the retriever, then by each knowledge adapter; None if it does not change the tensor."""
 
     def rows(self, scales: Scales, first_row: int = 0, scratch: ScratchBuffers | None = None) -> TensorRows:
         """Add the scaled changes to the pretrained rows in float32 (RE-AdaptIR, section 2.2).
 
-        A scale of 0 leaves its term out, and a readapter_scale of 1 begins at a retriever of full
-        weights, so that (0, 0) is the pretrained weight and (1, 0) the retriever to the last bit.
+        A term with scale 0 is left out. With a readapter_scale of 1 and a retriever of full weights, the sum starts at
+        the retriever's rows. So scales (0, 0) give the pretrained weight bit for bit, and (1, 0) the retriever's.
 
         Args:
-            scales: how much of each difference.
+            scales: how much of each change is added.
             first_row: index of the first of these rows in the whole tensor.
-            scratch: where the rows are made; memory of their own without.
+            scratch: buffers for the result; None makes new tensors.
 
         Raises:
             WeightMismatchError: the shapes differ.
@@ -123,7 +123,7 @@ class TensorTerms:
         return TensorRows(readapted=total, pretrained=pretrained, retrieval=retrieval)
 
     def cut(self, start: int, stop: int) -> "TensorTerms":
-        """Return the terms of rows `start` to `stop` of a whole tensor."""
+        """Return the terms of rows `start` to `stop`; `self` must hold the whole tensor."""
         if not self.start.ndim:
             return self
         terms = tuple(
@@ -133,7 +133,7 @@ class TensorTerms:
         return TensorTerms(name=self.name, start=self.start[start:stop], terms=terms)
 
     def with_unchanged(self, rows: torch.Tensor) -> "TensorTerms":
-        """Append rows that scaling must not change (new vocabulary)."""
+        """Return these terms with more rows appended, which no scale changes (new vocabulary)."""
         terms: list[Term | None] = []
         for each in self.terms:
             if each is None or isinstance(each, Factors):
@@ -157,7 +157,7 @@ def _add(
 
 
 class Readapter:
-    """Models that fit each other, and every readapted tensor that can be computed from them."""
+    """A pretrained model, a retriever and knowledge that fit each other; computes the readapted tensors from them."""
 
     def __init__(
         self,
@@ -167,18 +167,18 @@ class Readapter:
         *,
         accept_vocabulary: bool = False,
     ) -> None:
-        """Check from the headers that all fit.
+        """Check that the models fit each other; only headers are read.
 
         Args:
             pretrained: the weights before any tuning.
-            retriever: full weights, or a difference from `pretrained`.
-            knowledge: the same of each corpus.
-            accept_vocabulary: take a retriever with more or fewer words: rows that only it has are kept as
-                they are, rows that it lacks are dropped.
+            retriever: full weights, an adapter, or stored differences from `pretrained`.
+            knowledge: the model or adapter tuned on each corpus, in the same forms.
+            accept_vocabulary: accept a retriever with more or fewer words. Rows that only the retriever has are kept as
+                they are; rows that it lacks are dropped.
 
         Raises:
-            WeightMismatchError: a tensor of another shape or without a partner; all of them are listed.
-            ModelError: weights that are not floating-point (quantised).
+            WeightMismatchError: tensors have other shapes or are missing in one model; the error lists them.
+            ModelError: weights are not floating-point (quantised), or word embeddings are missing.
         """
         self.pretrained = pretrained
         self.retriever = retriever
@@ -188,7 +188,7 @@ class Readapter:
             check_floating(checkpoint)
             check_embeddings(checkpoint)
         self.carried: tuple[str, ...] = ()
-        """Tensors that only one side has and no vector depends on; they are kept as they are."""
+        """Tensors that only one of pretrained model and retriever has. No vector depends on them; they are kept."""
         if isinstance(retriever, Checkpoint):
             self.carried = check_partners(pretrained, retriever, accept_vocabulary=accept_vocabulary, may_pad=True)
         for each in self.knowledge:
@@ -203,30 +203,30 @@ class Readapter:
         return (self.pretrained, self.retriever, *self.knowledge)
 
     def names(self) -> list[str]:
-        """Return every tensor of the readapted model."""
+        """List the names of all tensors of the readapted model."""
         return sorted({*self.pretrained.names(), *self.carried}, key=natural_order)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
+        """Return the shape of a readapted tensor."""
         return self._leading(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the retriever's type of a tensor; for an adapter, the type of the weight that it is applied to."""
+        """Return the type that the retriever stores a tensor in; for an adapter, the type of its base weight."""
         if isinstance(self.retriever, StoredDifference) and name in self.retriever.dtypes:
             return self.retriever.dtypes[name]
         return self._leading(name).dtype(name)
 
     def slices(self, name: str, num_elements: int | None = None) -> Iterator[tuple[int, int]]:
-        """Yield the first and last row of each slice; the same slices for any number of workers.
+        """Yield first row and end (exclusive) of each slice of a tensor; the same slices for any number of workers.
 
         Args:
             name: the tensor.
-            num_elements: how large a slice may be; what fits a core's cache unless given.
+            num_elements: largest number of elements in a slice; None takes what fits a core's cache.
         """
         shape = self.shape(name)
         num_rows = shape[0] if shape else 1
         step = max(1, (num_elements or _SLICE_ELEMENTS) * num_rows // max(math.prod(shape), 1))
-        # Words that only the retriever has are made apart: there is nothing to subtract from them.
+        # Words that only the retriever has get slices of their own, since they have no pretrained rows to subtract.
         shared = min(num_rows, self._shared_rows(name))
         for first, last in ((0, shared), (shared, num_rows)):
             for start in range(first, last, step):
@@ -235,35 +235,35 @@ class Readapter:
     def rows(
         self, name: str, start: int, stop: int, scales: Scales, scratch: ScratchBuffers | None = None
     ) -> TensorRows:
-        """Return rows `start` to `stop` of a readapted tensor: one of `slices`.
+        """Compute rows `start` to `stop` of a readapted tensor; they must be one of `slices`.
 
         Raises:
-            ModelError: an input holds NaN or infinity; the tensor is named.
+            ModelError: an input holds NaN or infinity; the error names the tensor.
         """
         scratch = scratch or ScratchBuffers()
         tensor_terms = self._terms_of_rows(name, start, stop, scratch)
         rows = tensor_terms.rows(scales, start, scratch)
-        # NaN and infinity survive every sum that they enter, so a finite result speaks for its inputs.
+        # NaN and infinity survive every sum. So if all inputs enter the sum and it is finite, the inputs are finite.
         all_entered = _all_enter(tensor_terms, scales)
         if not all_entered or not is_finite(rows.readapted):
             self._check_finite(tensor_terms)
         return rows
 
     def weight(self, name: str, scales: Scales) -> torch.Tensor:
-        """Return a whole readapted tensor in float32."""
+        """Compute a whole readapted tensor in float32."""
         parts = [self.rows(name, start, stop, scales).readapted for start, stop in self.slices(name)]
         return torch.cat(parts) if self.shape(name) else parts[0]
 
     def walk(self, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every readapted tensor by name, float32, one at a time."""
+        """Yield the name and the float32 values of each readapted tensor, one at a time."""
         for name in self.names():
             yield name, self.weight(name, scales)
 
     def tensor_terms(self, name: str, device: torch.device) -> TensorTerms:
-        """Read the terms of a whole tensor onto a device.
+        """Read the pretrained rows and all changes of a whole tensor onto a device.
 
         Raises:
-            ModelError: an input holds NaN or infinity; the tensor is named.
+            ModelError: an input holds NaN or infinity; the error names the tensor.
         """
         num_rows = self.shape(name)[0] if self.shape(name) else 1
         shared = min(num_rows, self._shared_rows(name))
@@ -280,7 +280,7 @@ class Readapter:
         return TensorTerms(name=name, start=whole.start.to(device), terms=terms)
 
     def _terms_of_rows(self, name: str, start: int, stop: int, scratch: ScratchBuffers) -> TensorTerms:
-        """Read what rows are made of. They must be entirely inside or outside the pretrained vocabulary."""
+        """Read the terms of rows, which must be entirely inside or entirely outside the pretrained vocabulary."""
         sources = (self.retriever, *self.knowledge)
         if start >= self._shared_rows(name):
             alone = self._leading(name).read(name, start, stop, scratch, "start")
@@ -307,7 +307,7 @@ class Readapter:
                 )
 
     def _shared_rows(self, name: str) -> int:
-        """Return the number of rows that the pretrained model has."""
+        """Return the number of rows of a tensor in the pretrained model; 0 if it lacks the tensor."""
         if name not in self.pretrained:
             return 0
         shape = self.pretrained.shape(name)
@@ -327,7 +327,7 @@ def _all_enter(tensor_terms: TensorTerms, scales: Scales) -> bool:
 
 
 def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = None) -> Checkpoint | Adapter:
-    """Open a retriever as it is published: full weights, or an adapter of the pretrained model."""
+    """Open the weights of a published retriever or tuned model: full weights, or an adapter of the pretrained model."""
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return Adapter(folder, pretrained, name=name)
     return Checkpoint(folder, name=name)

@@ -1,7 +1,7 @@
-"""Write README.md of a merged model: what it was made from, how to use it, what the cast lost.
+"""Make README.md of a merged model: what it was made from, how to use it, what the cast lost.
 
-In: the ingredients, the encoding, the scales. Out: Markdown with the metadata that the hub reads.
-The same models and options give the same text.
+In: records of the merged models, the encoding, the scales. Out: Markdown with the metadata that the
+Hugging Face hub reads. The same models and options give the same text.
 """
 
 import json
@@ -17,7 +17,7 @@ from readapt_ray.weights.provenance import MergeInput
 
 CARD_NAME = "README.md"
 NAME_IN_CARD = "PATH_OF_THIS_FOLDER"
-"""Stands for the model in the card; a push puts the repository's name there."""
+"""Placeholder for the model's name in the card; a push replaces it by the repository's name."""
 
 Share = float | None
 
@@ -33,17 +33,17 @@ def model_card(
     measures: Sequence[str],
     notes: Sequence[str],
 ) -> str:
-    """Return the text of README.md.
+    """Return the text of a merged model's README.md.
 
     Args:
         encoding: how text becomes a vector.
-        scales: the two scales in words.
-        command: what makes the same model again.
-        sources: what it was made from.
-        survives: by kind of tensor the shares of the update and of the knowledge that the cast left, see `CastLoss`.
-        dtype: what the weights were cast to.
-        measures: lines of Markdown on how good it is; empty where that is not known.
-        notes: what a reader has to know besides.
+        scales: the scales of the merge, in words.
+        command: the command that makes the same model again.
+        sources: the models that it was made from.
+        survives: shares of the update and of the knowledge that survived the cast, by kind of tensor; see `CastLoss`.
+        dtype: name of the type that the weights were cast to.
+        measures: lines of Markdown with measures of retrieval quality; empty if none are known.
+        notes: more notes for the reader, each shown as a list item.
     """
     return "\n".join(
         [
@@ -99,7 +99,7 @@ def _provenance(sources: Sequence[MergeInput]) -> list[str]:
 def _usage(encoding: Encoding) -> list[str]:
     prefixes = prompts(encoding)
     cut = f", truncate_dim={encoding.dimensions}" * (encoding.dimensions is not None)
-    # It cuts after its Normalize module, so the length has to be made 1 again.
+    # sentence-transformers truncates after its Normalize module, so vectors have to be normalised again.
     again = ", normalize_embeddings=True" * (encoding.dimensions is not None and encoding.normalize)
     return [
         "## Encoding",
@@ -155,7 +155,7 @@ def _percent(share: Share) -> str:
 
 
 def _limits(encoding: Encoding) -> list[str]:
-    """Say what stock clients must know of limits and prompts."""
+    """Return notes on limits and prompts that users of other libraries must know."""
     notes = []
     if encoding.max_query_tokens != encoding.max_passage_tokens:
         notes.append(
@@ -176,7 +176,7 @@ def _limits(encoding: Encoding) -> list[str]:
 
 
 def truncation_note(stored: Sequence[Stored]) -> list[str]:
-    """Say what was left of the retriever's difference if it was truncated; else nothing."""
+    """Return a note on how much of the retriever's difference its truncated SVD holds; empty without truncation."""
     factored = [each for each in stored if each.rank]
     if not factored:
         return []
@@ -189,10 +189,10 @@ def truncation_note(stored: Sequence[Stored]) -> list[str]:
 
 
 def measures_of(uri: str) -> list[str]:
-    """Return what `readapt tune` or `readapt evaluate` found, as lines of Markdown.
+    """Read the measures in an output of `readapt tune` or `readapt evaluate`, as lines of Markdown.
 
     Raises:
-        InputError: there is no such output.
+        InputError: the URI is no such output.
     """
     manifest = read_manifest(uri)
     if manifest is None or manifest.stage not in ("tune", "evaluate"):

@@ -1,8 +1,8 @@
-"""Write the files beside the weights, so that transformers, sentence-transformers and readapt encode alike.
+"""Write the files beside the weights, so that transformers, sentence-transformers and readapt make the same vectors.
 
 In: the config of the model that gives the weights, and the encoding. Out: config.json, the
-tokenizer, the modules of sentence-transformers (as its releases since version 2 read them, and as
-vLLM and text-embeddings-inference do) and readapt.json. A few kilobytes besides the tokenizer.
+tokenizer, readapt.json, and the modules of sentence-transformers, which it reads since version 2, as
+do vLLM and text-embeddings-inference. A few kilobytes besides the tokenizer.
 """
 
 import json
@@ -32,28 +32,28 @@ from readapt_ray.weights.tokenizer import write_tokenizer
 logger = logging.getLogger("readapt_ray")
 
 _POOLING_KEYS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
-# Not among our poolings, but text-embeddings-inference reads no pooling config that leaves them out.
+# We have none of these poolings, but text-embeddings-inference refuses a pooling config that leaves them out.
 _OTHER_POOLING_KEYS = (
     "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens",
 )  # fmt: skip
-# What transformers 4 called the base of the rotary embedding in layers of full and of sliding attention, and whether it
-# scaled that of the full ones (configuration_*.py of 4.57.6).
+# Options of transformers 4 for the rotary base in layers of full and of sliding attention, and whether it could scale
+# the rotary embedding of the full ones (configuration_*.py of 4.57.6).
 _LAYERED_ROPE: dict[str, tuple[tuple[str, ...], bool]] = {
     **dict.fromkeys(("gemma3_text", "gemma3n_text"), (("rope_theta", "rope_local_base_freq"), True)),
     **dict.fromkeys(("modernbert", "modernbert-decoder"), (("global_rope_theta", "local_rope_theta"), False)),
     "olmo3": (("rope_theta", "rope_theta"), True),
 }
-# The weights that are written are floating-point, also if the retriever's were quantized when it was trained.
+# `quantization_config` must go: the written weights are floating-point, even if the retriever was trained quantized.
 _NOT_OF_RESULT = ("auto_map", "_name_or_path", "transformers_version", "quantization_config")
 _TITLE, _TEXT = "\x00title\x00", "\x00text\x00"
 
 
 def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict[str, Any]:
-    """Return the config.json of the headless model.
+    """Return the content of config.json for the model without its head.
 
     Args:
-        config: of the model of the weights.
-        dtype: the weights' type by name.
+        config: the config.json of the model that gives the weights.
+        dtype: name of the weights' type.
         name: what the user calls that model; used in the error.
 
     Raises:
@@ -67,7 +67,7 @@ def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict
         raise ModelError(
             f"{name!r} has the model_type {kind!r} in config.json, which transformers' AutoModel does not know"
         )
-    # Both names of the type: releases of transformers before 4.56 read only the second.
+    # The type under both names, since transformers before 4.56 reads only `torch_dtype`.
     kept = {key: value for key, value in config.items() if key not in _NOT_OF_RESULT}
     return {
         **_older_rope(config, name),
@@ -79,7 +79,7 @@ def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict
 
 
 def _older_rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the rotary embedding as transformers before version 5 wrote it, for servers that still read that."""
+    """Return the options of the rotary embedding in the form of transformers 4, for servers that still use it."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or not rope:
         return {}
@@ -105,12 +105,15 @@ def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompts(encoding: Encoding) -> dict[str, str]:
-    """Return the templates as prompts of sentence-transformers: the text before a query and before a document.
+    """Turn the encoding's templates into sentence-transformers prompts: the text before a query and before a document.
 
-    A template with words behind the text has no such form and is left out.
+    A template with words after the text cannot be a prompt and is left out.
+
+    Returns:
+        The prompts by kind: query, document.
 
     Raises:
-        InputError: a template that cannot be filled in.
+        InputError: a template cannot be filled in.
     """
     found = {}
     for kind, template in (("query", encoding.query_template), ("document", encoding.passage_template)):
@@ -134,15 +137,15 @@ def write_model_files(
     contract: Mapping[str, Any],
     dense_of: OpenModel | None = None,
 ) -> None:
-    """Write every file but the weights and the model card.
+    """Write every file of a model folder except the weights and the model card.
 
     Args:
         target: the model folder.
-        config: the headless config, from `headless_config`.
-        tokenizer: the retriever's, as transformers loads it.
+        config: the content of config.json, from `headless_config`.
+        tokenizer: the retriever's tokenizer, as transformers loads it.
         encoding: how text becomes a vector.
-        contract: what readapt.json holds besides the encoding.
-        dense_of: the model whose Dense modules are copied, weights and all.
+        contract: content of readapt.json besides the encoding.
+        dense_of: the model whose Dense modules are copied with their weights; None copies none.
 
     Raises:
         ModelError: the tokenizer cannot be exported.
@@ -164,7 +167,7 @@ def write_model_files(
             pad = json.loads((folder / TOKENIZER_NAME).read_text(encoding="utf-8"))["added_tokens"]
             ids = {each["content"]: each["id"] for each in pad}
             _write_json(folder / CONFIG_NAME, {**config, "pad_token_id": ids.get(tokens["pad_token"])})
-        # Asked of transformers, since models call their width differently (hidden_size, dim, n_embd).
+        # transformers knows each family's name for the width (hidden_size, dim, n_embd).
         width = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).hidden_size
         dense = copy_dense(dense_of, Location(str(folder))) if dense_of is not None else []
         _write_sentence_transformers(folder, encoding, int(width), dense)

@@ -1,8 +1,8 @@
-"""Map over all cores with results in order, holding no more results in memory than the cores need.
+"""Apply a function to items in threads, with results in order and few of them in memory at once.
 
-In: a function and its arguments, an iterator that is read as it is used. Out: the results in the
-order of the arguments. Each thread computes by itself: what a sum gives must not depend on how many
-cores share it, and torch's own threads would slow each other down.
+In: a function, and an iterator of items that is read as needed. Out: the results in the order of the
+items. Each thread gives torch one core: the result of a sum must not depend on how many cores share it,
+and threads of torch would compete with ours.
 """
 
 import collections
@@ -21,16 +21,16 @@ Result = TypeVar("Result")
 def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int, num_waiting: int = 0
 ) -> Generator[Result]:
-    """Apply a function in threads; yield the results in order.
+    """Apply a function to items in threads, and yield the results in the order of the items.
 
     Args:
-        work: what is done to each item; called in threads where torch uses one core.
-        items: read one at a time, as results are taken.
-        num_threads: how many work at once.
-        num_waiting: how many results may wait to be taken besides.
+        work: the function; it is called in threads in which torch uses one core.
+        items: the items, read one at a time as results are taken.
+        num_threads: how many items are worked on at once.
+        num_waiting: how many more results may wait to be taken.
 
     Yields:
-        The results in the order of `items`. The first error ends the work, and is raised in its place.
+        The results in the order of `items`. An error of `work` is raised in place of its result and ends the work.
     """
     with _threads(num_threads) as pool:
         pending: collections.deque[Future[Result]] = collections.deque()
@@ -53,11 +53,11 @@ def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
         with ThreadPoolExecutor(num_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
-        torch.set_num_threads(before)  # threads that others start later take the number that was set last
+        torch.set_num_threads(before)  # threads that start later take the number that any thread set last
 
 
 class Budget:
-    """Limit the bytes in use at once; a request for more waits. A single request is always granted."""
+    """A limit on the bytes that threads use at once. A request above the limit waits until it is alone."""
 
     def __init__(self, num_bytes: int) -> None:
         self._free = self._whole = num_bytes
@@ -65,7 +65,7 @@ class Budget:
 
     @contextlib.contextmanager
     def use(self, num_bytes: int) -> Iterator[None]:
-        """Hold some of the bytes while the block runs."""
+        """Wait until `num_bytes` are free, and hold them during the `with` block."""
         held = min(num_bytes, self._whole)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= held)

@@ -1,6 +1,6 @@
 """Check that the weights of two models can be subtracted: the same tensors, in the same shapes, and floating-point.
 
-In: checkpoints, of which headers alone are read. Out: nothing, or an error that lists every tensor that does not fit.
+In: checkpoints, of which only headers are read. Out: nothing, or an error that lists the tensors that do not fit.
 """
 
 import logging
@@ -17,16 +17,16 @@ from readapt_ray.weights.weight_files import Checkpoint, natural_order
 logger = logging.getLogger("readapt_ray")
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# BERT-like models carry a pooler that no pooling here reads: where one side lacks it, the other's is kept.
+# BERT-like models have a pooler that none of our poolings reads. If one model lacks it, the other's is kept.
 _UNUSED_PREFIX = "pooler."
 _VOCABULARY = re.compile(r"(embed_tokens|word_embeddings|wte|embed_in|tok_embeddings)\.weight$")
 
 
 def check_floating(checkpoint: Checkpoint) -> None:
-    """Refuse quantised weights.
+    """Refuse a model with quantised weights.
 
     Raises:
-        ModelError: a tensor is not floating-point; the message lists those that are not.
+        ModelError: tensors are not floating-point; the error lists them.
     """
     wrong = [
         f"{name}: {checkpoint.dtype(name)}" for name in checkpoint.names() if checkpoint.dtype(name) not in _FLOATS
@@ -38,10 +38,10 @@ def check_floating(checkpoint: Checkpoint) -> None:
 
 
 def check_embeddings(checkpoint: Checkpoint) -> None:
-    """Refuse a model whose tied embedding is stored only as the head: it would be left out with it.
+    """Refuse a model that stores its tied word embeddings only as the LM head, since heads are left out.
 
     Raises:
-        ModelError: it has a head and no word embeddings.
+        ModelError: the model has a head and no word embeddings.
     """
     if checkpoint.heads and not any(_VOCABULARY.search(name) for name in checkpoint.names()):
         raise ModelError(
@@ -51,9 +51,7 @@ def check_embeddings(checkpoint: Checkpoint) -> None:
 
 
 def _is_padding(pretrained: Checkpoint, tuned: Checkpoint, name: str) -> bool:
-    """Return whether word embeddings differ in number by rows alone that no token has, as is done to round a vocabulary
-    up.
-    """
+    """Return whether the extra rows of the larger word embeddings belong to no token (a vocabulary rounded up)."""
     rows = [each.shape(name)[0] for each in (pretrained, tuned)]
     models = [OpenModel(name=each.name, folder=each.folder) for each in (pretrained, tuned)]
     with_tokenizer = [each for each in models if any((each.folder / file).is_file() for file in TOKENIZER_FILES)]
@@ -71,19 +69,19 @@ def _is_padding(pretrained: Checkpoint, tuned: Checkpoint, name: str) -> bool:
 def check_partners(
     pretrained: Checkpoint, tuned: Checkpoint, *, accept_vocabulary: bool, may_pad: bool = False
 ) -> tuple[str, ...]:
-    """Compare the tensors of a model before and after.
+    """Check that a model has the same tensors, in the same shapes, before and after tuning.
 
     Args:
-        pretrained: the model before.
-        tuned: the model after.
-        accept_vocabulary: take another number of word embeddings.
-        may_pad: take another number of word embeddings if no token has the rows that one side lacks.
+        pretrained: the model before tuning.
+        tuned: the model after tuning.
+        accept_vocabulary: accept another number of word embeddings.
+        may_pad: accept another number of word embeddings if the rows that one model lacks belong to no token.
 
     Returns:
-        The tensors that one side lacks and no vector depends on.
+        The tensors that only one model has and that change no vector (a pooler).
 
     Raises:
-        WeightMismatchError: other tensors, or tensors of other shapes; all of them are listed.
+        WeightMismatchError: tensors are missing in one model or have other shapes; the error lists them.
     """
     only_one = {*pretrained.names()} ^ {*tuned.names()}
     carried = {name for name in only_one if name.startswith(_UNUSED_PREFIX)}

@@ -1,8 +1,8 @@
 """Record what a merged model was made from, so that it can be checked and made again.
 
 In: models on this machine's disk. Out: for each its name, revision, fingerprint and the SHA-256 of
-every file that decides its content. All cores hash, while the main thread checks the models: about
-a second for each gigabyte and core.
+every file that decides its content. All cores hash while the main thread checks the models; a core
+needs about a second per gigabyte.
 """
 
 import contextlib
@@ -20,26 +20,26 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.hardware import num_cores
 
 _WEIGHTS = (".safetensors", ".bin")
-# Large, so that a thread that hashes seldom waits for the interpreter.
+# Large chunks, so that a hashing thread rarely waits for Python's interpreter lock.
 _CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeInput:
-    """One input of a merge."""
+    """A record of one model that a merge reads: its role, name, fingerprint and file hashes."""
 
     role: str
     name: str
     fingerprint: str
     """Equal to `OpenModel.fingerprint`."""
     revision: str
-    """The commit on the hub; empty for a model that is not from there."""
+    """The commit on the Hugging Face hub; empty if the model is not from the hub."""
     files: Mapping[str, str]
-    """SHA-256 of each file that decides its content, by its name in the folder."""
+    """SHA-256 of each file that decides the model's content, by file name."""
 
     @property
     def weight_files(self) -> dict[str, str]:
-        """Return the SHA-256 of each file that holds weights."""
+        """SHA-256 of each file that holds weights, by file name."""
         return {name: digest for name, digest in self.files.items() if name.endswith(_WEIGHTS)}
 
     def to_json(self) -> dict[str, Any]:
@@ -54,10 +54,13 @@ class MergeInput:
 
 @contextlib.contextmanager
 def hashed_in_background(models: Sequence[tuple[str, OpenModel]]) -> Iterator[Callable[[], list[MergeInput]]]:
-    """Hash the files of each model (given by role) in threads while the block runs.
+    """Hash the files of models in threads while the `with` block runs; an error in the block stops the hashing.
+
+    Args:
+        models: role and model of each input.
 
     Yields:
-        A function that waits for the hashes and returns one `MergeInput` per model. An error in the block stops them.
+        A function that waits for the hashes and returns one `MergeInput` per model.
     """
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -96,7 +99,7 @@ def _sha256(path: Path, stopped: threading.Event) -> str:
 
 
 def command_line(stage: str, options: Mapping[str, Any]) -> str:
-    """Return the command that makes the same again; options that are None are left out."""
+    """Return the shell command that runs a stage with these options; options that are None or False are left out."""
     parts = [f"readapt {stage}"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"

@@ -1,7 +1,8 @@
-"""Send a model folder to the Hugging Face hub: one commit with weights, tokenizer, encoding and model card.
+"""Upload a model folder to the Hugging Face hub: one commit with weights, tokenizer, encoding and model card.
 
-In: the output of a merge, on any filesystem, and the name of a repository. Out: the address of the commit. A repository
-that is made here is private. What is there already is not sent again, so that a second push costs some requests.
+In: the output of a merge, on any filesystem, and the name of a repository. Out: a log line with the address of the
+commit. New repositories are private unless asked otherwise. Files that are there already are not sent again, so a
+second push costs only a few requests.
 """
 
 import logging
@@ -21,10 +22,10 @@ logger = logging.getLogger("readapt_ray")
 
 PREFIX = "hub:"
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?=.{3,96}$)\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])", re.ASCII)
-"""What the hub takes as OWNER/NAME."""
+"""The form of OWNER/NAME that the hub accepts."""
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _OF_THE_HUB = {".gitattributes", CARD_NAME}
-"""Files that the hub puts into a repository that it makes."""
+"""Files that the hub may put into a new repository."""
 _ADVICE = Advice(
     refused="check the name, and set HF_TOKEN to a token that may write there",
     failed="the model is whole in its folder; run the same command later, which only sends it",
@@ -32,10 +33,10 @@ _ADVICE = Advice(
 
 
 def repository(name: str) -> str:
-    """Return OWNER/NAME of `hub:OWNER/NAME`.
+    """Return the OWNER/NAME in `hub:OWNER/NAME`.
 
     Raises:
-        InputError: it is no such name.
+        InputError: the name is not of this form.
     """
     repo_id = name.removeprefix(PREFIX)
     if not name.startswith(PREFIX) or not _REPOSITORY.fullmatch(repo_id):
@@ -47,17 +48,18 @@ def repository(name: str) -> str:
 
 
 def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -> None:
-    """Send a model folder as one commit, and log its address; a hub that is busy is asked again.
+    """Upload a model folder to the hub as one commit, and log its address; requests are retried if the hub is busy.
 
     Args:
-        folder: a whole output of merge.
-        repo_id: the repository, which is made if it is not there.
+        folder: a finished output of merge.
+        repo_id: the repository, OWNER/NAME; it is created if it does not exist.
         is_public: whether anybody may read it.
-        fingerprint: of the model; the commit's message names it.
+        fingerprint: fingerprint of the model, for the commit message.
 
     Raises:
-        ModelError: the hub refuses it, or the repository holds another model or is public and that was not asked for.
-        ReadaptError: the hub could not be reached, or went on failing.
+        ModelError: the hub refuses the upload, or the repository holds files of something else, or it is public and
+            `is_public` is False.
+        ReadaptError: the hub cannot be reached, or all retries failed.
     """
     local = models.open_model(folder.uri).folder
     card = (folder / CARD_NAME).read_text().replace(NAME_IN_CARD, repo_id)

@@ -18,7 +18,7 @@ def readapted_weight(
     readapter_scale: float,
     knowledge_scale: float,
 ) -> torch.Tensor:
-    """Add both scaled updates to one pretrained weight (RE-AdaptIR, section 2.2).
+    """Merge one weight: add both scaled changes to the pretrained weight (RE-AdaptIR, section 2.2).
 
     Args:
         name: tensor name; used only in the error.

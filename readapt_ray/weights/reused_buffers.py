@@ -1,4 +1,4 @@
-"""Reuse memory buffers: fresh memory costs a page fault for every 4 KiB, more than the sum computed in it."""
+"""Reuse memory buffers. New memory costs a page fault per 4 KiB, which takes longer than the sum computed in it."""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +7,13 @@ import torch
 
 
 class ScratchBuffers:
-    """Buffers by role, for one thread; a buffer is valid until the same role is asked for again."""
+    """Named memory buffers for one thread. A tensor is valid until the same role is requested again."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.device], torch.Tensor] = {}
 
     def empty(self, role: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Return an uninitialised tensor of this shape and type, in the buffer of a role."""
+        """Return an uninitialised tensor of this shape and type, in the buffer with the name `role`."""
         num_bytes = math.prod(shape) * dtype.itemsize
         held = self._held.get((role, device))
         if held is None or held.numel() < num_bytes:
@@ -21,5 +21,5 @@ class ScratchBuffers:
         return held[:num_bytes].view(dtype).view(tuple(shape))
 
     def float32(self, role: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy of a tensor in float32, in the buffer of a role."""
+        """Return a copy of a tensor in float32, in the buffer with the name `role`."""
         return self.empty(role, tensor.shape, torch.float32, tensor.device).copy_(tensor)

@@ -1,6 +1,6 @@
-"""Read the scales of a merge as options: one knowledge scale or one per adapter, and factors for ranges of layers.
+"""Parse and check the scales of a merge as options: one knowledge scale or one per adapter, and factors per layer.
 
-In: numbers and text of a command line or a file. Out: what the fields of a config hold, and `LayerScale`.
+In: numbers and text of a command line or a file. Out: values for the fields of a config, and `LayerScale`.
 """
 
 import math
@@ -19,11 +19,11 @@ _RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?=(.*)", re.DOTALL)
 
 @dataclass(frozen=True)
 class LayerScale:
-    """A factor of the knowledge scales in a range of layers."""
+    """A factor that multiplies the knowledge scales in a range of layers."""
 
     first: int
     last: int
-    """The last layer of the range, which is in it."""
+    """The last layer of the range, inclusive."""
     scale: float
 
     def __str__(self) -> str:
@@ -31,15 +31,15 @@ class LayerScale:
 
     @property
     def layers(self) -> str:
-        """The range as it is written."""
+        """The range as a user writes it: 3 or 0-11."""
         return str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
 
 
 def layer_scales(items: Sequence[str]) -> tuple[LayerScale, ...]:
-    """Read the ranges of an option, in the order of the layers.
+    """Parse items FIRST-LAST=NUMBER, and sort them by layer.
 
     Raises:
-        ValueError: an item is no range with a finite number, a range is reversed, or two overlap.
+        ValueError: an item is not of this form, its number is not finite, a range is reversed, or two overlap.
     """
     found = sorted(map(_layer_scale, items), key=lambda each: each.first)
     for one, other in pairwise(found):
@@ -65,25 +65,25 @@ def _layer_scale(item: str) -> LayerScale:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to; None for embeddings, the last norm and a pooler."""
+    """Return the number of the layer that a tensor belongs to; None for embeddings, the final norm and a pooler."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def factor_of(layers: Iterable[LayerScale], name: str) -> float:
-    """Return what the knowledge scales of a tensor are multiplied by; 1 outside of all ranges."""
+    """Return the factor of a tensor's knowledge scales; 1 if its layer is in no range."""
     layer = layer_of(name)
     return next((each.scale for each in layers if layer is not None and each.first <= layer <= each.last), 1.0)
 
 
 def check_layers(layers: Sequence[LayerScale], names: Iterable[str]) -> None:
-    """Check that a model has all layers of the ranges.
+    """Check that a model has all layers that the ranges name.
 
     Args:
         layers: the ranges.
-        names: of all tensors of the model.
+        names: names of all tensors of the model.
 
     Raises:
-        InputError: it lacks one.
+        InputError: the model lacks a layer.
     """
     if not layers:
         return
@@ -98,7 +98,7 @@ def check_layers(layers: Sequence[LayerScale], names: Iterable[str]) -> None:
 
 
 def _as_items(value: Any) -> Any:
-    """Take a section of a file, too: {0-11: 0.8, 12-23: 0.2}."""
+    """Turn a section of a YAML file into items: {0-11: 0.8, 12-23: 0.2} into 0-11=0.8 and 12-23=0.2."""
     return [f"{layers}={scale}" for layers, scale in value.items()] if isinstance(value, dict) else value
 
 
@@ -118,6 +118,6 @@ def _scales_or_one(value: Any) -> Any:
 
 
 LayerScalesOption = Annotated[tuple[str, ...], BeforeValidator(_as_items), AfterValidator(_normal)]
-"""A field of a config: items FIRST-LAST=NUMBER."""
+"""Type of a config field with items FIRST-LAST=NUMBER."""
 KnowledgeScaleOption = Annotated[float | tuple[float, ...], BeforeValidator(_scales_or_one)]
-"""A field of a config: a finite number, or one per adapter."""
+"""Type of a config field with a finite number, or one per adapter."""

@@ -1,9 +1,9 @@
-"""Translate the names of tensors in a model's files to those of the modules that transformers loads them into, and back.
+"""Translate the names of tensors in a model's files to the names of transformers' modules, and back.
 
-Most families have one name for both. The files of the families below have other names, and hold several weights as one
+Most families use one name for both. The families below use other names in their files, and store several weights as one
 tensor: `encoder.layers.0.attn.Wqkv` of nomic_bert has the rows of `q_proj`, `k_proj` and `v_proj`, one after the other.
-Adapters know the modules, so weights are read and summed under the modules' names; they are written as they were stored,
-which every server of such a model reads. Only names and shapes are needed: no weight is read.
+Adapters use the modules' names, so weights are read and summed under those. They are written under the stored names,
+which every server of such a model can read. No weight is read here.
 """
 
 import json
@@ -18,7 +18,7 @@ _QKV: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 class StoredWeights(NamedTuple):
-    """A tensor of a file, and the weights whose rows it has, in order."""
+    """A tensor in a file, and the weights whose rows it holds, in order."""
 
     name: str
     weights: tuple[str, ...]
@@ -26,15 +26,15 @@ class StoredWeights(NamedTuple):
 
 @dataclass(frozen=True)
 class NameTable:
-    """How the files of a family name what its modules hold. Each part of a name stands between dots."""
+    """The differences between names in a family's files and in its modules, as parts of names between dots."""
 
     renamed: Mapping[str, str]
-    """Part of a name in the files, and what the modules have for it."""
+    """From a part of a name in the files to the part that the modules have instead."""
     joined: Mapping[str, tuple[str, ...]]
-    """Part of the name of a tensor that holds several weights, and what the modules have for each of them."""
+    """From a part of the name of a tensor with several weights to the part that the modules have for each weight."""
 
     def weights_of(self, stored_name: str) -> tuple[str, ...]:
-        """Return the weights that a tensor of a file holds."""
+        """Return the module names of the weights that a stored tensor holds."""
         name = f".{stored_name}"
         for stored, module in self.renamed.items():
             name = name.replace(f".{stored}.", f".{module}.")
@@ -44,7 +44,7 @@ class NameTable:
         return (name[1:],)
 
     def stored(self, weights: Iterable[str]) -> list[StoredWeights]:
-        """Return the tensors that files hold weights in; those that are joined only where all of them are given."""
+        """Return the tensors to store weights in; weights are joined only if all weights of the tensor are given."""
         there = dict.fromkeys(weights)
         found: dict[str, tuple[str, ...]] = {}
         for weight in there:
@@ -56,7 +56,7 @@ class NameTable:
         return [StoredWeights(name, parts) for name, parts in found.items()]
 
     def _stored_name(self, weight: str) -> tuple[str, tuple[str, ...]]:
-        """Return the name of the tensor that holds a weight, and all weights in it."""
+        """Return the name of the stored tensor that holds a weight, and all weights in that tensor."""
         whole = f".{weight}"
         parts: tuple[str, ...] = (weight,)
         for stored, modules in self.joined.items():
@@ -104,18 +104,18 @@ _TABLES: Final = {
         joined={"attention.qkv_proj": _QKV, "mlp.up_gate_proj": ("mlp.up_proj", "mlp.gate_proj")},
     ),
 }
-"""By `model_type`; from conversion_mapping.py of transformers 5.23, whose save_pretrained writes the stored names."""
+"""Tables by `model_type`, from conversion_mapping.py of transformers 5.23; its save_pretrained writes these names."""
 _SAME: Final = NameTable(renamed={}, joined={})
 
 
 def table_of(model_type: object) -> NameTable:
-    """Return the table of a family; one that changes no name where its files have the names of its modules."""
+    """Return the name table of a model family; for most families it changes no name."""
     return _TABLES.get(str(model_type), _SAME)
 
 
 def table_in(folder: Path) -> NameTable:
-    """Return the table of the model in a folder, by its config.json."""
+    """Return the name table for the model in a folder, by the model_type in its config.json."""
     try:
         return table_of(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type"))
     except (OSError, ValueError, AttributeError):
-        return _SAME  # who needs the config says what is wrong with it
+        return _SAME  # whoever needs the config later raises a better error

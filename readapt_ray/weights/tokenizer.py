@@ -1,8 +1,8 @@
-"""Make the tokenizer of an exported model: its own post-processor makes the ids that the encoding asks for.
+"""Write the tokenizer of an exported model, so that every library adds the special tokens that the encoding asks for.
 
 Libraries differ in whether they honour `add_bos_token` and `add_eos_token`, and some versions drop
-the EOS that a retriever was trained with. A post-processor inside `tokenizer.json` is honoured by all
-of them; what was written is read back and compared before it is called done.
+the EOS that a retriever was trained with. All of them honour a post-processor inside `tokenizer.json`,
+so the special tokens are put there. The written tokenizer is read back and its ids are compared.
 """
 
 import json
@@ -19,13 +19,13 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def edge_tokens(tokenizer: Any, encoding: Encoding) -> tuple[str | None, str | None]:
-    """Return the tokens before and after a text; None where the encoding asks for none.
+    """Return the special tokens before and after a text; None if the encoding asks for none.
 
-    A token that the tokenizer already puts there by itself is kept (a few end with another than their
-    `eos_token`); else it is BOS or CLS in front, EOS or SEP behind.
+    A token that the tokenizer already adds by itself is kept (a few add another than their `eos_token`).
+    Otherwise it is BOS or CLS before the text, and EOS or SEP after it.
 
     Raises:
-        ModelError: the encoding asks for a token that the tokenizer does not have, or where it puts several.
+        ModelError: the tokenizer lacks a token that the encoding asks for, or adds several in its place.
     """
     edges: list[str | None] = []
     for asked, option, own, roles in zip(
@@ -49,10 +49,10 @@ def edge_tokens(tokenizer: Any, encoding: Encoding) -> tuple[str | None, str | N
 
 
 def write_tokenizer(tokenizer: Any, encoding: Encoding, folder: Path) -> None:
-    """Write the tokenizer into a local folder that holds the model's config.json, and read it back.
+    """Write the tokenizer into a local folder that holds the model's config.json, and check it by reading it back.
 
     Raises:
-        ModelError: it is not a fast tokenizer, or what is read back makes other ids.
+        ModelError: it is not a fast tokenizer, or the one that is read back makes other ids.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -96,7 +96,7 @@ def _post_processor(backend: Any, before: str | None, after: str | None) -> Any:
 
 
 def _name_class(path: Path) -> None:
-    """Name the class as transformers 4 and 5 both know it."""
+    """Set the tokenizer class to a name that transformers 4 and 5 both know."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

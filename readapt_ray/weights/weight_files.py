@@ -1,9 +1,9 @@
-"""Read the weight files of a model, a piece at a time.
+"""Read the safetensors files of a model, some rows of a tensor at a time.
 
 In: a local folder of safetensors, one file or shards with an index. Out: shapes, types and rows of
-tensors under headless names (`layers.0...`), whatever names the files use. Opening reads headers
-only (kilobytes); reading holds nothing but the rows asked for: no memory map, so that the memory of
-a merge does not grow with the model.
+tensors under the names of the model without its head (`layers.0...`), for any naming in the files.
+Opening reads headers only (kilobytes). Reading holds only the requested rows and uses no memory map,
+so that the memory of a merge does not grow with the model.
 """
 
 import io
@@ -38,7 +38,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-"""How safetensors writes each torch type."""
+"""The name of each torch type in safetensors headers."""
 
 _BASE_PREFIXES = (
     "model.",
@@ -68,7 +68,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """The file and position of one tensor."""
+    """The file, position, type and shape of one stored tensor."""
 
     stored_name: str
     """Its name in the file."""
@@ -76,23 +76,23 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
-    """Its first byte in the file."""
+    """Position of its first byte in the file."""
     num_bytes: int
 
     def read(
         self, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
     ) -> torch.Tensor:
-        """Return rows `start` to `stop` along the first axis, or all; on the CPU in the type on disk.
+        """Read rows `start` to `stop` along the first axis, or all, as a CPU tensor in the type on disk.
 
         Args:
-            start: the first row.
-            stop: the row behind the last; all unless given.
-            scratch: where they are put, under `role`; in a new tensor without.
-            role: see `scratch`.
+            start: first row.
+            stop: end of the rows, exclusive; None reads to the last row.
+            scratch: buffers to read into; None makes a new tensor.
+            role: name of the buffer in `scratch`.
 
         Raises:
-            ModelError: the file became shorter than its header says.
-            IndexError: there are fewer rows.
+            ModelError: the file is shorter than its header says.
+            IndexError: the tensor has fewer rows.
         """
         num_rows = self.shape[0] if self.shape else 1
         stop = num_rows if stop is None else stop
@@ -108,7 +108,7 @@ class StoredTensor:
 
 
 def _fill(file: io.FileIO, content: torch.Tensor, path: Path) -> None:
-    """Read until the buffer is full: one read returns at most 2 GiB."""
+    """Read until the buffer is full. It takes a loop, since one read returns at most 2 GiB."""
     view = content.numpy().data
     done = 0
     while done < len(view):
@@ -119,10 +119,10 @@ def _fill(file: io.FileIO, content: torch.Tensor, path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of one safetensors file by its stored name, from the header alone.
+    """List the tensors of one safetensors file by stored name; only the header is read.
 
     Raises:
-        ModelError: it is not safetensors, or it is shorter than its header says.
+        ModelError: the file is not safetensors, or is shorter than its header says.
     """
     num_file_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -152,14 +152,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def check_not_empty(stored: Mapping[str, StoredTensor], what: str) -> None:
-    """Refuse tensors without numbers: a worker under ZeRO-3 saved its part of the model as the whole.
+    """Refuse empty tensors, which a ZeRO-3 worker leaves if it saves a model without gathering its weights.
 
     Args:
         stored: the tensors by name.
-        what: what they are of, in the words of the error.
+        what: the model or adapter that holds them, as the error should name it.
 
     Raises:
-        ModelError: some are empty; the first is named.
+        ModelError: some are empty; the error names the first.
     """
     empty = [f"{name} {list(each.shape)}" for name, each in stored.items() if 0 in each.shape]
     if empty:
@@ -171,10 +171,10 @@ def check_not_empty(stored: Mapping[str, StoredTensor], what: str) -> None:
 
 
 def file_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """Return the header of a safetensors file: its length in 8 bytes, then JSON padded to whole words.
+    """Return the header of a safetensors file: its length in 8 bytes, then JSON padded to a multiple of 8 bytes.
 
     Args:
-        entries: name, type and shape of each tensor, in the order in which they follow.
+        entries: name, type and shape of each tensor, in the order in which their data follow the header.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -188,21 +188,21 @@ def file_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> by
 
 
 class Checkpoint:
-    """The weights of a headless model, under the names that `AutoModel` gives them.
+    """The weight files of a model without its head, under the names that `AutoModel` gives the weights.
 
-    LM heads, classifiers and buffers that the model computes by itself are not among them; `heads`
-    and `buffers` name what was left aside, so that nothing is dropped unsaid.
+    LM heads, classifiers and buffers that the model computes by itself are left out. `heads` and `buffers`
+    list their names, so that nothing is dropped silently.
     """
 
     def __init__(self, folder: Path, *, name: str | None = None) -> None:
-        """Read the headers.
+        """Read the headers of all weight files in a folder.
 
         Args:
             folder: a local model folder.
-            name: what the user calls the model; used in errors.
+            name: what the user calls the model; used in errors. None uses the folder.
 
         Raises:
-            ModelError: no safetensors there, a shard is missing or cut short, or two tensors have one name.
+            ModelError: the folder has no safetensors, a shard is missing or cut short, or two tensors have one name.
         """
         self.folder = folder
         self.name = name or str(folder)
@@ -214,7 +214,7 @@ class Checkpoint:
         headless = {each: modern_name(each.removeprefix(prefix)) for each in backbone}
         self.buffers = tuple(sorted(each for each, short in headless.items() if _BUFFER.search(short)))
         self.name_table = table_in(folder)
-        """How the files of its family name the weights."""
+        """Translates names in the files to names of weights; it depends on the model's family."""
         self._tensors: dict[str, StoredTensor] = {}
         for each in backbone:
             if each in self.buffers:
@@ -227,46 +227,46 @@ class Checkpoint:
             raise ModelError(f"{self.name!r} holds no weights: its safetensors in {folder} are empty but for heads")
 
     def names(self) -> list[str]:
-        """List all tensors, sorted with numbers compared as numbers: the same order however the files are split."""
+        """List all weights, sorted with numbers in names compared as numbers. The split into files does not matter."""
         return sorted(self._tensors, key=natural_order)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
+        """Return the shape of a weight."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type of a tensor on disk."""
+        """Return the type of a weight on disk."""
         return self._tensors[name].dtype
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
     ) -> torch.Tensor:
-        """Return a tensor, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
+        """Read a weight, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
         return self._tensors[name].read(start, stop, scratch, role)
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Whole:
-        """Return what a model of full weights adds to rows of the pretrained one."""
+        """Read rows of a tuned weight, in the form from which a merge computes the change."""
         return Whole(rows=self.read(name, start, stop, scratch, role))
 
     def match(self, stored_name: str) -> str | None:
-        """Return the headless name of a tensor that another file names with or without a base prefix; None if unknown."""
+        """Return our name of a tensor that another file may store with a base prefix (`model.`); None if unknown."""
         candidates = [stored_name, *(stored_name.removeprefix(prefix) for prefix in _BASE_PREFIXES)]
         return next((each for each in map(modern_name, candidates) if each in self._tensors), None)
 
 
 def by_weight(name: str, stored: StoredTensor, table: NameTable) -> dict[str, StoredTensor]:
-    """Return the weights that a tensor of a file holds: itself, or equal parts of its rows.
+    """Split a stored tensor into the weights that it holds: itself, or equal parts of its rows (joined Q, K and V).
 
     Args:
         name: its name, with or without the prefix of the file.
         stored: the tensor.
-        table: of its family.
+        table: the names of its model family.
 
     Raises:
-        ModelError: its rows cannot be divided.
+        ModelError: the rows cannot be divided equally among the weights.
     """
     weights = table.weights_of(name)
     count = len(weights)
@@ -284,7 +284,7 @@ def by_weight(name: str, stored: StoredTensor, table: NameTable) -> dict[str, St
 
 
 def base_prefix(backbone: Iterable[str]) -> str:
-    """Return the prefix of every name of a headed model (`model.`, `bert.`); empty for a headless one."""
+    """Return the prefix that all these names share (`model.`, `bert.`); empty if there is none."""
     names = list(backbone)
     return next((prefix for prefix in _BASE_PREFIXES if names and all(each.startswith(prefix) for each in names)), "")
 
@@ -295,30 +295,30 @@ def is_head(stored_name: str) -> bool:
 
 
 def is_buffer(name: str) -> bool:
-    """Return whether the model computes this tensor by itself (old checkpoints store some)."""
+    """Return whether the model computes this tensor by itself instead of loading it (old checkpoints store some)."""
     return bool(_BUFFER.search(name))
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinity; without a mask, so thirty times as fast as
+    """Return whether a tensor holds neither NaN nor infinity. It makes no mask, so it is 30 times as fast as
     isfinite().all().
     """
     if tensor.numel() == 0:
         return True
     if tensor.dtype == torch.float32 and tensor.is_contiguous():
         flat = tensor.view(-1)
-        if math.isfinite(torch.dot(flat, flat)):  # a sum of squares is finite only where each of them is
+        if math.isfinite(torch.dot(flat, flat)):  # a sum of squares is finite only if each square is
             return True
-    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # aminmax hands NaN on
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # aminmax returns NaN if any value is NaN
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key by which `layers.2` comes before `layers.10`."""
+    """Return a sort key that puts `layers.2` before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def modern_name(name: str) -> str:
-    """Return a tensor's name as transformers writes it now: old BERT files call a norm's weight and bias gamma and beta."""
+    """Return a tensor's name as transformers writes it now. Old BERT files name a norm's parameters gamma and beta."""
     for old, new in _OLD_NORM.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
@@ -326,14 +326,14 @@ def modern_name(name: str) -> str:
 
 
 def stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
-    """Return every tensor of a model folder by its stored name, from the one file or from those that the index lists.
+    """List the tensors of a model folder by stored name, from its single file or from the shards in its index.
 
     Args:
         folder: a local model folder.
         name: what the user calls the model; used in errors.
 
     Raises:
-        ModelError: no safetensors there, or a shard is missing or cut short.
+        ModelError: the folder has no safetensors, the weights are there twice, or a shard is missing or cut short.
     """
     index = folder / INDEX_NAME
     if not index.is_file():
