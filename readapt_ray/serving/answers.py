@@ -1,4 +1,4 @@
-"""Write answers as JSON without pydantic: to validate millions of numbers would cost more than to compute them."""
+"""Write answers as JSON without pydantic, which would spend more time on millions of numbers than the encoder."""
 
 import base64
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Add rules to the API's OpenAPI document that the types of the fields do not express."""
+"""Add to the OpenAPI document the rules for requests that the types of their fields do not express."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""Define the bodies of Cohere's embeddings API, version 2, whose clients say whether texts are queries or passages."""
+"""Define the bodies of requests and answers in version 2 of Cohere's embeddings API (`POST /v2/embed`).
+
+Unlike OpenAI's clients, Cohere's always say whether texts are queries or passages.
+"""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal

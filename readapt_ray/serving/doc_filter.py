@@ -85,7 +85,7 @@ class FilterFields(KnownFields):
 
 @dataclass(frozen=True)
 class DocFilter:
-    """A filter of a search: a passage passes it if it meets all that is given."""
+    """A filter of a search: a passage passes if it meets all conditions that are given."""
 
     prefix: str | None = None
     doc_ids: tuple[str, ...] | None = None

@@ -212,7 +212,7 @@ class Guard:
             )
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """Read the whole body, and count its bytes as in memory; return None if the client disconnected.
+        """Read the whole body into memory, and count its bytes; return None if the client disconnected.
 
         Raises:
             RequestError: with status 408: it comes too slowly; 413: it is too large; 429: other bodies fill the memory.

@@ -15,7 +15,7 @@ _READ_AT_ONCE = 64
 
 
 def texts_of(store: PassageStore, found: Iterable[Sequence[Ranked]]) -> dict[str, Passage]:
-    """Return the passages that were found, by id; ids that the corpus does not have are left out.
+    """Return title and text of the passages that were found, by id; ids that the corpus lacks are left out.
 
     Raises:
         RequestError: the texts are too long for one answer, which repeats a passage for each query that found it.

@@ -116,7 +116,7 @@ class SearchableShard:
 def search_rows(
     shard: IndexShard, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64], *, max_scanned: float
 ) -> Iterator[Hits]:
-    """Search only some rows of a shard; yield the k best per query of one part of them after the other.
+    """Search only some rows of a shard, in parts; yield the k best rows per query for each part.
 
     Args:
         shard: the shard.
@@ -170,7 +170,7 @@ def _loaded(folder: Location, records: Sequence[ShardRecord], words: Mapping[str
 
 
 def _placed(shards: Sequence[IndexShard], device: str) -> list[IndexShard]:
-    """Join all shards to one on a device; return [] if there are none."""
+    """Join all shards into one that is on a device; return [] if there are none."""
     return [on_device(shards, device)] if shards else []
 
 

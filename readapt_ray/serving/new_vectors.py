@@ -104,7 +104,7 @@ def _encoder_of(files: Sequence[Location]) -> str | None:
 
 
 def vector_factory(index: VectorIndex) -> str:
-    """Return the FAISS factory string for new vectors: float32 if the index holds exact vectors, else float16."""
+    """Return the FAISS factory string for new vectors: Flat (float32) if the index holds exact vectors, else SQfp16."""
     return "Flat" if all(holds_vectors_whole(each.factory) for each in index.records) else "SQfp16"
 
 

@@ -24,8 +24,8 @@ class Limits(Config):
     """Limits per request and per gateway."""
 
     batch_wait_s: float = Field(default=0.0, ge=0, le=10)
-    """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches at
-    the cost of latency. While the encoder is busy, texts gather anyway."""
+    """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches
+    at the cost of latency. While the encoder is busy, texts gather anyway."""
     max_requests: int = Field(default=256, ge=1)
     """Maximum number of requests in progress per gateway. Above it the answer is 429. One domain may have at most as
     many as are free, which is half if no other domain is busy."""
@@ -40,11 +40,11 @@ class Limits(Config):
     """Cut texts that are too long, unless the request says `"truncate": false`. Without it they are refused. Set it for
     clients that cannot ask for it."""
     accept_token_ids: bool = False
-    """Accept token ids in place of texts. Only ids of the model's own tokenizer give the right vectors. OpenAI's ids, which
-    LangChain sends by default, give vectors of other texts."""
+    """Accept token ids in place of texts. Only ids of the model's own tokenizer give the right vectors. OpenAI's ids,
+    which LangChain sends by default, mean other texts here and give wrong vectors."""
     knowledge_scale: Annotated[str | None, AfterValidator(_checked_scales)] = None
-    """Range of scales that a request for a domain may ask for by `knowledge_scale`, such as 0.0..1.0. If omitted, requests
-    cannot choose, and each domain has the scale that it was merged with."""
+    """Range of scales that a request for a domain may ask for by `knowledge_scale`, such as 0.0..1.0. If omitted,
+    requests cannot choose, and each domain has the scale that it was merged with, or its own `knowledge_scale`."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds until a request is given up with 504. A request can ask for less. Raise it if clients send many texts per
     request to a slow encoder."""
@@ -59,7 +59,8 @@ class VersionConfig(Config):
     """Options of one version: an encoder with its index, and their processes."""
 
     retriever: str = ""
-    """Model to serve: a catalog name, a folder, a GGUF file, a URI or a hub id. Required, unless `versions` lists several."""
+    """Model to serve: a catalog name, a folder, a GGUF file, a URI or a hub id. Required, unless `versions` lists
+    several."""
     index: str | None = None
     """Output folder of `readapt index`, with vectors of this retriever (with `bridge`, of an older model). If omitted,
     there is no search."""
@@ -86,25 +87,27 @@ class VersionConfig(Config):
     """Maximum number of encoder processes. Ray Serve starts more while batches wait, and stops them again. If omitted,
     `num_replicas`."""
     num_cpus_per_replica: float = Field(default=0.5, ge=0)
-    """CPUs that Ray reserves per encoder process. `num_threads` says how many it really uses."""
+    """CPUs that Ray reserves per encoder process. `num_threads` sets how many threads it uses."""
     num_gpus_per_replica: float | None = Field(default=None, ge=0)
-    """GPUs that Ray reserves per encoder process; 0.25 puts four on one GPU. If omitted, 1 if the cluster has GPUs, else
-    0."""
+    """GPUs that Ray reserves per encoder process; 0.25 puts four on one GPU. If omitted, 1 if the cluster has GPUs,
+    else 0."""
     num_threads: int | None = Field(default=None, ge=1)
-    """CPU threads per encoder process. If omitted, its share of this machine's CPUs. Lower it if other work runs there."""
+    """CPU threads per encoder process. If omitted, its share of this machine's CPUs. Lower it if other work runs
+    there."""
     index_actors: int = Field(default=1, ge=1)
-    """Number of processes that share the shards of the index. Raise it if the index does not fit one machine's memory."""
+    """Number of processes that share the shards of the index. Raise it if the index does not fit one machine's
+    memory."""
     index_replicas: int = Field(default=1, ge=1)
-    """Number of copies of each index process; with `max_index_replicas`, the minimum. With 2 or more, searches continue when
-    one dies."""
+    """Number of copies of each index process; with `max_index_replicas`, the minimum. With 2 or more, searches continue
+    when one dies."""
     max_index_replicas: int | None = Field(default=None, ge=1)
-    """Maximum number of copies of each index process. Ray Serve starts more while searches wait, and stops them again. If
-    omitted, `index_replicas`."""
+    """Maximum number of copies of each index process. Ray Serve starts more while searches wait, and stops them again.
+    If omitted, `index_replicas`."""
     num_cpus_per_index_actor: float = Field(default=0.25, ge=0)
     """CPUs that Ray reserves per index process."""
     num_gpus_per_index_actor: float = Field(default=0.0, ge=0, le=1)
-    """GPUs that Ray reserves per index process; 0.25 puts four on one GPU. Above 0 the vectors of a flat index (float32 or
-    float16) are held and searched in the GPU's memory. With 0 the CPU searches."""
+    """GPUs that Ray reserves per index process; 0.25 puts four on one GPU. Above 0 the vectors of a flat index (float32
+    or float16) are held and searched in the GPU's memory. With 0 the CPU searches."""
 
     def processes(self) -> dict[str, Any]:
         """Return the options of the processes: their number, threads, CPUs and GPUs, but not what they serve."""
@@ -182,17 +185,17 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     allow_anonymous: bool = False
     """Answer other machines without API keys. Use it only behind a gateway that checks who asks."""
     cors_origins: tuple[str, ...] = ()
-    """Origins of web pages that may call this server from a browser, such as https://app.example; * for all. If omitted,
-    none."""
+    """Origins of web pages that may call this server from a browser, such as https://app.example; * for all. If
+    omitted, none."""
     drain_s: float = Field(default=30.0, ge=0)
-    """Seconds that requests under way may take to end when the server is told to stop. New ones get 503 in the meantime.
-    Set it below what your supervisor waits before it kills."""
+    """Seconds that requests in progress may still take when the server is told to stop. New ones get 503 meanwhile. Set
+    it below the time after which your supervisor kills the process."""
     num_gateways: int = Field(default=1, ge=1)
     """Number of processes that speak HTTP and form batches. Raise it if one keeps a CPU core busy."""
     traces: bool = False
     """Send OpenTelemetry traces of requests over OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `traces`."""
     update: bool = False
-    """Bring the server that runs on this Ray to these options without dropping a request, instead of starting one."""
+    """Change the server that runs on this Ray to these options, without dropping a request, instead of starting one."""
     require_report: str | None = None
     """Output of `readapt evaluate --require`. The server starts only if all its requirements hold, and if it measured
     each version."""

@@ -63,7 +63,7 @@ class Recent(Generic[R]):
 
 
 async def checked(versions: Mapping[str, Version], missing: Mapping[str, str]) -> Readiness:
-    """Check whether versions encode and search.
+    """Test each version by encoding and searching, and return the results.
 
     Args:
         versions: versions that are up, by name.

@@ -67,7 +67,7 @@ async def search_documents(
     top_k: int,
     wanted: DocFilter | None,
 ) -> Found:
-    """Search, and return the k best passages per query; of split documents the best passage of the k best documents.
+    """Return the k best passages per query; if documents were split, the best passage of each of the k best documents.
 
     Args:
         mode, backend, vectors, texts, wanted: as for `search_by_mode`.

@@ -117,7 +117,7 @@ class SearchService:
         return self._registry.model(name, trace.domains)
 
     async def readiness(self) -> Readiness:
-        """Return whether every version encodes and searches; this is really tested, at most once per second."""
+        """Test whether every version encodes and searches; results of the last second are reused."""
         return await self._readiness.result()
 
     async def embed(self, body: schema.EmbeddingsRequest, trace: Trace) -> bytes:
@@ -248,7 +248,7 @@ class SearchService:
     async def _deadline(
         self, version: Version, wanted_s: float | None, why_late: Callable[[], Awaitable[str]] | None = None
     ) -> AsyncIterator[float]:
-        """Cancel the block at the deadline of the request, which is yielded (a time of the event loop's clock).
+        """Cancel the block and raise an error (504) at the request's deadline; yield it (on the event loop's clock).
 
         Args:
             version: the version that answers; a domain holds one of its places meanwhile.

@@ -46,7 +46,10 @@ class SideSearches:
     def shadow(
         self, registry: Registry, name: str, body: SearchRequest, found: Found, *, within: DocFilter | None
     ) -> None:
-        """Start a search with the shadow version, if there is one, it is not busy, and the client gave texts."""
+        """Start a search with the shadow version, and compare its results with the answer.
+
+        Not every search is repeated: only a share, only searches by text, and none while the shadow version is busy.
+        """
         shadow = registry.routing.shadow_of(name)
         if shadow is None or body.query is None or len(self.tasks) >= _MAX_SEARCHES:
             return

@@ -99,12 +99,12 @@ class Telemetry:
         self._partial.inc(1, {"version": version})
 
     def probed(self, version: str, num_found: int, num_due: int) -> None:
-        """Count a search that was repeated exactly: passages of the exact result that were found, and all of them."""
+        """Count a search that was repeated exactly: how many of the best passages the index found, of how many."""
         _add(self._recall_found, num_found, {"version": version})
         _add(self._recall_due, num_due, {"version": version})
 
     def compared(self, version: str, shadow: str, num_shared: int, num_due: int, score_difference: float) -> None:
-        """Count a search of the shadow version: passages of the first 10 that both found, and all of them."""
+        """Count a search of the shadow version: how many of the first 10 passages both versions found, of how many."""
         tags = {"version": version, "shadow": shadow}
         _add(self._shadow_shared, num_shared, tags)
         _add(self._shadow_due, num_due, tags)

@@ -153,7 +153,7 @@ class LossPolicy(Config):
 
 
 class SideOptions(Config):
-    """Options of extra searches that run after the answer, so that no client waits for them."""
+    """Options of extra searches that no client waits for: by a shadow version, and to measure recall."""
 
     shadow: str = ""
     """Version that also searches, unseen by clients; metrics say how far it agrees. Set it to try a version on real

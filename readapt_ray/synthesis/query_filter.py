@@ -59,7 +59,7 @@ REASONS = {
 
 
 class Taken(NamedTuple):
-    """The query of an answer, with an empty reason; or an empty query, with a key of `REASONS`."""
+    """The query of an answer; or an empty query, and in `reason` the key of `REASONS` that says why."""
 
     query: str
     reason: str
