@@ -111,7 +111,7 @@ class _Job:
 
 
 class Batcher:
-    """The queue before the replicas of one encoder, from which it sends them batches.
+    """The queue of one encoder: it collects rows of many requests, and sends batches of them to the replicas.
 
     Args:
         encode: returns the vectors [N, D] of N rows; called for up to `num_slots` batches at once.

@@ -86,7 +86,7 @@ def preferred(host: str, timeout_s: float) -> Iterator[None]:
 
 
 def watch(host: str, port: int) -> None:
-    """Start a thread that starts HAProxy again whenever it dies; do nothing if this process's Ray does not use it."""
+    """Start HAProxy again whenever it dies, from a thread; do nothing if this process's Ray does not use HAProxy."""
     binary = _binary()
     folders = [folder for folder in _FOLDERS if (folder / STANDBY_CONFIG).exists()]
     if binary and folders:

@@ -38,7 +38,7 @@ def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
     """Distribute the shards of a version's index over slices; return [] without an index.
 
     Raises:
-        InputError: GPUs are asked for that cannot search this kind of index, or not with `new_vectors`.
+        InputError: `num_gpus_per_index_actor` is set with an index that GPUs cannot search, or with `new_vectors`.
     """
     if not config.index:
         return []

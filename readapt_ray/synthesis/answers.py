@@ -24,5 +24,5 @@ class Writer(Protocol):
     """Interface of a language model that answers prompts."""
 
     def answer(self, asks: Sequence[Ask], *, temperature: float, max_tokens: int, seed: int) -> list[Answer]:
-        """Return an answer to each prompt, in their order."""
+        """Return an answer to each prompt, in the same order."""
         ...
