@@ -1,4 +1,4 @@
-"""Write answers as JSON by hand: validating millions of numbers would cost more than making them."""
+"""Write answers as JSON without pydantic, which would spend more time on millions of numbers than the encoder."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -13,14 +13,14 @@ from readapt_ray.sources.splitting import parent_of
 
 
 def to_base64(vector: NDArray[np.float32]) -> str:
-    """Return the bytes of little-endian float32, as OpenAI's clients decode them."""
+    """Return the bytes of a vector as little-endian float32 in base64, which OpenAI's clients decode."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
 
 
 def embeddings_json(
     vectors: NDArray[np.float32], *, as_base64: bool, model: str, fingerprint: str, num_tokens: int
 ) -> bytes:
-    """Write an `EmbeddingsResponse` as JSON."""
+    """Write an `EmbeddingsResponse` as JSON, from vectors [N, D]."""
     data = [
         {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
         for index, vector in enumerate(vectors)
@@ -38,10 +38,17 @@ def search_json(
     missing: Sequence[str],
     is_split: bool = False,
 ) -> bytes:
-    """Return a `SearchResponse` as JSON, from doc_ids and scores of each query, best first, and the passages that there
-    is a text of.
+    """Write a `SearchResponse` as JSON.
 
-    If documents were split, the ids given are of passages, and a hit has the id of its document as well.
+    Args:
+        ranked: id and score of each hit per query, best first. If `is_split`, these are ids of passages, and each hit
+            gets the id of its document as well.
+        passages: title, text and columns by id; hits without an entry have none.
+        model: name of the version.
+        fingerprint: fingerprint of the version.
+        num_tokens: number of tokens in the queries.
+        missing: parts of the index that did not answer.
+        is_split: whether passages are parts of documents.
     """
     data = [
         {

@@ -1,11 +1,11 @@
-"""Complete the API's document (OpenAPI) with what requests are refused for beyond the types of their fields."""
+"""Add to the OpenAPI document the rules for requests that the types of their fields do not express."""
 
 from typing import Any
 
 _NULL = {"type": "null"}
 _GIVEN = {"not": _NULL}
 _NOT_BLANK = r"[^\s\u001c-\u001f\u0085]"
-"""More than the white space of Python, which is also ECMAScript's."""
+"""Matches a character that is white space neither in ECMAScript (`\\s`) nor in Python."""
 _TEXTS = (
     ("EmbeddingsRequest", "input"),
     ("SearchRequest", "query"),
@@ -15,7 +15,7 @@ _TEXTS = (
 
 
 def complete(document: dict[str, Any]) -> None:
-    """Change a document that FastAPI made: what it would answer with 422 is 400 here, and has a message."""
+    """Complete the document that FastAPI made, in place. It loses status 422: wrong requests get 400 here."""
     for operations in document["paths"].values():
         for operation in operations.values():
             operation["responses"].pop("422", None)
@@ -52,13 +52,13 @@ def complete(document: dict[str, Any]) -> None:
 
 
 def _take_null(schema: dict[str, Any]) -> None:
-    """Say of a field with a default that it may be null, which is as if it were left out."""
+    """Allow null for a field with a default; null means the same as leaving the field out."""
     kind = {name: schema.pop(name) for name in set(schema) - {"title", "description", "default"}}
     schema["anyOf"] = [kind, _NULL]
 
 
 def _refuse_blank(schema: dict[str, Any]) -> None:
-    """Say of each string in a schema that it holds more than spaces."""
+    """Require that each string in a schema has more than white space."""
     if schema.get("type") == "string":
         schema["pattern"] = _NOT_BLANK
     for inner in (*schema.get("anyOf", ()), *filter(None, [schema.get("items")])):

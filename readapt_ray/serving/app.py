@@ -1,9 +1,9 @@
-"""Make Ray Serve applications from options: one for each version, and one for the gateway before them.
+"""Build the Ray Serve applications from options: one per version, and one for the gateway that speaks HTTP.
 
-An application of its own for each version lets Ray Serve add, replace and remove one without touching the others. The
-same builders serve `readapt serve`, and the config file that `serve deploy` and KubeRay's RayService read:
-`readapt_ray.serving.app:version` and `readapt_ray.serving.app:gateway`, whose args are `ServeConfig`'s
-options. What does not fit together is refused before anything starts.
+Each version is a separate application, so Ray Serve can add, replace and remove one without touching the others.
+`readapt serve` calls these builders. A config file for `serve deploy` or KubeRay's RayService names two of them,
+`readapt_ray.serving.app:version` and `readapt_ray.serving.app:gateway`; their args are the options of `ServeConfig`.
+The functions `check_...` refuse options and artifacts that do not fit together, before anything starts.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
 _MAX_PREPARING = 64
 _MAX_SEARCHES = 64
-"""Searches in an index process at once: as many as share one scan."""
+"""Maximum number of searches in an index process at once: as many as share one scan."""
 _BUSY_SEARCHES = 16.0
-"""Searches per index process, waiting or in work, above which another copy is started."""
+"""Searches per index process, waiting or running, above which Ray Serve starts another copy."""
 _HEALTH_CHECK_PERIOD_S = 5
 _HEALTH_CHECK_TIMEOUT_S = 30
 _DRAIN_S = 20
@@ -54,7 +54,7 @@ def version_app_name(name: str) -> str:
 
 
 def applications(config: ServeConfig) -> dict[str, tuple[str, VersionConfig]]:
-    """Return name and options of each version, and of the index of each domain, by its Ray Serve application.
+    """Return name and options of each version and of each domain's index, by the name of its Ray Serve application.
 
     Raises:
         ArtifactMissingError: the index of a domain is not complete.
@@ -65,7 +65,7 @@ def applications(config: ServeConfig) -> dict[str, tuple[str, VersionConfig]]:
 
 
 def version(args: dict[str, Any]) -> Any:
-    """Make the application of one version or of a domain's index, from `ServeConfig`'s options for it and its `name`.
+    """Build the application of one version or of one domain's index, from its options and `name`.
 
     Raises:
         InputError: an option is wrong; the index or the corpus is not complete.
@@ -77,24 +77,24 @@ def version(args: dict[str, Any]) -> Any:
 
 
 def gateway(args: dict[str, Any]) -> Any:
-    """Make the application that speaks HTTP, from `ServeConfig`'s options.
+    """Build the application of the gateway, which speaks HTTP, from the options of `ServeConfig`.
 
     Raises:
-        InputError: an option is wrong, the file of API keys is, or recall cannot be probed.
+        InputError: an option or the file of API keys is wrong, or recall cannot be measured.
     """
     config = ServeConfig.parse(args, where="gateway")
     return bind_gateway(*gateway_of(config, read_keys(config.api_keys)))
 
 
 def bind_version(name: str, config: VersionConfig) -> Any:
-    """Bind an encoder and the slices of its index; of a domain the slices of its index alone."""
+    """Bind the deployments of a version: encoder and index slices. A domain's index has only slices."""
     from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
     planned = planned_slices(config)
     slices: list[Any] = []
     for number, each in reversed(list(enumerate(planned))):
-        # An application needs one deployment that leads to all others.
+        # An application has one root deployment, and all others are bound to it.
         others = slices if number == 0 and isinstance(config, DomainIndexConfig) else []
         bound = IndexReplica.options(  # type: ignore[attr-defined]
             name=each.deployment,
@@ -112,21 +112,21 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         return slices[0]
     encoder = EncoderReplica.options(  # type: ignore[attr-defined]
         name=ENCODER_DEPLOYMENT,
-        # One batch in work and one on its way; batches are formed in the gateway. Domains are brought into memory besides.
+        # One batch runs and one waits; the gateway forms batches. With domains, calls of prepare() come on top.
         max_ongoing_requests=_MAX_PREPARING if spec.base else 2,
         ray_actor_options={"num_cpus": config.num_cpus_per_replica, "num_gpus": num_gpus(config)},
         **_LIFE,
-        # The gateway sends a batch for each replica that there may be: where fewer work, batches wait for them.
+        # The gateway sends one batch per possible replica. While fewer run, waiting batches make Ray Serve add some.
         **_scale(config.num_replicas, config.max_replicas, 1.0),
     )
     return encoder.bind(spec, *slices)
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
-    """Return what the processes of a version are started with, by names that mean the same on every node.
+    """Return the specification that a version's processes start from, with paths that are valid on every node.
 
     Raises:
-        InputError: there is no retriever.
+        InputError: the version has no retriever.
         ArtifactMissingError: the index or the corpus is not complete.
     """
     from readapt_ray.serving.version_spec import VersionSpec
@@ -173,7 +173,7 @@ def _bridge_of(config: VersionConfig) -> Bridge | None:
 
 
 def _asked_by(config: VersionConfig, index: Artifact | None, bridge: Bridge | None) -> dict[str, Any]:
-    """Return what the index, or the bridge to it, says of the encoder of queries; a model for queries speaks for itself."""
+    """Return the description of the query encoder: of the bridge, a model for queries, or the index; else {}."""
     if bridge is not None:
         return bridge.new_encoder
     made_by = dict(index.manifest.details["encoder"]) if index else {}
@@ -192,12 +192,12 @@ _LIFE: dict[str, Any] = {
 
 
 def _scale(minimum: int, maximum: int | None, ongoing: float) -> dict[str, Any]:
-    """Return the options that keep a number of replicas, or let Ray Serve choose one.
+    """Return Ray Serve's options for a fixed number of replicas, or for autoscaling between two numbers.
 
     Args:
-        minimum: replicas that there always are.
-        maximum: replicas that there may be; if None, the minimum.
-        ongoing: calls waiting or in work per replica, above which Ray Serve starts another one.
+        minimum: minimum number of replicas.
+        maximum: maximum number of replicas; if None, the minimum.
+        ongoing: calls per replica, waiting or running, above which Ray Serve starts another one.
     """
     if maximum is None or maximum <= minimum:
         return {"num_replicas": minimum}
@@ -213,7 +213,7 @@ def _scale(minimum: int, maximum: int | None, ongoing: float) -> dict[str, Any]:
 
 
 def num_gpus(config: VersionConfig) -> float:
-    """Return how many GPUs each encoder process of a version asks for."""
+    """Return the GPUs that Ray reserves per encoder process: as the option says, else 1 if the cluster has GPUs."""
     import ray
 
     if config.num_gpus_per_replica is not None:
@@ -222,10 +222,10 @@ def num_gpus(config: VersionConfig) -> float:
 
 
 def gateway_of(config: ServeConfig, keys: tuple[ApiKey, ...]) -> "tuple[GatewaySetup, GatewayConfig]":
-    """Return what the gateway of these versions is started with, and what it serves.
+    """Return the arguments of the gateway: its fixed setup, and the state that an update replaces.
 
     Raises:
-        InputError: recall cannot be probed.
+        InputError: recall cannot be measured.
     """
     from readapt_ray.serving.gateway import GatewayConfig, GatewaySetup
 
@@ -246,13 +246,13 @@ def gateway_of(config: ServeConfig, keys: tuple[ApiKey, ...]) -> "tuple[GatewayS
 
 
 def bind_gateway(setup: "GatewaySetup", state: "GatewayConfig") -> Any:
-    """Bind the gateway that speaks HTTP."""
+    """Bind the deployment of the gateway, which speaks HTTP."""
     from ray.serve.config import BackpressureConfig
     from ray.serve.schema import LoggingConfig
 
     from readapt_ray.serving.gateway import Gateway
 
-    # What a gateway refuses itself, in OpenAI's words, comes before Ray's own limit.
+    # Ray's limit is above the gateway's own, so that clients get the gateway's 429 in OpenAI's form.
     most = 2 * setup.limits.max_requests + 64
     return Gateway.options(  # type: ignore[attr-defined]
         name=GATEWAY_DEPLOYMENT,
@@ -260,18 +260,18 @@ def bind_gateway(setup: "GatewaySetup", state: "GatewayConfig") -> Any:
         max_ongoing_requests=most,
         max_queued_requests=most,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        # A new gateway is up before an old one goes.
+        # An update starts a new gateway before it stops an old one.
         max_surge_percent=100,
         user_config=state.model_dump(mode="json"),
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(encoding="JSON", enable_access_log=False).model_dump(),
-        # One that an update replaces answers what it has; `readapt serve` bounds an end by drain_s itself.
+        # A gateway that an update replaces answers its requests first. At a stop, `readapt serve` applies drain_s.
         **_LIFE | {"graceful_shutdown_timeout_s": max(setup.drain_s, setup.limits.timeout_s)},
     ).bind(setup)
 
 
 def serve_config(config: ServeConfig) -> dict[str, Any]:
-    """Write the same applications as a Ray Serve config file, for `serve deploy` and KubeRay's RayService."""
+    """Return the content of a Ray Serve config file with these applications, for `serve deploy` and KubeRay."""
     given = config.model_dump(
         mode="json", exclude_defaults=True, exclude={"write_config", "update", "host", "port", "root", "as_of"}
     )
@@ -289,16 +289,16 @@ def serve_config(config: ServeConfig) -> dict[str, Any]:
 
 
 def check_version(name: str, config: VersionConfig) -> str:
-    """Check before anything starts that retriever, index, bridge and corpus can be used and fit together.
+    """Check that retriever, index, bridge and corpus of a version can be used and fit together.
 
     Returns:
-        The fingerprint of the version that they make.
+        The fingerprint of the version.
 
     Raises:
-        ModelError: the retriever is not a model, or nothing says how it wants its text.
+        ModelError: the retriever is not a model, or its encoding is not known.
         ArtifactMissingError: the index or the corpus is not complete.
-        FingerprintMismatchError: the index was made by another model, or encoded otherwise, or the bridge leads elsewhere.
-        InputError: there is a bridge, and no index that it leads to.
+        FingerprintMismatchError: the index or the bridge was made with another model, encoding or dtype.
+        InputError: a bridge is given without an index.
     """
     from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer
@@ -328,10 +328,10 @@ def check_version(name: str, config: VersionConfig) -> str:
 
 
 def check_probe(config: ServeConfig) -> None:
-    """Check before anything starts that recall can be measured where that is asked for.
+    """Check that each index holds the vectors that `recall_probe` needs to measure recall; skipped if it is 0.
 
     Raises:
-        InputError: an index does not hold its vectors as they were.
+        InputError: an index holds only compressed vectors.
         ArtifactMissingError: an index is not complete.
     """
     from readapt_ray.retrieval.vector_index import VectorIndex
@@ -339,7 +339,7 @@ def check_probe(config: ServeConfig) -> None:
 
     for name, each in config.each_version().items() if config.recall_probe else ():
         for record in VectorIndex.open(each.index).records if each.index else ():
-            if record.measured is not None and not holds_vectors_whole(record.factory):  # what is exact is not measured
+            if record.measured is not None and not holds_vectors_whole(record.factory):  # an exact index misses nothing
                 raise InputError(
                     f"recall_probe = {config.recall_probe:g}, but the index of version {name!r} ({record.factory}) does not hold "
                     f"its vectors as they were, so what it misses cannot be told; leave recall_probe out, or serve an index of "
@@ -348,10 +348,10 @@ def check_probe(config: ServeConfig) -> None:
 
 
 def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
-    """Check before anything starts that every version can be restricted as the API keys ask.
+    """Check that the domains that API keys name are served, and that every version can apply the filters of the keys.
 
     Raises:
-        InputError: a corpus has no such column, or there is none.
+        InputError: a name is not served, a corpus lacks a column of a filter, or there is no corpus.
     """
     from readapt_ray.retrieval.kept_columns import KeptColumns, kept_columns
 

@@ -1,13 +1,13 @@
-"""Encode rows of many requests in common batches: fair, bounded, and without work for clients that went away.
+"""Encode the rows of many requests in shared batches, with fair queueing and a bounded queue.
 
-Enters: the token ids of a request. Leaves: their vectors. Whenever the encoder is free, it gets as many rows as fit a
-budget of tokens; while it is busy, rows wait. Whose rows go next is start-time fair queueing (Goyal, Vin and Cheng,
-1996) with tokens for bytes: among n requests that wait, each gets one n-th of the tokens, so a
-request of one row overtakes the rest of one with thousands, and the thousands still progress. Requests of domains that
-share an encoder are a flow per domain: domains take turns first, so that a flood of one delays and fills no other's.
+In: the token ids of a request. Out: their vectors. Whenever the encoder is free, it gets a batch of as many rows as a
+budget of tokens allows; while it is busy, rows wait. The order is start-time fair queueing (Goyal, Vin and Cheng, 1996)
+with tokens in place of bytes: of n waiting requests, each gets 1/n of the tokens. So a request with one row overtakes
+a request with thousands, which still makes progress. Domains that share an encoder have one flow each, and flows take
+turns before requests do: many requests for one domain do not delay other domains.
 
-A request is accepted only if, at the present rate, it and all that wait in its flow would be done in half of the time that
-each has left. The other half is for the requests and flows that come later.
+A request is accepted only if, at the current rate, it and all requests that wait in its flow would be done in half of
+the time that each has left. The other half is kept for later requests. Rows of cancelled requests are not encoded.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ Encode = Callable[[list[Sequence[int]]], Awaitable[NDArray[np.float32]]]
 
 _RATE_SMOOTHING = 0.2
 _RATE_KNOWN_FOR_S = 60.0
-"""How long the rate holds after the last batch that showed it."""
+"""Seconds for which a measured rate is trusted after the last batch that it was measured on."""
 _SHARE_OF_TIME = 0.5
 
 
 class QueueFullError(Exception):
-    """Too much is queued. `retry_after_s`: when there should be room, at the recent rate."""
+    """The queue is full. `retry_after_s` is the time in seconds until there should be room, at the recent rate."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the queue is full; room in about {retry_after_s:.1f} s")
@@ -40,7 +40,7 @@ class QueueFullError(Exception):
 
 
 class RequestTooLargeError(Exception):
-    """A request could not be answered in time even with an empty queue. `num_rows`: how many of its rows could be."""
+    """A request would be late even with an empty queue. `num_rows` is how many of its rows would be in time."""
 
     def __init__(self, num_rows: int) -> None:
         super().__init__(f"about {num_rows:,} rows could be encoded in time")
@@ -49,25 +49,26 @@ class RequestTooLargeError(Exception):
 
 @dataclass
 class Timing:
-    """Say where the time of a request went, in seconds."""
+    """The time that a request spent in the queue and in the encoder, in seconds."""
 
     queue_s: float = 0.0
-    """Until its first row was on the way to the encoder."""
+    """From its arrival until its first row was sent to the encoder."""
     encode_s: float = 0.0
-    """From then until its last row was back."""
+    """From then until its last vector was back."""
 
 
 @dataclass(eq=False)
 class _Flow:
-    """The requests that wait of one domain, or of a version."""
+    """The waiting requests of one domain, or of a version without domains."""
 
     name: str | None
     turn: float
-    """Tokens that other flows of the same age had before it is served again."""
+    """Virtual time of this flow, in tokens; the flow with the smallest value is served next."""
     heap: "list[tuple[float, int, _Job, int]]" = field(default_factory=list)
     num_dead: int = 0
-    """Rows in the heap whose request was given up."""
+    """Number of rows in the heap whose request was given up."""
     virtual: float = 0.0
+    """Tokens that were sent per waiting request; the rows of a new request are queued from here on."""
     waiting: "set[_Job]" = field(default_factory=set)
 
     @property
@@ -75,14 +76,14 @@ class _Flow:
         return sum(each.queued_tokens for each in self.waiting)
 
     def first(self) -> "tuple[_Job, int]":
-        """Return the row that is next."""
+        """Return the request and the index of the row that is next."""
         while not self.heap[0][2].queued:
             heapq.heappop(self.heap)
             self.num_dead -= 1
         return self.heap[0][2:]
 
     def drop(self, job: "_Job") -> None:
-        """Forget rows that wait. The heap is rebuilt once most of it is dead: requests that end together cost no rebuild each."""
+        """Drop the waiting rows of a request. The heap is rebuilt only once half of it is dead, not each time."""
         self.num_dead += job.queued
         job.queued = 0
         if 2 * self.num_dead > len(self.heap):
@@ -98,11 +99,11 @@ class _Job:
     vectors: list[NDArray[np.float32] | None]
     done: asyncio.Future[None]
     left: int
-    """Rows that are not back yet."""
+    """Number of rows whose vectors are not back yet."""
     queued: int
-    """Rows that wait."""
+    """Number of rows that wait."""
     queued_tokens: int
-    """Their tokens."""
+    """Number of tokens in the rows that wait."""
     came_s: float
     deadline_s: float
     started_s: float | None = None
@@ -110,16 +111,16 @@ class _Job:
 
 
 class Batcher:
-    """Queue rows for the replicas of one encoder, and send them in batches.
+    """The queue of one encoder: it collects rows of many requests, and sends batches of them to the replicas.
 
     Args:
-        encode: gives the vectors [N, D] of N rows; called for several batches at once when there are several slots.
-        batch_tokens: tokens in a batch at most; a longer row goes alone.
-        wait_s: how long a batch that is not full waits for more rows although the encoder is free.
-        max_queued_tokens: tokens that wait at most. A request that finds the queue empty always gets in.
-        num_slots: batches under way at once: one for each replica.
-        tokens_per_s: what a replica encoded at its start; 0 if nothing is known.
-        on_batch: told the rows, tokens and seconds of each batch.
+        encode: returns the vectors [N, D] of N rows; called for up to `num_slots` batches at once.
+        batch_tokens: maximum number of tokens per batch; a longer row is sent alone.
+        wait_s: seconds that a batch that is not full waits for more rows while the encoder is free.
+        max_queued_tokens: maximum number of tokens that wait. If the queue is empty, it does not apply.
+        num_slots: maximum number of batches in progress: one per replica.
+        tokens_per_s: rate that one replica measured when it started; 0 if unknown.
+        on_batch: called with the number of rows, number of tokens and seconds of each batch.
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class Batcher:
         self._on_batch = on_batch
         self._numbers = itertools.count()
         self._flows: dict[str | None, _Flow] = {}
-        """The flows that have jobs waiting, by name."""
+        """The flows with waiting requests, by name."""
         self._turn = 0.0
         self._queued_tokens = 0
         self._encoding_tokens = 0
@@ -164,20 +165,20 @@ class Batcher:
     async def submit(
         self, rows: Rows, *, deadline_s: float = math.inf, flow: str | None = None
     ) -> tuple[NDArray[np.float32], Timing]:
-        """Return the vectors of a request's rows, [N, D], before the event loop's clock shows `deadline_s`.
+        """Encode the rows of a request in shared batches; return their vectors, [N, D], and the time that it took.
 
-        When the caller is cancelled (its client went away, its deadline passed), the rows that wait are forgotten,
-        and a batch that was for nobody else is cancelled.
+        If the caller is cancelled (the client disconnected, or the deadline passed), its waiting rows are dropped. A
+        batch with rows of no other request is cancelled.
 
         Args:
             rows: token ids.
-            deadline_s: when the answer must be there.
-            flow: the domain, whose requests take turns with other domains' as one; None for a version.
+            deadline_s: when the answer must be ready, on the event loop's clock. The caller must cancel at this time.
+            flow: name of the domain; its requests take turns with other domains as one. None for a version.
 
         Raises:
-            QueueFullError: too many tokens wait, or this request or another would not be done in time.
-            RequestTooLargeError: the request alone would not be done in time.
-            Exception: whatever encoding these rows raised; requests in the same batch do not get it.
+            QueueFullError: too many tokens wait, or this request or a waiting one would be late.
+            RequestTooLargeError: this request would be late even alone.
+            Exception: what encoding these rows raised. Other requests in the same batch are not affected.
         """
         num_tokens = sum(map(len, rows))
         loop = asyncio.get_running_loop()
@@ -210,15 +211,15 @@ class Batcher:
         return np.stack([vector for vector in job.vectors if vector is not None]), timing
 
     def _admit(self, job: _Job) -> None:
-        """Refuse a request that cannot be answered in time, or that would make another late."""
+        """Refuse a request that would be late, or that would make a waiting one late."""
         free = self._max_queued_tokens - self._queued_tokens
-        # A domain may hold as much as it leaves free: however many are flooded, there is room for one more.
+        # A domain may hold at most as many tokens as are free, so there is always room for another domain.
         held = 0 if job.flow.name is None else job.flow.queued_tokens
         if self._queued_tokens and held + job.queued_tokens > free:
             raise QueueFullError(self._queued_tokens / (self._tokens_per_s or self._batch_tokens))
         now_s = job.came_s
         if now_s > self._rate_seen_s + _RATE_KNOWN_FOR_S:
-            # Of its start alone too little is known to refuse what twice that rate would do.
+            # The rate measured at the start is not certain: refuse only what would be late at twice that rate.
             first_rate = self._first_tokens_per_s * self._num_slots
             if first_rate and job.queued_tokens > 2 * first_rate * (job.deadline_s - now_s):
                 raise RequestTooLargeError(_num_rows_in_time(job, first_rate))
@@ -231,7 +232,7 @@ class Batcher:
         other_flows = [each.queued_tokens for each in self._flows.values() if each is not job.flow]
         before, others = 0, len(jobs)
         for each in jobs:
-            # Waiting jobs take turns, and so do flows: until this job is done, each larger one gets as many tokens encoded.
+            # Jobs take turns, and so do flows: until this job is done, each larger one gets the same number of tokens.
             own = before + others * each.queued_tokens
             done_in_s = (self._encoding_tokens + own + sum(min(own, its) for its in other_flows)) / rate
             left_s = each.deadline_s - now_s
@@ -252,13 +253,13 @@ class Batcher:
                 batch.cancel()
 
     def _leave(self, job: _Job) -> None:
-        """Let a job wait no more, and its flow end with its last one."""
+        """Remove a job from its flow, and the flow if this was its last job."""
         job.flow.waiting.discard(job)
         if not job.flow.waiting and self._flows.get(job.flow.name) is job.flow:
             del self._flows[job.flow.name]
 
     def _pump(self) -> None:
-        """Send batches while there are rows and a free slot."""
+        """Send batches while rows wait and a slot is free."""
         while self._free_slots and (waiting := self._waiting):
             oldest_s = min(job.came_s for job in waiting)
             remaining_s = self._wait_s - (asyncio.get_running_loop().time() - oldest_s)
@@ -273,7 +274,7 @@ class Batcher:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._pump)
 
     def _next_batch(self) -> list[tuple[_Job, int]]:
-        """Take rows in turn from each flow, and in it from each client, up to the budget of tokens."""
+        """Take rows in turn from each flow, and within a flow from each request, up to the budget of tokens."""
         batch: list[tuple[_Job, int]] = []
         num_jobs, num_tokens = {name: len(each.waiting) for name, each in self._flows.items()}, 0
         while self._flows:
@@ -325,7 +326,7 @@ class Batcher:
             if len(by_job) == 1:
                 _fail(batch[0][0], error)
                 return
-            # One of them is to blame; alone, each gets its own answer.
+            # One request caused the error. Encode each alone, so that only this one fails.
             for pairs in by_job.values():
                 try:
                     await self._encode_rows(pairs)
@@ -352,7 +353,7 @@ class Batcher:
                 job.done.set_result(None)
 
     def _note_rate(self, num_tokens: int, seconds: float, now_s: float) -> None:
-        """Measure the rate from batches that are nearly full: small ones take longer per token."""
+        """Update the rate from a batch that is at least half full; smaller ones take longer per token."""
         if 2 * num_tokens >= self._batch_tokens:
             rate, is_known = num_tokens / max(seconds, 1e-6), now_s < self._rate_seen_s + _RATE_KNOWN_FOR_S
             self._tokens_per_s += (_RATE_SMOOTHING if is_known else 1.0) * (rate - self._tokens_per_s)
@@ -361,9 +362,9 @@ class Batcher:
                 self._give_up_what_is_too_large(now_s)
 
     def _give_up_what_is_too_large(self, now_s: float) -> None:
-        """End requests that came before the rate was known, and that would not be done in time even alone.
+        """Fail waiting requests that were accepted before the rate was known, and would be late even alone.
 
-        One batch may have been slow by chance, so they are ended only if twice its rate would not suffice.
+        One batch may have been slow by chance, so they fail only if they would be late at twice its rate.
         """
         rate = self._tokens_per_s * self._num_slots
         for job in self._waiting:

@@ -1,4 +1,7 @@
-"""Cohere's API for embeddings, version 2, in front of the same encoder: clients of it say queries from passages by themselves."""
+"""Define the bodies of requests and answers in version 2 of Cohere's embeddings API (`POST /v2/embed`).
+
+Unlike OpenAI's clients, Cohere's always say whether texts are queries or passages.
+"""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
@@ -26,9 +29,10 @@ class EmbedRequest(BaseModel):
     input_type: InputType | None = None
     """As for `/v1/embeddings`. Cohere's words are `search_query` and `search_document`."""
     truncate: Literal["END", "NONE"] = "END"
-    """Cut the end of a text that is too long, or refuse it."""
+    """`END` cuts the end of a text that is too long; `NONE` refuses it."""
     embedding_types: Annotated[list[EmbeddingType], Field(fail_fast=True, min_length=1, max_length=2)] | None = None
-    """Numbers, which is the default, or the bytes of little-endian float32 in base64, or both."""
+    """`float`, the default, returns numbers; `base64` returns the bytes of little-endian float32 in base64. Both may be
+    given."""
     output_dimension: Whole | None = None
     """As `dimensions` of `/v1/embeddings`."""
 
@@ -38,7 +42,7 @@ class EmbedRequest(BaseModel):
         return "END" if value is None else value
 
     def as_embeddings_request(self) -> EmbeddingsRequest:
-        """Return the same request in OpenAI's words."""
+        """Return the same request in the form of OpenAI's API."""
         return EmbeddingsRequest(
             model=self.model,
             input=self.texts,
@@ -58,7 +62,7 @@ class BilledUnits(BaseModel):
     """The tokens that Cohere would bill."""
 
     input_tokens: int
-    """Tokens of the texts, template and specials included."""
+    """Number of tokens in the texts, template and special tokens included."""
 
 
 class Meta(BaseModel):
@@ -69,7 +73,7 @@ class Meta(BaseModel):
 
 
 class EmbedResponse(BaseModel):
-    """The vectors, by their type, in the order of the texts."""
+    """The vectors by their type (`float`, `base64`), in the order of the texts."""
 
     id: str
     response_type: Literal["embeddings_by_type"] = "embeddings_by_type"

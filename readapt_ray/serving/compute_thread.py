@@ -1,4 +1,4 @@
-"""The one thread in which a process of a version computes, and whether it is healthy."""
+"""Run all computation of a process in one thread, and check that this thread is healthy."""
 
 import asyncio
 import time
@@ -15,25 +15,28 @@ R = TypeVar("R")
 
 
 class ComputeThread:
-    """Compute in one thread, so that the event loop stays free to answer health checks.
+    """One thread for all computation, so that the event loop stays free to answer health checks.
 
-    Nothing else may compute in the process, not even at its start: OpenMP keeps threads for each thread that ever did, and
-    once all together are more than the cores, they sleep between two steps instead of spinning. all-MiniLM-L6-v2 took
-    12.4 ms for a question on two cores where it takes 5.8.
+    No other thread of the process may compute, not even at its start. OpenMP keeps a pool of threads for each thread
+    that ever computed. If all pools together have more threads than there are cores, the threads sleep between two
+    steps instead of spinning: on two cores, all-MiniLM-L6-v2 then took 12.4 ms per question instead of 5.8 ms.
+
+    Args:
+        set_up: called once in the thread, to set its number of OpenMP threads.
     """
 
     def __init__(self, set_up: Callable[[], None]) -> None:
-        # OpenMP keeps its number of threads by thread: it must be set in the one that computes.
+        # OpenMP's number of threads is set per thread, so set it in the thread that computes.
         self._pool = ThreadPoolExecutor(1, initializer=set_up)
         self._began_s = time.monotonic()
         self._proof: asyncio.Task[Any] | None = None
 
     def wait_for(self, function: Callable[..., R], *given: Any) -> R:
-        """Run a function and wait for its result."""
+        """Run a function in the thread, block until it is done, and return its result."""
         return self._pool.submit(function, *given).result()
 
     async def __call__(self, function: Callable[..., R], *given: Any) -> R:
-        """Run a function and await its result."""
+        """Run a function in the thread, and await its result."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, function, *given)
 
     def _timed(self, function: Callable[..., R], *given: Any) -> R:
@@ -41,11 +44,16 @@ class ComputeThread:
         return function(*given)
 
     async def check(self, prove: Callable[[], Awaitable[object]]) -> None:
-        """Check that the thread works; if it is busy, check that its work is not stuck. One check at a time is queued.
+        """Check that the thread works; if it is busy for ten seconds, check only that its work is not stuck.
+
+        At most one check waits in the queue.
+
+        Args:
+            prove: does a small piece of work in the thread, and raises an exception if that fails.
 
         Raises:
-            WorkerError: what is under way takes too long.
-            Exception: whatever the proof raised.
+            WorkerError: the work in progress has taken more than five minutes.
+            Exception: whatever `prove` raised.
         """
         proof = self._proof = self._proof or asyncio.ensure_future(prove())
         done, _ = await asyncio.wait({proof}, timeout=_PROOF_WAIT_S)
@@ -57,14 +65,14 @@ class ComputeThread:
 
 
 def set_torch_threads(num_threads: int) -> None:
-    """Let torch compute with so many threads, in the thread that calls this."""
+    """Set the number of threads with which torch computes for the calling thread."""
     import torch
 
     torch.set_num_threads(num_threads)
 
 
 def set_faiss_threads(num_threads: int) -> None:
-    """Let FAISS and torch compute with so many threads, in the thread that calls this."""
+    """Set the number of threads with which FAISS and torch compute for the calling thread."""
     import torch
 
     from readapt_ray.retrieval.faiss_build import faiss

@@ -1,4 +1,4 @@
-"""Define filters of a search: as requests and API keys write them, and as the parts of an index apply them."""
+"""Define the filters of a search, in the form of requests and API keys, and in the form that index slices apply."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
@@ -19,14 +19,14 @@ _Comparable = Annotated[int, Field(strict=True)] | _Number | _Text
 
 
 class KnownFields(BaseModel):
-    """A body whose unknown fields are refused."""
+    """A body that refuses unknown fields."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
     def _one_unknown_field(cls, values: Any) -> Any:
-        """Keep only the first unknown field: each would be an error, and a body can hold a million."""
+        """Keep only the first unknown field: pydantic makes one error per field, and a body can have a million."""
         if not isinstance(values, dict):
             return values
         unknown = [name for name in values if name not in cls.model_fields]
@@ -35,7 +35,7 @@ class KnownFields(BaseModel):
 
 
 class Bounds(KnownFields):
-    """A range of values; dates are written as in ISO 8601."""
+    """A range of values; dates are strings in ISO 8601."""
 
     gt: _Comparable | None = None
     gte: _Comparable | None = None
@@ -50,7 +50,7 @@ class Bounds(KnownFields):
 
 
 def _few(columns: Any) -> Any:
-    """Refuse too many columns before their values are looked at: a wrong value makes seven errors."""
+    """Refuse too many columns before their values are validated: one wrong value makes seven errors."""
     if isinstance(columns, dict) and len(columns) > MAX_COLUMNS:
         raise ValueError(f"a filter may name {MAX_COLUMNS} columns, not {len(columns):,}")
     return columns
@@ -64,16 +64,17 @@ Columns = Annotated[
 
 
 class FilterFields(KnownFields):
-    """The fields that say which passages are searched; all of them must hold."""
+    """Fields that restrict a search to some passages; a passage must meet all that are given."""
 
     doc_id_prefix: _Text | None = None
-    """Search only passages whose doc_id begins so."""
+    """Search only passages whose doc_id begins with this text."""
     doc_ids: DocIds | None = None
-    """Search only these passages, up to 10,000. Where ingest split documents, a document's id names all of its passages."""
+    """Search only the passages with these ids, up to 10,000. If ingest split documents, the id of a document means all
+    of its passages."""
     filter: Columns | None = None
     """Search only passages whose columns hold one of these values, or a value within bounds, such as
-    `{"lang": ["en", "de"], "year": {"gte": 2020}}`. Passages without a value are left out. `columns` in `GET /v1/models`
-    says which there are."""
+    `{"lang": ["en", "de"], "year": {"gte": 2020}}`. Passages without a value are left out. `columns` in
+    `GET /v1/models` lists the columns."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> Self:
@@ -84,19 +85,19 @@ class FilterFields(KnownFields):
 
 @dataclass(frozen=True)
 class DocFilter:
-    """Restrict a search to passages for which all of this holds."""
+    """A filter of a search: a passage passes if it meets all conditions that are given."""
 
     prefix: str | None = None
     doc_ids: tuple[str, ...] | None = None
     conditions: tuple[Condition, ...] = ()
     within: "DocFilter | None" = None
-    """Another filter that must hold as well, from an API key."""
+    """Filter of the API key, which a passage must pass as well."""
     is_exact: bool = False
-    """Whether every passage that is left is compared, also in an approximate index."""
+    """Whether all passages that pass are compared one by one, even in an approximate index."""
 
 
 def doc_filter(fields: FilterFields, within: DocFilter | None = None) -> DocFilter | None:
-    """Return the filter that fields write, within another one; None for none."""
+    """Make a filter from the fields of a request and the filter of its API key (`within`); None if both are empty."""
     own = None
     if fields.doc_ids is not None or fields.doc_id_prefix is not None or fields.filter is not None:
         doc_ids = None if fields.doc_ids is None else tuple(fields.doc_ids)

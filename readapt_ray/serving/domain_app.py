@@ -1,4 +1,4 @@
-"""Check the domains of a server before anything starts, and say what the encoder that they share is started with."""
+"""Check the domains of a server before anything starts, and make the specifications of their encoder and indexes."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def domains_spec(name: str, config: DomainsConfig) -> "VersionSpec":
-    """Return what the encoder of domains is started with, by names that mean the same on every node.
+    """Return the specification that the shared encoder starts from, with paths that are valid on every node.
 
     Raises:
         ModelError: no base is given, and the first bundle cannot be read.
@@ -46,7 +46,7 @@ def domains_spec(name: str, config: DomainsConfig) -> "VersionSpec":
 
 
 def check_domain_encoder(name: str, config: DomainsConfig) -> str:
-    """Return the fingerprint of the version whose encoder domains share.
+    """Return the fingerprint of the version whose encoder all domains share.
 
     Raises:
         ModelError: the first bundle cannot be read.
@@ -62,10 +62,13 @@ def check_domain_encoder(name: str, config: DomainsConfig) -> str:
 
 
 def domain_records(config: ServeConfig) -> "list[DomainRecord]":
-    """Read what each domain was made of, and check that all belong to one retriever of the base; none without domains.
+    """Read the record of each domain, and check that all have the same base, retriever and tokenizer.
+
+    Returns:
+        The records, with the scales that the domains are served at; [] without domains.
 
     Raises:
-        ModelError: the factors are not there, or unfinished.
+        ModelError: the factors are missing or unfinished.
         WeightMismatchError: one was made of another base, retriever or tokenizer.
     """
     if not config.domains:
@@ -80,21 +83,21 @@ def domain_records(config: ServeConfig) -> "list[DomainRecord]":
 
 
 def _at(record: "DomainRecord", scale: float | None) -> "DomainRecord":
-    """Return the domain at this scale of its knowledge; None leaves it as it was merged."""
+    """Return a record with this scale of the knowledge; None keeps the scale of the merge."""
     if scale is None:
         return record
     return replace(record, source=replace(record.source, scales=(scale,) * len(record.source.scales)))
 
 
 def _dtype_of(indexes: Sequence[str]) -> str:
-    """Return the type that the vectors of an index were computed in; float32 without one."""
+    """Return the data type in which the vectors of the first index were computed; float32 without an index."""
     for each in indexes:
         return str(open_artifact(each, "index").manifest.details["encoder"]["dtype"])
     return "float32"
 
 
 def index_spec(config: DomainIndexConfig) -> "VersionSpec":
-    """Return what the processes of a domain's index are started with, by names that mean the same on every node.
+    """Return the specification that the processes of a domain's index start from, with paths valid on every node.
 
     Raises:
         ArtifactMissingError: the index or the corpus is not complete.
@@ -129,12 +132,12 @@ def index_spec(config: DomainIndexConfig) -> "VersionSpec":
 def index_app_name(config: DomainIndexConfig, spec: "VersionSpec") -> str:
     """Return the name of the Ray Serve application of a domain's index.
 
-    Another index, or the same at another place, is another application, so that an update starts it beside the one that
-    is served.
+    The name has a hash of the index, its location and its processes. So an update starts a changed index beside the
+    served one.
 
     Args:
         config: options of the index.
-        spec: what `index_spec` says of them.
+        spec: specification from `index_spec`.
     """
     made_of = fingerprint(
         [spec.fingerprint(str(spec.encoder_fingerprint)), spec.index, spec.corpus, config.processes()]
@@ -143,11 +146,11 @@ def index_app_name(config: DomainIndexConfig, spec: "VersionSpec") -> str:
 
 
 def check_indexes(config: ServeConfig, records: "Sequence[DomainRecord]") -> None:
-    """Check before anything starts that the index of each domain has the vectors that its queries get.
+    """Check that the index of each domain was made with the model, encoding and dtype that encode its queries.
 
     Raises:
         ArtifactMissingError: an index or a corpus is not complete.
-        FingerprintMismatchError: the vectors are of another model, encoding or dtype.
+        FingerprintMismatchError: an index was made with another model, encoding or dtype.
     """
     from readapt_ray.retrieval.encoder_fingerprint import fingerprint_of
 
@@ -173,7 +176,7 @@ def check_indexes(config: ServeConfig, records: "Sequence[DomainRecord]") -> Non
 
 
 def _advice(record: "DomainRecord") -> str:
-    """Say which index fits a domain."""
+    """Return advice for an error message: which index fits a domain."""
     source = record.source
     if source.scales == source.merged_scales:
         return f"give the index of vectors that `readapt embed --domain {source.folder}` makes with these options"
@@ -187,7 +190,7 @@ def _advice(record: "DomainRecord") -> str:
 
 
 def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":
-    """Return what a gateway is told of the index of each domain."""
+    """Return the description of each domain's index for the gateway, by the domain's name."""
     from readapt_ray.serving.domains import DomainIndex
 
     found = {}
@@ -207,7 +210,7 @@ def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":
 
 
 def _named_base(bundle: str) -> str:
-    """Return the base that a bundle names."""
+    """Return the name of the pretrained model in the manifest of a bundle."""
     from readapt_ray.weights.bundle import read_bundle
 
     return str(read_bundle(Location(bundle), bundle)["sources"]["pretrained"]["name"])

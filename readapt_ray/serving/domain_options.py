@@ -1,4 +1,4 @@
-"""Read the options of domains from the command line."""
+"""Define the options of a domain, and parse them from the command line."""
 
 import math
 
@@ -15,7 +15,7 @@ VERSION_NAME = "domains"
 
 
 class DomainOptions(Config):
-    """Where a domain is."""
+    """Options of one domain: its factors and, if it has them, index, corpus and scale."""
 
     factors: str
     """Output of `readapt merge --factors`."""
@@ -24,11 +24,11 @@ class DomainOptions(Config):
     corpus: str | None = None
     """Output of `readapt ingest`, for titles and texts."""
     knowledge_scale: float | None = Field(default=None, allow_inf_nan=False)
-    """Scale of the knowledge; None takes what the factors were merged with. At 0 the index is of the retriever's own vectors."""
+    """Scale of the knowledge; None for the scale of the merge. At 0 the index must have the retriever's own vectors."""
 
 
 def parse_domains(value: object) -> object:
-    """Read `legal=FACTORS,index=INDEX,med=FACTORS`, or a YAML file of domains by name.
+    """Parse `legal=FACTORS,index=INDEX,med=FACTORS`, or read a YAML file of domains by name.
 
     Raises:
         InputError: an entry is not NAME=FACTORS, or a name is given twice.
@@ -57,10 +57,10 @@ def parse_domains(value: object) -> object:
 
 
 def parse_scales(text: str | None) -> tuple[float, float] | None:
-    """Read `MIN..MAX`; None if requests may not say their scale.
+    """Parse `MIN..MAX` into two numbers; None, if requests cannot choose a scale, stays None.
 
     Raises:
-        ValueError: it is not a range of finite numbers.
+        ValueError: the text is not a range of finite numbers.
     """
     if text is None:
         return None

@@ -1,7 +1,7 @@
-"""Serve many domains by one encoder: what a gateway knows of each domain, and the rows that it sends.
+"""Serve many domains with one encoder: what a gateway knows about each domain, and the rows that it sends.
 
-The encoder knows no names. A row of token ids says where its domain's factors are, with which fingerprint and scales; so
-rows of many domains share a batch, and domains are added and removed by the gateway alone, while the encoder runs.
+The encoder does not know the domains. Each row of token ids says where the factors of its domain are, and gives their
+fingerprint and scales. So rows of many domains share a batch, and gateways add and remove domains while it runs.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from readapt_ray.weights.domain_sources import DomainSource
 
 
 class DomainRow(list[int]):
-    """The token ids of a text, and the domain that encodes it."""
+    """The token ids of a text, with the domain whose factors encode it and their scales."""
 
     def __init__(self, ids: Iterable[int], source: DomainSource, scales: tuple[float, ...]) -> None:
         super().__init__(ids)
@@ -35,14 +35,14 @@ class DomainRow(list[int]):
 
 @dataclass(frozen=True, kw_only=True)
 class DomainIndex:
-    """The index of a domain, as its gateway is told of it."""
+    """Description of a domain's index, with which a gateway is configured."""
 
     app: str
-    """Its Ray Serve application."""
+    """Name of its Ray Serve application."""
     fingerprint: str
-    """Of encoder, index and corpus together."""
+    """Fingerprint of encoder, index and corpus together."""
     encoder_fingerprint: str
-    """Of what made its vectors."""
+    """Fingerprint of the encoder that made its vectors."""
     slices: Mapping[str, int]
     has_words: bool
     is_split: bool
@@ -50,13 +50,13 @@ class DomainIndex:
     corpus_fingerprint: str | None
 
     def described(self, info: VersionInfo) -> VersionInfo:
-        """Return the description of an encoder with this index."""
+        """Return a copy of an encoder's description, with the fields of this index."""
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "app"}
         return replace(info, **own)
 
 
 class Searcher(Protocol):
-    """What searches an index."""
+    """Interface of objects that search an index."""
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
         """Find the k best passages of each query [Q, D]."""
@@ -66,10 +66,10 @@ class Searcher(Protocol):
 
 
 class SharedEncoder(Backend, Protocol):
-    """The version whose encoder domains share."""
+    """Interface of the version whose encoder all domains share."""
 
     async def prepare(self, source: DomainSource) -> None:
-        """Bring a domain into memory, unless it is there.
+        """Load the factors of a domain into memory, unless they are there.
 
         Raises:
             DomainUnavailableError: its factors cannot be used.
@@ -77,13 +77,13 @@ class SharedEncoder(Backend, Protocol):
 
 
 class DomainBackend:
-    """One domain of a shared encoder, as a version.
+    """One domain of a shared encoder, with the interface of a version.
 
     Args:
         shared: the version that encodes.
-        source: where the factors are.
-        index: what its gateway is told of its index, if it has one.
-        searcher: searches that.
+        source: where the domain's factors are.
+        index: description of the domain's index; None without one.
+        searcher: searches this index.
 
     Raises:
         FingerprintMismatchError: another encoder made the vectors of the index.
@@ -110,33 +110,33 @@ class DomainBackend:
             self.info = index.described(self.info)
 
     def fingerprint_of(self, scales: Sequence[float]) -> str:
-        """Return a fingerprint of what makes the vectors with these scales."""
+        """Return the fingerprint of this domain's encoder with these scales of its adapters."""
         info = self.shared.info
         return domain_fingerprint(info.encoder_fingerprint, self.source, scales, info.encoding, info.dtype)
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
-        """Return the vectors [N, D] of rows, each of its own domain."""
+        """Return the vectors [N, D] of N rows, each encoded with the domain that the row names."""
         return await self.shared.encode(rows)
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """Search the index of this domain alone; without one it is not asked."""
+        """Find the k best passages per query [Q, D] in this domain's index; call it only if there is one."""
         return await self._searcher.search(vectors, top_k, wanted)
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
-        """Search the index of this domain alone; without one it is not asked."""
+        """Find the k best passages per text by BM25 in this domain's index; call it only if there is one."""
         return await self._searcher.search_words(texts, top_k, wanted)
 
     async def check(self) -> float:
-        """Check the encoder that all domains share."""
+        """Test the encoder that all domains share; return the seconds that it took."""
         return await self.shared.check()
 
     async def num_reembedded(self) -> int | None:
-        """Return None: the passages of a domain's index stay."""
+        """Return None: the passages of a domain do not move to new vectors."""
         return None
 
 
 def policy_of_domains(policy: LossPolicy) -> LossPolicy:
-    """Return what to do about a part of a domain's index that is lost: never wait, since waiting requests take others' places."""
+    """Return the policy for lost parts of a domain's index: `error` replaces `wait`, which would block others."""
     return policy if policy.lost_shards != "wait" else policy.model_copy(update={"lost_shards": "error"})
 
 
@@ -145,15 +145,15 @@ class DomainUnavailableError(Exception):
 
 
 def domain_down(error: DomainUnavailableError) -> RequestError:
-    """Return what a client is told."""
+    """Return the error (status 503) for a request to a domain whose factors cannot be used."""
     return RequestError(str(error), status=503, code="domain_unavailable", retry_after_s=10)
 
 
 def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, float] | None) -> tuple[float, ...]:
-    """Return the scale of each knowledge adapter for a request; none for a version that is no domain.
+    """Return the scale of each knowledge adapter for a request; () for a version that is no domain.
 
     Raises:
-        RequestError: the request names a scale that is not allowed, or that nothing has.
+        RequestError: the request gives a scale that is not allowed, or asks for a version that is no domain.
     """
     if not isinstance(backend, DomainBackend):
         if wanted is not None:
@@ -174,13 +174,13 @@ def at_scale(
     """Return the name under which the index of a domain at these scales is served.
 
     Args:
-        versions: all that are served.
-        name: the domain that a request names; a version that is no domain has no scales, and is returned.
-        scales: of the request.
-        allowed: versions that its API key may ask; None for all.
+        versions: all served versions.
+        name: the domain that a request names. The name of a version that is no domain is returned unchanged.
+        scales: scales that the request asks for.
+        allowed: versions that the API key may use; None for all.
 
     Raises:
-        RequestError: there is no such index. Those of other scales hold vectors that these do not compare with.
+        RequestError: no index at these scales is served. Vectors of different scales cannot be compared.
     """
     asked = versions[name].backend
     if not isinstance(asked, DomainBackend) or tuple(scales) == asked.source.scales:
@@ -204,12 +204,12 @@ def at_scale(
 async def rows_of(
     backend: Backend, rows: Sequence[Sequence[int]], scales: tuple[float, ...] | None = None
 ) -> Sequence[Sequence[int]]:
-    """Return rows that name their domain, once its factors are in memory; rows of a version are unchanged.
+    """Load the factors of a domain, and return the rows with its name; rows for a version are returned unchanged.
 
     Args:
         backend: the domain or the version.
         rows: token ids.
-        scales: of the domain's adapters; None takes its own.
+        scales: scales of the domain's adapters; None for the ones that it is served with.
 
     Raises:
         RequestError: the factors cannot be used.
@@ -224,17 +224,17 @@ async def rows_of(
 
 
 def flow_of(backend: Backend) -> str | None:
-    """Return whose requests take turns as one: a domain's; None for a version."""
+    """Return the name of the flow that requests wait in: the domain's name, or None for a version."""
     return backend.source.name if isinstance(backend, DomainBackend) else None
 
 
 class Places:
-    """Share the places of requests among domains: each may hold as many as it leaves free.
+    """Limits the requests in progress per domain: a domain may hold at most as many places as are free.
 
-    So one that is flooded takes half, two take a third each, and there is always room for one more.
+    So one busy domain takes half of the places, two take a third each, and another domain always finds a free one.
 
     Args:
-        most: requests under way at most.
+        most: maximum number of requests in progress, of all domains together.
     """
 
     def __init__(self, most: int) -> None:
@@ -243,10 +243,10 @@ class Places:
 
     @contextlib.contextmanager
     def held_by(self, backend: Backend) -> Iterator[None]:
-        """Hold a place within the block; versions that are no domains have no share of their own.
+        """Hold a place of a domain during the block; do nothing for a version that is no domain.
 
         Raises:
-            RequestError: the domain has as many as are free.
+            RequestError: with status 429: the domain holds as many places as are free.
         """
         name = flow_of(backend)
         if name is None:
@@ -268,7 +268,7 @@ class Places:
 
 
 def encoded_by(backend: Backend, scales: Sequence[float]) -> str:
-    """Return a fingerprint of what made the vectors."""
+    """Return the fingerprint of the encoder that makes vectors with these scales."""
     return backend.fingerprint_of(scales) if isinstance(backend, DomainBackend) else backend.info.encoder_fingerprint
 
 

@@ -1,7 +1,7 @@
-"""Define the Ray Serve deployment that speaks HTTP: it looks after versions and hands requests to the search service.
+"""Define the gateway: the Ray Serve deployment that speaks HTTP and passes requests to the search service.
 
-Which versions it serves, and how, is its `user_config`: Ray Serve changes it in place, without a restart, when
-`serve deploy` or KubeRay brings another; what is under way ends with the versions that it began with.
+Its `user_config` says which versions it serves, and how. When an update, `serve deploy` or KubeRay changes this, Ray
+Serve applies it in place, without a restart. Requests in progress end with the versions that they began with.
 """
 
 import asyncio
@@ -37,36 +37,36 @@ logger = logging.getLogger("ray.serve")
 
 _POLL_S = 0.5
 _OTHERS_S = 30.0
-"""How long the versions that are up wait for the others. An encoder answers between two batches."""
+"""Seconds to wait for other versions once the first is up. An encoder answers only between two batches."""
 _SCRAPE_S = 5.0
 _SCRAPING = ThreadPoolExecutor(8, thread_name_prefix="metrics")
-"""Nodes that do not answer must not delay what reads passages."""
+"""A separate pool: nodes that do not answer must not delay the threads that read passages."""
 
 
 class GatewayConfig(Config):
-    """What a gateway serves: its `user_config`."""
+    """What a gateway serves; this is the `user_config` of its deployment."""
 
     versions: dict[str, str]
-    """The Ray Serve application of each version, by the version's name."""
+    """Name of the Ray Serve application of each version, by the version's name."""
     routing: Routing
-    """How requests that name no version reach them."""
+    """Which versions answer the requests that name none."""
     domains: tuple[DomainSource, ...] = ()
-    """The domains; they share the one version that there is then, and clients see them in its place."""
+    """The domains, if there are any. They share the encoder of the only version, and clients see them instead of it."""
     indexes: dict[str, DomainIndex] = Field(default_factory=dict)
-    """The index of each domain that has one."""
+    """The index of each domain that has one, by the domain's name."""
     policy: LossPolicy = LossPolicy()
     """What to do when a part of an index is lost."""
     whole_until_s: float = 0.0
-    """Unix time until which a gateway that starts must be able to serve every version: it belongs to an update, which is undone
-    if it does not start. One that starts later, since one died, serves what there is."""
+    """Unix time in seconds. A gateway that starts before it belongs to an update, and fails unless it can serve every
+    version; then the update is undone. One that starts later replaces a dead one, and serves what is up."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySetup:
-    """What a gateway is started with."""
+    """Fixed options of a gateway; to change them, its processes are replaced."""
 
     OPTIONS: ClassVar = ("allow_anonymous", "cors_origins", "num_gateways", "traces", "drain_s")
-    """Those fields that are options of `readapt serve` by the same names."""
+    """Fields that are options of `readapt serve` with the same names."""
 
     limits: Limits
     keys: tuple[ApiKey, ...]
@@ -80,7 +80,7 @@ class GatewaySetup:
 @serve.deployment
 @serve.ingress()
 class Gateway:
-    """Answer HTTP requests."""
+    """The deployment that answers HTTP requests."""
 
     def __init__(self, setup: GatewaySetup) -> None:
         self._setup = setup
@@ -90,12 +90,12 @@ class Gateway:
         self._guard: Guard | None = None
         self._id = uuid.uuid4().hex
         self._versions: dict[str, RayBackend] = {}
-        """By their applications, whose handles they hold."""
+        """Versions that are up, by the names of their applications."""
         self._completing: asyncio.Task[None] | None = None
-        """Adds the versions that came up late."""
+        """Task that adds the versions that come up late."""
 
     def __serve_build_asgi_app__(self) -> App:
-        """Build the app in the replica."""
+        """Build the ASGI app; Ray Serve calls this in the replica."""
         spans = None
         if self._setup.traces:
             from readapt_ray.serving.spans import RequestSpans
@@ -113,19 +113,22 @@ class Gateway:
         return with_cors(guard, self._setup.cors_origins) if self._setup.cors_origins else guard
 
     async def setup(self) -> tuple[GatewaySetup, GatewayConfig | None]:
-        """Return what this gateway was started with, and what it serves."""
+        """Return the fixed options of this gateway, and what it serves; None before it serves anything."""
         return self._setup, self._state
 
     async def stop_accepting(self, *, give_up: bool = False) -> tuple[str, int]:
-        """Answer requests with 503 from now on, and with `give_up` those under way too.
+        """Answer new requests with 503 from now on; with `give_up`, running requests too.
 
         Returns:
-            Which gateway this is, and how many requests are under way.
+            The id of this gateway, and the number of its requests in progress.
         """
         return self._id, self._guard.stop_accepting(give_up=give_up) if self._guard else 0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve what a `GatewayConfig` says. Versions that are not up 30 s after the first are added later."""
+        """Serve what `user_config` says (a `GatewayConfig`); Ray Serve calls this at the start and at a change.
+
+        Versions that are not up 30 s after the first are added later.
+        """
         if self._completing is not None:
             self._completing.cancel()
             await asyncio.wait({self._completing})
@@ -173,7 +176,7 @@ class Gateway:
 
 
 def _backends(versions: Mapping[str, RayBackend], state: GatewayConfig) -> Mapping[str, Backend]:
-    """Return what clients can choose by name."""
+    """Return what clients can choose by name: the domains, or else the versions."""
     if not state.domains:
         return versions
     (shared,) = versions.values()
@@ -186,14 +189,15 @@ def _backends(versions: Mapping[str, RayBackend], state: GatewayConfig) -> Mappi
 
 
 def _searcher(shared: RayBackend, index: DomainIndex, policy: LossPolicy) -> RayBackend:
-    """Return what searches the index of a domain. It may be lost: its application is not asked whether it is there."""
+    """Return the backend that searches the index of a domain. The application of the index may be down."""
     slices = {name: serve.get_deployment_handle(name, index.app, _check_exists=False) for name in index.slices}
     return shared.with_index(index.described(shared.info), slices, policy_of_domains(policy))
 
 
 def _sees_clients() -> bool:
-    """Return whether requests say where they come from. Behind HAProxy all seem to come from it: if they may come from
-    other machines, nothing tells those apart.
+    """Return whether requests carry the address of their client.
+
+    Behind HAProxy all requests carry HAProxy's address. This matters only if other machines can reach HAProxy.
     """
     from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
     from ray.serve.context import _get_global_client
@@ -202,7 +206,7 @@ def _sees_clients() -> bool:
 
 
 async def _description(app: str) -> tuple[Any, VersionInfo]:
-    """Return the encoder of a version and its description, once it is up."""
+    """Wait until a version is up; return the handle of its encoder, and its description."""
     from ray.serve.exceptions import RayServeException
 
     while True:
@@ -216,7 +220,7 @@ async def _description(app: str) -> tuple[Any, VersionInfo]:
 
 
 async def gather_metrics() -> str:
-    """Collect our metrics of all nodes, in Prometheus' text format."""
+    """Collect the metrics of this package from all nodes, in Prometheus' text format."""
     urls = [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for node in await asyncio.to_thread(ray.nodes)
@@ -238,13 +242,13 @@ def _read(url: str) -> str:
     try:
         with open_url(url, timeout=_SCRAPE_S) as answer:
             return str(answer.read().decode())
-    except (OSError, http.client.HTTPException) as error:  # the second, if a node dies while it answers
+    except (OSError, http.client.HTTPException) as error:  # HTTPException: a node died while it answered
         logger.warning("no metrics from %s: %s", url, error)
         return ""
 
 
 def _by_family(described: Sequence[str], samples: Sequence[str]) -> str:
-    """Group samples below the description of their metric, which the format asks for once."""
+    """Group the samples of each metric below its description, which the format allows only once."""
     lines: list[str] = []
     for family in dict.fromkeys(line.split(" ", 3)[2] for line in described):
         lines += [line for line in described if line.split(" ", 3)[2] == family]

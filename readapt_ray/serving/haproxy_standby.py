@@ -1,7 +1,7 @@
-"""Start HAProxy again when it dies, until Ray does: Ray notices after half a minute.
+"""Start HAProxy again at once when it dies; Ray itself replaces it only after half a minute.
 
-A thread tries to connect to the port five times per second. If nobody listens, it starts HAProxy with the last configuration
-that had routes. Ray's next HAProxy takes over from it (`haproxy_start`).
+A thread tries to connect to the port five times per second. If nobody listens, it starts HAProxy with the last
+configuration that had routes. When Ray starts its next HAProxy, that one takes over (`haproxy_start`).
 """
 
 import contextlib
@@ -21,15 +21,15 @@ _POLL_S = 0.2
 _CONNECT_S = 5.0
 _END_S = 10.0
 _RESTART_S = 1.0
-"""Between two starts: an HAProxy that cannot start ends at once."""
+"""Minimum seconds between two starts, in case HAProxy cannot start and ends at once."""
 
 
 class Standby:
-    """Watch HAProxy's port, and start HAProxy again when nobody listens, until `end`.
+    """A thread that watches HAProxy's port, and starts HAProxy again when nobody listens, until `end`.
 
     Args:
-        binary: of HAProxy.
-        folder: of its configuration.
+        binary: path of HAProxy.
+        folder: folder with its configuration.
         host: an address of this machine that it listens on.
         port: the port that it listens on.
     """
@@ -41,12 +41,12 @@ class Standby:
         self._ended = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = -math.inf
-        # HAProxy ends with the thread that started it, so this one lives as long as this process.
+        # HAProxy is killed when the thread that started it ends, so this thread must live as long as the process.
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def end(self) -> None:
-        """Stop watching, and end the HAProxy that this has started."""
+        """Stop watching, and end the HAProxy that this thread has started."""
         self._ended.set()
         self._thread.join(_END_S)
 
@@ -65,7 +65,7 @@ class Standby:
         except ConnectionRefusedError:
             return False
         except OSError:
-            return True  # too busy, which another process would not help
+            return True  # HAProxy is too busy, and another one would not help
         return True
 
     def _start(self) -> None:

@@ -1,7 +1,7 @@
-"""Start HAProxy as Ray asks, with a safer configuration. Ray runs this file as a script, so it imports no package.
+"""Start HAProxy for Ray with a safer configuration. Ray runs this file as a script, so it imports no package.
 
-Enters: the configuration that Ray wrote. Leaves: the same file changed, and `standby.cfg`, by which `haproxy_standby` starts
-HAProxy again if it dies. The process becomes HAProxy, so that Ray finds it under its process id.
+In: the configuration that Ray wrote. Out: the same file, changed, and `standby.cfg`, with which `haproxy_standby`
+starts HAProxy again if it dies. HAProxy then replaces this process, so it has the process id that Ray knows.
 """
 
 import os
@@ -12,20 +12,21 @@ from pathlib import Path
 STANDBY_CONFIG = "standby.cfg"
 STANDBY_PID = "standby.pid"
 ERRORS = (502, 503, 504)
-"""Statuses that HAProxy answers itself, from a file of ours."""
+"""Error statuses that HAProxy answers itself, with the content of a file that we write."""
 _PRIVATE = ("frontend prometheus", "listen stats")
 
 
 def rewritten(config: str, folder: Path, header_s: str) -> str:
-    """Change the configuration that Ray wrote.
+    """Return the configuration that Ray wrote, with safer settings.
 
-    Statistics are for this machine alone. Who does not send the headers of a request soon is sent away. Errors have OpenAI's
-    shape. Without routes the port of the clients is not listened on, where Ray would answer 404.
+    Only this machine can read the statistics. A client that does not send all headers of a request in time is
+    disconnected. Errors have OpenAI's form. While there are no routes, it does not listen on the clients' port, where
+    Ray's configuration would answer 404.
 
     Args:
-        config: as Ray wrote it.
-        folder: of the answers to errors.
-        header_s: seconds in which the headers of a request must come.
+        config: configuration that Ray wrote.
+        folder: folder with the files of error answers.
+        header_s: maximum seconds until all headers of a request have arrived.
     """
     section, lines = "", []
     for line in config.splitlines():
@@ -43,19 +44,19 @@ def rewritten(config: str, folder: Path, header_s: str) -> str:
 
 
 def has_routes(config: str) -> bool:
-    """Return whether the configuration sends requests anywhere."""
+    """Return whether the configuration forwards requests to any backend."""
     return any(line.strip().startswith("use_backend ") for line in config.splitlines())
 
 
 def error_file(folder: Path, status: int) -> Path:
-    """Return the file of the answer to an error."""
+    """Return the path of the file with the answer for an error status."""
     return folder / f"{status}.http"
 
 
 def for_clients_alone(config: str) -> str:
-    """Leave out the control socket and the statistics, which Ray's next HAProxy needs for itself.
+    """Return a configuration without control socket and statistics, which Ray's next HAProxy needs for itself.
 
-    Without the socket Ray sees that the HAProxy which it started is gone, and starts another.
+    Without the socket, Ray notices that the HAProxy that it started is gone, and starts another.
     """
     section, lines = "", []
     for line in config.splitlines():
@@ -66,7 +67,7 @@ def for_clients_alone(config: str) -> str:
 
 
 def _standby_to_replace(folder: Path) -> list[str]:
-    """Return the arguments by which a new HAProxy ends the one that replaced the last, if there is one."""
+    """Return the arguments with which a new HAProxy ends the standby one; [] if no standby runs."""
     try:
         pid = (folder / STANDBY_PID).read_text()
         is_ours = os.fsencode(folder / STANDBY_CONFIG) in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -76,13 +77,13 @@ def _standby_to_replace(folder: Path) -> list[str]:
 
 
 def main(binary: str, header_s: str, folder: Path, *arguments: str) -> None:
-    """Become HAProxy, which ends when Ray's process does.
+    """Replace this process by HAProxy, which is killed when the Ray process that started it ends.
 
     Args:
-        binary: of HAProxy.
-        header_s: seconds in which the headers of a request must come.
-        folder: of this server's files. Ray's configuration is in a subfolder per node.
-        arguments: those that Ray gives.
+        binary: path of HAProxy.
+        header_s: maximum seconds until all headers of a request have arrived.
+        folder: folder with this server's files. Ray's configuration is in a subfolder per node.
+        arguments: command-line arguments that Ray gives; `-f` is followed by its configuration.
     """
     file = Path(arguments[arguments.index("-f") + 1])
     config = rewritten(file.read_text(), folder, header_s)

@@ -1,4 +1,4 @@
-"""Read titles and texts of the passages that a search found, as many as an answer may have."""
+"""Read titles and texts of the passages that a search found, up to the maximum size of an answer."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -9,16 +9,16 @@ from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.versions import Ranked
 
 _MAX_CHARACTERS = 128 << 20
-"""Bound of all titles and texts in one answer. Documents that were not split can have megabytes each."""
+"""Maximum characters of all titles and texts in one answer. Documents that were not split can have megabytes each."""
 _READ_AT_ONCE = 64
-"""Passages that are read before their lengths are added up."""
+"""Number of passages that are read before their lengths are checked."""
 
 
 def texts_of(store: PassageStore, found: Iterable[Sequence[Ranked]]) -> dict[str, Passage]:
-    """Return the passages of all queries by their ids, without those that the corpus does not have.
+    """Return title and text of the passages that were found, by id; ids that the corpus lacks are left out.
 
     Raises:
-        RequestError: their texts would not fit an answer, in which a passage stands once per query that found it.
+        RequestError: the texts are too long for one answer, which repeats a passage for each query that found it.
     """
     times = Counter(hit.doc_id for ranked in found for hit in ranked)
     passages: dict[str, Passage] = {}

@@ -1,8 +1,8 @@
-"""Search some shards of an index in memory, whole or only among some doc_ids; without Ray.
+"""Search some shards of an index in memory, with or without a filter; without Ray.
 
-A filtered search that leaves few passages is exact among the vectors that the index holds: it scores the passages
-that pass, a block at a time, read back from the index. Of many passages FAISS searches those that pass; what finds fewer than
-it should is searched exactly.
+If few passages pass the filter, the search is exact for the vectors that the index holds: it reads back the vectors of
+these passages, a block at a time, and scores each. If many pass, FAISS searches among them; a query for which it finds
+fewer than k passages is searched exactly.
 """
 
 import bisect
@@ -32,29 +32,29 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.ordered_map import ordered_map
 
 READ_AT_ONCE = 4
-"""Shards that a slice reads at once."""
+"""Number of shards that a slice reads at once."""
 _BLOCK_ROWS = 16384
 _SCANNED_ROWS = 32768
-"""Rows of a shard up to which a filtered search compares all that pass."""
+"""Maximum number of rows of a shard that a filtered search compares one by one."""
 _WHOLE = re.compile(r"((IVF|HNSW|NSG)\w*,)?Flat|HNSW\d*|.+,(RFlat|Refine\(Flat\))")
 
 
 @dataclass(frozen=True)
 class SearchableShard:
-    """A shard with what finds its rows by doc_id and by column."""
+    """A shard that can be filtered by doc_id and by column."""
 
     shard: IndexShard
     columns: KeptColumns | None = None
-    """Of its passages, to filter by."""
+    """Columns of its passages, to filter by; None without a corpus."""
     is_split: bool = False
     """Whether passages are parts of documents. A document's id then names all of its passages."""
     order: NDArray[np.int64] = field(init=False)
-    """Rows that are not deleted, by rising doc_id."""
+    """Rows that are not deleted, in the order of `ids`."""
     ids: NDArray[np.object_] = field(init=False)
-    """Their doc_ids, in that order."""
+    """doc_ids of the rows in `order`, ascending."""
 
     def __post_init__(self) -> None:
-        """Sort the doc_ids, and build the map by which inverted lists give vectors back (8 bytes each)."""
+        """Sort the doc_ids, and build the map that inverted lists need to read vectors back (8 bytes per vector)."""
         order = np.argsort(self.shard.doc_ids, kind="stable")
         object.__setattr__(self, "order", order[np.count_nonzero(self.shard.doc_ids == DELETED) :])
         object.__setattr__(self, "ids", self.shard.doc_ids[self.order])
@@ -63,10 +63,10 @@ class SearchableShard:
             lists.make_direct_map()
 
     def rows(self, wanted: DocFilter) -> NDArray[np.int64]:
-        """Return the rows that pass a filter, rising.
+        """Return the rows that pass a filter, ascending.
 
         Raises:
-            InputError: there is no such column, or it holds no such values.
+            InputError: the filter names a column that does not exist, or values that this column cannot hold.
         """
         passing = [] if wanted.within is None else [self.rows(wanted.within)]
         if wanted.prefix is not None:
@@ -93,13 +93,13 @@ class SearchableShard:
         return np.unique(self.order[places[self.ids[places] == names]]) if len(self.ids) else self.order
 
     def _pieces(self, doc_ids: tuple[str, ...]) -> Iterator[str]:
-        """Yield the passages here of documents that were split."""
+        """Yield the doc_ids of all passages in this shard that are parts of these documents."""
         firsts, ends = (np.searchsorted(self.ids, np.array([each + mark for each in doc_ids], object)) for mark in "#$")
-        for doc_id, first, end in zip(doc_ids, firsts, ends, strict=True):  # "$" follows "#"
+        for doc_id, first, end in zip(doc_ids, firsts, ends, strict=True):  # "$" is the character after "#"
             yield from (each for each in self.ids[first:end] if parent_of(each) == doc_id)
 
     def passing(self, wanted: DocFilter | None) -> NDArray[np.bool_] | None:
-        """Return which rows pass a filter; None for all."""
+        """Return a mask of the rows that pass a filter, [N]; None if there is no filter."""
         if wanted is None:
             return None
         passing = np.zeros(len(self.shard.doc_ids), bool)
@@ -107,7 +107,7 @@ class SearchableShard:
         return passing
 
     def without_vectors(self) -> "SearchableShard":
-        """Return the same passages, to find by their words alone: their vectors are let go."""
+        """Return a copy without vectors, so that their memory is freed. It can be searched only by words."""
         left = copy.copy(self)
         object.__setattr__(left, "shard", replace(self.shard, index=None))
         return left
@@ -116,15 +116,15 @@ class SearchableShard:
 def search_rows(
     shard: IndexShard, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64], *, max_scanned: float
 ) -> Iterator[Hits]:
-    """Yield the k best of each query among some rows, in parts.
+    """Search only some rows of a shard, in parts; yield the k best rows per query for each part.
 
     Args:
-        shard: of the rows.
+        shard: the shard.
         queries: [Q, D].
         top_k: k.
-        rows: rising; none of them is deleted.
-        max_scanned: rows up to which each is compared; of more FAISS searches those, and what finds fewer than it should is
-            compared with each. On a GPU each is compared there.
+        rows: rows to search, ascending; none of them is deleted.
+        max_scanned: up to this number of rows, all are compared one by one. Among more rows FAISS searches, and a query
+            for which it finds too few is compared with all. A GPU always compares all.
     """
     if len(rows) <= max_scanned and not isinstance(shard.index, DeviceIndex):
         yield from _scan(shard, queries, top_k, rows)
@@ -141,24 +141,24 @@ def search_rows(
 
 
 def _scan(shard: IndexShard, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Iterator[Hits]:
-    """Yield the k best of each query among the rows, for each block of them."""
+    """Compare the queries with each row; yield the k best per query of each block of rows."""
     for first in range(0, len(rows), _BLOCK_ROWS):
         block = rows[first : first + _BLOCK_ROWS]
         yield search_exact(queries, [(shard.doc_ids[block].tolist(), _vectors(shard.index, block))], top_k)
 
 
 def max_scanned(wanted: DocFilter) -> float:
-    """Return the rows of a shard up to which a filtered search compares all that pass."""
+    """Return the maximum number of rows that a filtered search compares one by one; infinity if it must be exact."""
     return math.inf if wanted.is_exact else _SCANNED_ROWS
 
 
 def is_mapped(record: ShardRecord, records: Sequence[ShardRecord]) -> bool:
-    """Return whether a shard of a slice stays in its file on this node: those that were trained together are merged in memory."""
+    """Return whether a shard is memory-mapped. Shards of a slice that were trained together are merged in memory."""
     return record.trained is None or sum(each.trained == record.trained for each in records) == 1
 
 
 def _loaded(folder: Location, records: Sequence[ShardRecord], words: Mapping[str, str]) -> Iterator[IndexShard]:
-    """Yield the shards in their order; some are read at once."""
+    """Yield the shards that are not empty, in their order; several are read at once."""
 
     def load(record: ShardRecord) -> IndexShard:
         shard = read_shard(folder, record, is_mapped=is_mapped(record, records), is_kept=True)
@@ -170,7 +170,7 @@ def _loaded(folder: Location, records: Sequence[ShardRecord], words: Mapping[str
 
 
 def _placed(shards: Sequence[IndexShard], device: str) -> list[IndexShard]:
-    """Return one shard of all of them on a device; none if there are none."""
+    """Join all shards into one that is on a device; return [] if there are none."""
     return [on_device(shards, device)] if shards else []
 
 
@@ -186,10 +186,10 @@ def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def holds_vectors_whole(factory: str) -> bool:
-    """Return whether a FAISS index of this factory string gives back the exact vectors that were added.
+    """Return whether the exact vectors can be read back from a FAISS index with this factory string.
 
-    Lists and graphs over flat vectors do, and what ranks again by flat vectors. What is given back of codes, of
-    quantised numbers or of a projection is what the index already searches by: it misses nothing of that.
+    They can from inverted lists and graphs over flat vectors, and from indexes that rerank by flat vectors. Codes,
+    quantized numbers and projections give back only the approximate vectors that the index searches by.
     """
     return _WHOLE.fullmatch(factory) is not None
 
@@ -208,16 +208,16 @@ class IndexSlice:
     """Shards of an index that one process holds.
 
     Args:
-        folder: of the shards.
-        records: of this slice.
-        corpus: the files of its passages, whose columns searches may be filtered by.
-        words: SHA-256 of the BM25 scores of each shard, by its name; empty where none are there.
+        folder: folder of the index, with the files of its shards.
+        records: records of the shards in this slice.
+        corpus: Parquet files with the passages; searches can be filtered by their columns.
+        words: SHA-256 of the BM25 scores of each shard, by the shard's name; empty without BM25.
         is_split: whether passages are parts of documents.
         device: torch device to hold the vectors on, and to search on; if None, FAISS searches on the CPU.
 
     Raises:
-        CorruptFileError: a file of a shard is gone, cut short or altered.
-        InputError: the vectors do not fit the device, or are not held whole.
+        CorruptFileError: a file of a shard is missing, truncated or altered.
+        InputError: the vectors do not fit the device, or the index is not flat with 16 or 32 bits per number.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class IndexSlice:
     def of(
         cls, shards: Sequence[IndexShard], corpus: Sequence[Location] = (), *, is_split: bool = False
     ) -> "IndexSlice":
-        """Return a slice of shards that are in memory already."""
+        """Make a slice from shards that are already in memory."""
         made = cls.__new__(cls)
         made.shards = _searchable(shards, corpus, is_split=is_split)
         return made
@@ -249,7 +249,7 @@ class IndexSlice:
         return sum(len(each.ids) for each in self.shards)
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None = None) -> Hits:
-        """Return the k best of each query [Q, D]; with a filter, among the passages that pass it.
+        """Return the k best passages per query [Q, D]; with a filter, of those that pass it.
 
         Raises:
             InputError: the dimensions differ, or this kind of index cannot be filtered.
@@ -259,10 +259,10 @@ class IndexSlice:
         return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
 
     def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Iterator[Hits | None]:
-        """Search by BM25, with a pause after each block of texts: None is a pause, and the k best come last.
+        """Search by BM25, step by step: yield None after each block of texts, and the k best per text at the end.
 
         Raises:
-            InputError: there is no such column to filter by, or it holds no such values.
+            InputError: the filter names a column that does not exist, or values that this column cannot hold.
         """
         blocks = list(query_blocks(texts))
         best = [TopK(len(block), top_k) for block in blocks]
@@ -275,7 +275,7 @@ class IndexSlice:
         yield joined([each.hits() for each in best])
 
     def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
-        """Search with a filter, with a pause after each block but the last: None is a pause.
+        """Search with a filter, step by step: yield None between two blocks, and the k best per query at the end.
 
         Raises:
             InputError: the dimensions differ, or this kind of index cannot be filtered.

@@ -1,8 +1,8 @@
-"""Read and check API keys: who may ask, and how often.
+"""Read API keys, find the key of a request, and limit its rate.
 
-Enters: a YAML or JSON file (or the text of `READAPT_API_KEYS`) of names with their keys; what stays in memory
-and goes to other processes is the SHA-256 of each key. A check costs one hash and one comparison a key,
-in time that does not depend on how much of a key was right.
+In: a YAML or JSON file (or the text of `READAPT_API_KEYS`) of names with their keys. Only the SHA-256 of each key stays
+in memory and is sent to other processes. A check costs one hash, and one comparison per key; its time does not depend
+on how much of a key is right.
 """
 
 import contextlib
@@ -31,28 +31,29 @@ _BURST_S = 10.0
 
 @dataclass(frozen=True)
 class ApiKey:
-    """The owner of a key, and what may be done with it."""
+    """An API key: the name of its owner, its digest, and what it may be used for."""
 
     name: str
     sha256: str
     """Hexadecimal digest of the key."""
     requests_per_minute: float | None = None
-    """Requests a minute at most; None for no limit."""
+    """Maximum number of requests per minute; None for no limit."""
     domains: frozenset[str] | None = None
-    """The domains (or versions) that answer it; None for all."""
+    """Names of the domains or versions that it may use; None for all."""
     within: DocFilter | None = None
-    """What its searches are restricted to; None for nothing."""
+    """Filter that every search with this key must pass; None for no restriction."""
 
 
 def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
-    """Read the keys of a file, or of the environment if no file is named; return none if there is neither.
+    """Read the API keys from a file or, if `uri` is None, from `READAPT_API_KEYS`; return () if that is not set.
 
-    Each entry is `name: key`, or `name: {key: ..., requests_per_minute: 600, within: {filter: {tenant: acme}}, domains: [legal]}`; a key may be
-    given as `sha256:` and its digest.
+    Each entry is `name: key`, or
+    `name: {key: ..., requests_per_minute: 600, within: {filter: {tenant: acme}}, domains: [legal]}`. A key may be given
+    as `sha256:` and its digest.
 
     Raises:
-        InputError: the file is not there, is not such a list, a key is too short to be one, or two entries have one name
-            or one key.
+        InputError: the file does not exist or is no such list, a key is too short, or two entries have the same name or
+            the same key.
     """
     if uri is None:
         text, where = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
@@ -62,7 +63,7 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
         location, where = Location(uri), repr(uri)
         if not location.is_file():
             raise InputError(f"api_keys = {uri!r}: no such file; give a YAML file of `name: key`")
-    try:  # no message of a parser, since it may show a key
+    try:  # a parser's message may show a key, so none is shown
         content = text if uri is None else location.read_text()
         entries = yaml.load(content, DistinctLoader)
     except TwiceError as error:
@@ -77,7 +78,7 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
 
 
 def _check_distinct(keys: Sequence[ApiKey], where: str) -> None:
-    """Refuse two entries of one key, or of names that are one as text: the restrictions of one would not hold."""
+    """Refuse entries with the same key, or with names that are equal as text: restrictions of one would not apply."""
     if twice := [name for name, count in Counter(each.name for each in keys).items() if count > 1]:
         raise InputError(f"{where}: {twice[0]!r} is given twice; give each key its own name")
     owners: dict[str, str] = {}
@@ -119,7 +120,7 @@ def _parse(name: str, entry: Any, where: str) -> ApiKey:
 
 
 def _within(name: str, given: Any, where: str) -> DocFilter:
-    """Read the filter of a key. Refuse one that restricts nothing: it was meant to."""
+    """Parse the filter of a key; refuse one that restricts nothing, since that is a mistake."""
     try:
         found = doc_filter(FilterFields.model_validate(given))
     except ValidationError as error:
@@ -135,7 +136,7 @@ def _within(name: str, given: Any, where: str) -> DocFilter:
 
 @contextlib.contextmanager
 def out_of_environment() -> Iterator[None]:
-    """Keep the keys from the processes that this block starts: Ray's need none, and would show them to each other."""
+    """Remove the keys from the environment during the block, so that the processes of Ray do not inherit them."""
     text = os.environ.pop(ENVIRONMENT, None)
     try:
         yield
@@ -145,12 +146,12 @@ def out_of_environment() -> Iterator[None]:
 
 
 class KeyRing:
-    """Check keys and count requests.
+    """The API keys of one gateway, with the rate limit of each.
 
     Args:
-        keys: those that are allowed; with none, every request is anonymous.
-        share: the part of each key's rate that this process may use, 1 / number of gateways.
-        clock: seconds, rising.
+        keys: valid keys; without any, every request is anonymous.
+        share: share of each key's rate that this process grants: 1 / number of gateways.
+        clock: returns a time in seconds that never decreases.
     """
 
     def __init__(
@@ -166,9 +167,9 @@ class KeyRing:
         return bool(self._keys)
 
     def find(self, authorization: str | None) -> ApiKey | None:
-        """Return the owner of the key in an `Authorization: Bearer ...` header; None for no key, or an unknown one.
+        """Find the key in the value of an `Authorization: Bearer ...` header; None if it has no key, or an unknown one.
 
-        The header is as ASGI has it: bytes, of UTF-8 where the key is, each decoded as a character of Latin-1.
+        ASGI servers decode header bytes as Latin-1, so a key with other characters is UTF-8 read as Latin-1.
         """
         scheme, _, given = (authorization or "").partition(" ")
         digest = hashlib.sha256(given.encode("latin-1").strip()).hexdigest()
@@ -179,13 +180,13 @@ class KeyRing:
         return found if scheme.lower() == "bearer" else None
 
     def wait_s(self, key: ApiKey) -> float:
-        """Count one request; return 0 if it is within the key's rate, else the seconds until the next one is."""
+        """Count one request; return 0 if it is within the key's rate, else the seconds until one is allowed again."""
         bucket = self._buckets.get(key.name)
         return bucket.take() if bucket else 0.0
 
 
 class _Bucket:
-    """A token bucket with room for the requests of ten seconds."""
+    """A token bucket that holds as many requests as the rate allows in ten seconds."""
 
     def __init__(self, per_s: float, clock: Callable[[], float]) -> None:
         self._per_s = per_s

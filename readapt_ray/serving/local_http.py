@@ -1,4 +1,4 @@
-"""Open URLs of our own processes: a proxy in the environment is for other machines, and could not reach them."""
+"""Open URLs of our own processes without a proxy: one that the environment names could not reach them."""
 
 from urllib.request import ProxyHandler, build_opener
 

@@ -1,14 +1,15 @@
-"""Search part of an index while its passages get the vectors of a new model, as if old and new vectors were one index.
+"""Search a part of an index while its passages move, one by one, from vectors of an old model to vectors of a new one.
 
-In: an index of old vectors, a bridge to them, and new vectors of some of its passages, in any order. A query is of the new
-model. New vectors are compared with it as it is. Old ones are compared with what the bridge makes of it, and these scores
-are brought to the scale of the others (`retrieval/calibration.py`). Each passage is searched by one of its two vectors. Words,
-columns and doc_ids stay those of the old index.
+In: an index of old vectors, a bridge to them, and new vectors of some of its passages, in any order. The new model
+encodes the queries. A query is compared directly with new vectors. For old vectors the bridge maps the query, and their
+scores are rescaled to compare with the others (`retrieval/calibration.py`). Each passage is searched by only one of its
+two vectors. Words, columns and doc_ids are the ones of the old index.
 
-New vectors are compared one by one, at the price of a flat index. Of an old shard that has lost passages FAISS searches the
-others, or each is compared once few are left: a search took .4 to 2 times the time of one of the whole shard with half of it
-gone, and less after that, and its recall stayed (100,000 vectors of 256 numbers; flat, IVF and HNSW). Memory is that of
-the index, the new vectors, and some 200 bytes per passage. An old shard is let go once none of its vectors is searched.
+New vectors are compared one by one, at the cost of a flat index. In an old shard from which passages have moved, FAISS
+searches the other passages; once few are left, they are compared one by one. With half of a shard moved, a search took
+0.4 to 2 times as long as a search of the whole shard, and less after that; recall did not change (100,000 vectors of
+256 numbers; flat, IVF and HNSW). Memory: the index, the new vectors, and about 200 bytes per passage. The vectors of an
+old shard are freed once all of its passages have moved.
 """
 
 import math
@@ -29,55 +30,57 @@ from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.index_slice import IndexSlice, SearchableShard, max_scanned, search_rows
 
 _PLACE_BYTES = 96
-"""Memory per passage beside its vectors: where its new vector is, before and after a move, and a doc_id to find it by."""
+"""Bytes per passage beside its vectors: the row of its new vector, before and after a move, and a second doc_id."""
 _BLOCK_BYTES = 256 << 20
-"""Size of a block of new vectors. A block is copied when it grows, and each further block adds .2 ms to a search."""
+"""Maximum bytes of a block of new vectors. A block is copied when it grows; each further one adds 0.2 ms per search."""
 _FEW_ROWS = 2_048
 _FEW_SHARE = 8
-"""Old vectors are compared one by one once so few are left, or one of so many."""
+"""Old vectors are compared one by one if at most `_FEW_ROWS` are left, or one in `_FEW_SHARE` (then up to
+`_MOST_SCANNED`)."""
 _MOST_SCANNED = 32_768
 _OLD = -1
 
 
 class Located(NamedTuple):
-    """Passages of a file of new vectors that a shard has, and searches by their old vectors."""
+    """Passages of a file of new vectors that one shard still searches by their old vectors."""
 
     shard: int
     rows: NDArray[np.int64]
-    """Rows of the shard."""
+    """Rows of these passages in the shard, [M]."""
     places: NDArray[np.int64]
-    """Rows of the file, rising."""
+    """Rows of these passages in the file, ascending, [M]."""
 
     def within(self, first: int, end: int) -> "Located":
-        """Return those whose rows of the file are from `first` to before `end`, counted from `first`."""
+        """Return the passages in rows `first` to `end` (exclusive) of the file, with places counted from `first`."""
         part = slice(*np.searchsorted(self.places, (first, end)))
         return Located(self.shard, self.rows[part], self.places[part] - first)
 
 
 class Move(NamedTuple):
-    """A change of a shard, worked out beforehand."""
+    """A prepared change of one shard: passages that get new vectors, and the state of the shard after that."""
 
     shard: int
     doc_ids: NDArray[np.object_]
     vectors: NDArray[np.float32]
     new_rows: NDArray[np.int64]
-    """[N] of the shard after it."""
+    """`new_rows` of the shard after the change, [N]; see `_MovingShard`."""
     old_rows: NDArray[np.int64]
+    """`old_rows` of the shard after the change."""
 
 
 @dataclass(frozen=True)
 class _MovingShard:
-    """A state of a shard, which does not change."""
+    """One state of a shard. It is immutable: a move makes another state."""
 
     old: SearchableShard
     new_rows: NDArray[np.int64]
-    """[N]: the row of each passage among the new vectors; -1 while it has none."""
+    """For each passage, [N], the row of its new vector in `blocks`; -1 while it has none."""
     old_rows: NDArray[np.int64]
-    """Rows of passages that are searched by their old vectors, rising."""
+    """Rows of the passages that are searched by their old vectors, ascending."""
     sorted_ids: pa.Array
-    """doc_ids in the order of `old.ids`."""
+    """The doc_ids of `old.ids`, in the same ascending order, as an Arrow array."""
     blocks: tuple[IndexShard, ...] = ()
-    """The new vectors. All but the last are full."""
+    """Blocks of new vectors. All but the last are full."""
 
     @property
     def num_new(self) -> int:
@@ -86,7 +89,7 @@ class _MovingShard:
     def search_old(
         self, mapped: NDArray[np.float32], top_k: int, rows: NDArray[np.int64] | None, most: float
     ) -> Iterator[Hits]:
-        """Search the old vectors that still count; with rows, those."""
+        """Search the old vectors of the passages that have not moved; with `rows`, only these rows."""
         if rows is None and not self.blocks:
             yield self.old.shard.search(mapped, top_k)
             return
@@ -98,7 +101,7 @@ class _MovingShard:
     def search_new(
         self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64] | None, most: float
     ) -> Iterator[Hits]:
-        """Search the new vectors; with rows, those of them."""
+        """Search the new vectors; with `rows`, only these rows of `blocks`."""
         first = 0
         for block in self.blocks:
             end = first + len(block.doc_ids)
@@ -111,24 +114,24 @@ class _MovingShard:
 
 
 def num_bytes(num_vectors: int, dimension: int, factory: str) -> int:
-    """Return the memory that a slice takes more than its old vectors, once all have moved; a block grows by copying."""
+    """Return the bytes that new vectors of all passages take, with the copy that is made while a block grows."""
     vector_bytes = (4 if factory == "Flat" else 2) * dimension
     return num_vectors * (_PLACE_BYTES + vector_bytes) + min(_BLOCK_BYTES, num_vectors * vector_bytes)
 
 
 class MovingSlice:
-    """Shards of an index that one process holds, and the new vectors of their passages.
+    """Shards of an index that one process holds, with new vectors for some of their passages.
 
-    `locate` and `prepare` may run beside searches; one thread at a time calls them. `move` runs between two searches.
+    `locate` and `prepare` may run during searches, but only in one thread at a time. `move` must run between searches.
 
     Args:
-        base: the shards of old vectors.
-        bridge: leads to them.
+        base: the shards with old vectors.
+        bridge: maps queries of the new model to the old vectors.
         factory: FAISS factory string of the new vectors, Flat or SQfp16.
 
     Raises:
-        CorruptFileError: a file of the bridge was cut short or altered.
-        InputError: the index does not give its vectors back, or the bridge is of an older release.
+        CorruptFileError: a file of the bridge is truncated or altered.
+        InputError: vectors cannot be read back from this kind of index, or the bridge is of an older release.
     """
 
     def __init__(self, base: IndexSlice, bridge: Bridge, factory: str = "Flat") -> None:
@@ -140,7 +143,7 @@ class MovingSlice:
 
     @property
     def num_vectors(self) -> int:
-        """Count the passages, by whichever vector they are searched."""
+        """Count the passages, whether they are searched by old or by new vectors."""
         return sum(len(each.old_rows) + each.num_new for each in self._shards)
 
     @property
@@ -149,10 +152,10 @@ class MovingSlice:
         return sum(each.num_new for each in self._shards)
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None = None) -> Hits:
-        """Return the k best of each query [Q, D] of the new model; with a filter, among the passages that pass it.
+        """Return the k best passages per query [Q, D] of the new model; with a filter, of those that pass it.
 
         Raises:
-            InputError: the dimensions differ, or there is no such column to filter by.
+            InputError: the dimensions differ, or the filter names a column that does not exist.
         """
         best = TopK(len(queries), top_k)
         for found in self._parts(queries, top_k, wanted):
@@ -160,12 +163,12 @@ class MovingSlice:
         return best.hits()
 
     def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
-        """Search with a filter, with a pause after each block but the last: None is a pause.
+        """Search with a filter, step by step: yield None between two blocks, and the k best per query at the end.
 
-        A move during a pause does not change this search, which uses the vectors that were there when it began.
+        A move between two steps does not change this search: it uses the vectors that existed when it began.
 
         Raises:
-            InputError: the dimensions differ, or there is no such column to filter by.
+            InputError: the dimensions differ, or the filter names a column that does not exist.
         """
         best = TopK(len(queries), top_k)
         for number, found in enumerate(self._parts(queries, top_k, wanted)):
@@ -179,7 +182,7 @@ class MovingSlice:
         return self._base.search_words(texts, top_k, wanted)
 
     def _parts(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Iterator[Hits]:
-        """Yield the k best of each part, on one scale."""
+        """Yield the k best of each part, with scores that can be compared."""
         check_queries(queries, self.dimension)
         shards = self._shards
         if any(len(each.old_rows) for each in shards):
@@ -198,14 +201,15 @@ class MovingSlice:
             yield from each.search_new(queries, top_k, new, most)
 
     def locate(self, doc_ids: pa.Array, hashes: bytes) -> tuple[list[Located], int]:
-        """Find passages that are searched by their old vectors.
+        """Find the passages of a file that are in this slice and still searched by their old vectors.
 
         Args:
-            doc_ids: of a file.
-            hashes: 16 bytes each, of their contents; zeros match any.
+            doc_ids: doc_ids of the file.
+            hashes: content hashes in the same order, 16 bytes each. Zeros match any content, and so does b"".
 
         Returns:
-            Where they are, for each shard that has some; and how many have another content here, and are left out.
+            The passages by shard, without shards that have none; and the number of passages that are left out since
+            their content in the index differs.
         """
         found, num_changed = [], 0
         for number, each in enumerate(self._shards):
@@ -216,11 +220,11 @@ class MovingSlice:
         return found, num_changed
 
     def prepare(self, located: Sequence[Located], vectors: NDArray[np.float32]) -> list[Move]:
-        """Work out what `move` does.
+        """Prepare what `move` applies.
 
         Args:
-            located: passages, whose `places` are rows of the vectors.
-            vectors: [M, D_new].
+            located: passages to move; their `places` are rows of `vectors`.
+            vectors: new vectors, float32 [M, D_new].
         """
         moves = []
         for number, rows, places in located:
@@ -232,7 +236,7 @@ class MovingSlice:
         return moves
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Search passages by their new vectors from now on, and no longer by their old ones."""
+        """Apply prepared moves: from now on search these passages by their new vectors instead of their old ones."""
         shards = list(self._shards)
         for each in moves:
             shard = shards[each.shard]
@@ -279,7 +283,7 @@ def _located(number: int, shard: _MovingShard, doc_ids: pa.Array, hashes: bytes)
 
 
 def _same(mine: bytes, rows: NDArray[np.int64], its: bytes, places: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which passages have the same content, as far as both sides know it."""
+    """Return for each passage whether its content hashes are equal; a missing hash (zeros) equals any."""
     if not mine or not its:
         return np.ones(len(rows), bool)
     here = np.frombuffer(mine, np.uint64).reshape(-1, 2)[rows]
@@ -289,7 +293,7 @@ def _same(mine: bytes, rows: NDArray[np.int64], its: bytes, places: NDArray[np.i
 
 
 def _added(blocks: Sequence[IndexShard], move: Move, factory: str, size: int) -> Iterator[IndexShard]:
-    """Yield the blocks after a move. The last one grows in place: who holds its former state asks for its former rows."""
+    """Yield the blocks after a move. The last one grows in place; earlier states only ask for the rows they know."""
     yield from blocks[:-1]
     last, first = blocks[-1] if blocks else None, 0
     while first < len(move.doc_ids):

@@ -1,9 +1,9 @@
-"""Follow `readapt embed` while it runs: take the files that it has written, and move their passages to their new vectors.
+"""Follow `readapt embed` while it runs: read the files of vectors that it writes, and move passages to these vectors.
 
-In: the output folder of `embed`, finished or under way; each file of vectors is whole once it is there. Out: moves of a
-slice of an index (`serving/moving_slice.py`). One listing every five seconds; of each new file the doc_ids are read, and the
-vectors only if some of its passages are in the slice. A file that is damaged, gone or another encoder's is named once in the
-log and left out: its passages are searched by their old vectors.
+In: the output folder of `embed`, finished or still running. A file appears there only when it is complete. Out: moves
+in a slice of an index (`serving/moving_slice.py`). The folder is listed every five seconds. Of each new file the
+doc_ids are read, and the vectors only if some of the passages are in the slice. A file that is damaged, gone or made by
+another encoder is logged once and tried again later; until then its passages are searched by their old vectors.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ logger = logging.getLogger("ray.serve")
 
 POLL_S = 5.0
 CHUNK_ROWS = 16_384
-"""Vectors that are read and moved at once."""
+"""Number of vectors that are read and moved at once."""
 _LONGEST_PAUSE_S = 600.0
 
 R = TypeVar("R")
@@ -52,11 +52,12 @@ _State = tuple[int | None, int | None]
 
 
 def check_new_vectors(name: str, config: VersionConfig) -> None:
-    """Check before anything starts that a version can move to the new vectors.
+    """Check that the passages of a version can move to the vectors in `new_vectors`; without that option, do nothing.
 
     Raises:
-        InputError: it has no bridge from old vectors, or an older release's; or nothing is there and nothing runs.
-        FingerprintMismatchError: another encoder makes the vectors.
+        InputError: the version has no index or no bridge, or the bridge is of an older release.
+        ArtifactMissingError: the folder has no vectors, and no `embed` writes any.
+        FingerprintMismatchError: the vectors are made by another encoder than the bridge is for.
     """
     if not config.new_vectors:
         return
@@ -95,7 +96,7 @@ def check_new_vectors(name: str, config: VersionConfig) -> None:
 
 
 def _encoder_of(files: Sequence[Location]) -> str | None:
-    """Return what made the first file that can be read; a damaged one keeps no server from starting."""
+    """Return the encoder's fingerprint in the first file that can be read; None if there is no such file."""
     for file in files:
         with contextlib.suppress(CorruptFileError):
             return str(read_footer(file).metadata.get("encoder", {}).get("fingerprint"))
@@ -103,20 +104,20 @@ def _encoder_of(files: Sequence[Location]) -> str | None:
 
 
 def vector_factory(index: VectorIndex) -> str:
-    """Return how new vectors are kept beside an index: as they are if its own are, else in 16 bits."""
+    """Return the FAISS factory string for new vectors: Flat (float32) if the index holds exact vectors, else SQfp16."""
     return "Flat" if all(holds_vectors_whole(each.factory) for each in index.records) else "SQfp16"
 
 
 def follow(
     base: IndexSlice, spec: VersionSpec, index: VectorIndex, number: int, compute: Callable[..., Any]
 ) -> tuple[MovingSlice, "Follower"]:
-    """Return a slice with all new vectors that are there, which takes more of them from now on.
+    """Return a slice with all new vectors that exist by now, and the follower that adds later ones.
 
     Args:
-        base: the old vectors.
-        spec: of the version.
+        base: the slice with the old vectors.
+        spec: specification of the version.
         index: the whole index.
-        number: of the slice.
+        number: number of the slice, for its name in log and metrics.
         compute: runs a function between two searches, and waits for its result.
 
     Raises:
@@ -147,15 +148,15 @@ class _Failure:
 
 
 class Follower:
-    """Move the passages of a slice as files of vectors appear.
+    """Watches a folder, and moves the passages of a slice as files of vectors appear in it.
 
     Args:
         moving: the slice.
-        folder: of the files.
-        encoder: fingerprint and dimension of what must have made them.
+        folder: folder with the files of vectors.
+        encoder: `fingerprint` and `dimension` of the encoder that must have made the vectors.
         compute: runs a function between two searches, and waits for its result.
-        version: name, for log and metrics.
-        part: name of the slice.
+        version: name of the version, for log and metrics.
+        part: name of the slice, for log and metrics.
     """
 
     def __init__(
@@ -179,11 +180,11 @@ class Follower:
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Poll every five seconds, in a thread that ends with the process, or once all passages have moved."""
+        """Start a daemon thread that polls every five seconds, until all passages have moved."""
         threading.Thread(target=self._run, name="new-vectors", daemon=True).start()
 
     def stop(self) -> None:
-        """Poll no more."""
+        """Stop polling."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -191,7 +192,7 @@ class Follower:
             self.poll()
 
     def poll(self) -> None:
-        """Take the files that are new since the last time. What fails is logged, and tried again later."""
+        """Read the files that are new or changed, and move their passages; log failures and try them again later."""
         before, files = self._moving.num_reembedded, 0
         for name in self._attempt("", self._due) or ():
             files += bool(self._attempt(name, functools.partial(self._take, name)))
@@ -208,7 +209,7 @@ class Follower:
             )
 
     def _attempt(self, name: str, work: Callable[[], R]) -> R | None:
-        """Do something with a file; None if it failed. One failure is logged once, and tried again in ever longer pauses."""
+        """Do `work` for a file; return None if it failed. A failure is logged once, and retried after longer pauses."""
         try:
             done = work()
         except (ReadaptError, *READ_ERRORS) as error:
@@ -224,7 +225,7 @@ class Follower:
         return done
 
     def _due(self) -> list[str]:
-        """List the files that are new, or have changed; one listing."""
+        """List the folder, and return the files that are new or changed and may be tried now."""
         self._listed = {name: (info.size, info.mtime_ns) for name, info in self._folder.listing(".parquet")}
         return [name for name, state in self._listed.items() if self._done.get(name) != state and self._may_try(name)]
 
@@ -232,7 +233,7 @@ class Follower:
         return name not in self._failures or time.monotonic() >= self._failures[name].until_s
 
     def _take(self, name: str) -> bool:
-        """Move the passages of a file that this slice has; return whether it has any."""
+        """Move the passages of a file that are in this slice; return whether any are."""
         file = self._folder / name
         footer = read_footer(file)
         made_by = footer.metadata.get("encoder", {}).get("fingerprint")

@@ -21,17 +21,17 @@ def _checked_scales(text: str | None) -> str | None:
 
 
 class Limits(Config):
-    """Limits of a request, and of what a gateway holds at once."""
+    """Limits per request and per gateway."""
 
     batch_wait_s: float = Field(default=0.0, ge=0, le=10)
-    """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches at
-    the cost of latency. While the encoder is busy, texts gather anyway."""
+    """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches
+    at the cost of latency. While the encoder is busy, texts gather anyway."""
     max_requests: int = Field(default=256, ge=1)
-    """Maximum number of requests in progress per gateway. Above it the answer is 429. A domain may have half of them, or as
-    many as are free."""
+    """Maximum number of requests in progress per gateway. Above it the answer is 429. One domain may have at most as
+    many as are free, which is half if no other domain is busy."""
     max_queued_tokens: int = Field(default=1 << 20, ge=1)
     """Maximum number of tokens that wait per version and gateway. Above it the answer is 429. Lower it to refuse early
-    instead of answering late. A domain may have half of them, or as many as are free."""
+    instead of answering late. One domain may have at most as many as are free, which is half if no other is busy."""
     max_body_bytes: int = Field(default=16 << 20, ge=1024)
     """Maximum size of a request in bytes. Above it the answer is 413."""
     max_inputs: int = Field(default=2048, ge=1, le=2048)
@@ -40,18 +40,18 @@ class Limits(Config):
     """Cut texts that are too long, unless the request says `"truncate": false`. Without it they are refused. Set it for
     clients that cannot ask for it."""
     accept_token_ids: bool = False
-    """Accept token ids in place of texts. Only ids of the model's own tokenizer give the right vectors. OpenAI's ids, which
-    LangChain sends by default, give vectors of other texts."""
+    """Accept token ids in place of texts. Only ids of the model's own tokenizer give the right vectors. OpenAI's ids,
+    which LangChain sends by default, mean other texts here and give wrong vectors."""
     knowledge_scale: Annotated[str | None, AfterValidator(_checked_scales)] = None
-    """Range of scales that a request for a domain may ask for by `knowledge_scale`, such as 0.0..1.0. If omitted, requests
-    cannot choose, and each domain has the scale that it was merged with."""
+    """Range of scales that a request for a domain may ask for by `knowledge_scale`, such as 0.0..1.0. If omitted,
+    requests cannot choose, and each domain has the scale that it was merged with, or its own `knowledge_scale`."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds until a request is given up with 504. A request can ask for less. Raise it if clients send many texts per
     request to a slow encoder."""
 
     @property
     def knowledge_scales(self) -> tuple[float, float] | None:
-        """Return the least and the largest scale that a request may ask for; None if it may not."""
+        """Return the smallest and the largest scale that a request may ask for; None if requests cannot choose."""
         return parse_scales(self.knowledge_scale)
 
 
@@ -59,21 +59,25 @@ class VersionConfig(Config):
     """Options of one version: an encoder with its index, and their processes."""
 
     retriever: str = ""
-    """Model to serve: a catalog name, a folder, a GGUF file, a URI or a hub id. Required, unless `versions` lists several."""
+    """Model to serve: a catalog name, a folder, a GGUF file, a URI or a hub id. Required, unless `versions` lists
+    several."""
     index: str | None = None
-    """Output folder of `readapt index`, made with this retriever (or `bridge` leads to it). If omitted, there is no search."""
+    """Output folder of `readapt index`, with vectors of this retriever (with `bridge`, of an older model). If omitted,
+    there is no search."""
     bridge: str | None = None
-    """Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a version encodes queries
-    alone."""
+    """Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a version encodes only
+    queries."""
     new_vectors: str | None = None
-    """Output folder in which `readapt embed` writes the vectors of this retriever, finished or still under way. Passages move
-    from old vectors behind the `bridge` to these as they appear."""
+    """Output folder of `readapt embed` for this retriever, finished or still running. As its files appear, their
+    passages are searched by these vectors, and no longer by old vectors through the `bridge`."""
     corpus: str | None = None
     """Output folder of `readapt ingest`. If omitted, search results have no titles and texts."""
     encoding: EncodingOption = None
-    """JSON file that says how the retriever wants its text. If omitted, the index says it, or the model's folder."""
+    """JSON file with prompts, special tokens, pooling and maximum lengths of the retriever. If omitted, they are read
+    from the index, or from the model's folder."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Type that the model computes in. If omitted, the type of the index, or float32. The index accepts no other one."""
+    """Data type that the model computes in. It must be the type that the index was made with. If omitted, that type, or
+    float32 without an index."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum number of tokens per batch. If omitted, 1,024 on a CPU, and on a GPU by the model's size and the free
     memory. Lower it if a GPU runs out of memory."""
@@ -83,43 +87,45 @@ class VersionConfig(Config):
     """Maximum number of encoder processes. Ray Serve starts more while batches wait, and stops them again. If omitted,
     `num_replicas`."""
     num_cpus_per_replica: float = Field(default=0.5, ge=0)
-    """CPUs that Ray reserves per encoder process. `num_threads` says how many it really uses."""
+    """CPUs that Ray reserves per encoder process. `num_threads` sets how many threads it uses."""
     num_gpus_per_replica: float | None = Field(default=None, ge=0)
-    """GPUs that Ray reserves per encoder process; 0.25 puts four on one GPU. If omitted, 1 if the cluster has GPUs, else
-    0."""
+    """GPUs that Ray reserves per encoder process; 0.25 puts four on one GPU. If omitted, 1 if the cluster has GPUs,
+    else 0."""
     num_threads: int | None = Field(default=None, ge=1)
-    """CPU threads per encoder process. If omitted, its share of this machine's CPUs. Lower it if other work runs there."""
+    """CPU threads per encoder process. If omitted, its share of this machine's CPUs. Lower it if other work runs
+    there."""
     index_actors: int = Field(default=1, ge=1)
-    """Number of processes that share the shards of the index. Raise it if the index does not fit one machine's memory."""
+    """Number of processes that share the shards of the index. Raise it if the index does not fit one machine's
+    memory."""
     index_replicas: int = Field(default=1, ge=1)
-    """Number of copies of each index process; with `max_index_replicas`, the minimum. With 2 or more, searches continue when
-    one dies."""
+    """Number of copies of each index process; with `max_index_replicas`, the minimum. With 2 or more, searches continue
+    when one dies."""
     max_index_replicas: int | None = Field(default=None, ge=1)
-    """Maximum number of copies of each index process. Ray Serve starts more while searches wait, and stops them again. If
-    omitted, `index_replicas`."""
+    """Maximum number of copies of each index process. Ray Serve starts more while searches wait, and stops them again.
+    If omitted, `index_replicas`."""
     num_cpus_per_index_actor: float = Field(default=0.25, ge=0)
     """CPUs that Ray reserves per index process."""
     num_gpus_per_index_actor: float = Field(default=0.0, ge=0, le=1)
-    """GPUs that Ray reserves per index process; 0.25 puts four on one GPU. Above 0 the vectors of a flat index (float32 or
-    float16) are held and searched in the GPU's memory. With 0 the CPU searches."""
+    """GPUs that Ray reserves per index process; 0.25 puts four on one GPU. Above 0 the vectors of a flat index (float32
+    or float16) are held and searched in the GPU's memory. With 0 the CPU searches."""
 
     def processes(self) -> dict[str, Any]:
-        """Return the options of the processes: how many there are and with what, not what they serve."""
+        """Return the options of the processes: their number, threads, CPUs and GPUs, but not what they serve."""
         served = {"retriever", "index", "bridge", "new_vectors", "corpus", "encoding", "dtype"}
         return {name: getattr(self, name) for name in VersionConfig.model_fields if name not in served}
 
 
 class DomainsConfig(VersionConfig):
-    """Options of the version whose encoder domains share."""
+    """Options of the version whose encoder all domains share."""
 
     base: str
-    """Model that the factors of the domains were made of."""
+    """Pretrained model that the domains were merged with. If empty, the one that the first factors name."""
     indexes: tuple[str, ...] = ()
-    """Index of a domain, if one has any: it says the type to compute in."""
+    """Index of one domain, if any domain has one. It sets the data type to compute in."""
     bundles: tuple[str, ...]
-    """Factors of some of the domains; the retriever is read from the first that is there."""
+    """Factors of some of the domains. The retriever is read from the first that can be opened."""
     max_domain_bytes: int = Field(ge=1)
-    """Memory of the factors."""
+    """Maximum memory for the factors of all domains, in bytes."""
 
     def processes(self) -> dict[str, Any]:
         """Return the options of the processes, which an update cannot change."""
@@ -127,16 +133,16 @@ class DomainsConfig(VersionConfig):
 
 
 class DomainIndexConfig(VersionConfig):
-    """Options of the index of one domain, which shares the encoder."""
+    """Options of the index of one domain; the encoder is shared with other domains."""
 
     domain: str
-    """Its name."""
+    """Name of the domain."""
     num_replicas: int = 0
-    """Encoder processes."""
+    """Number of encoder processes; none belongs to the index."""
 
 
 _SPARE_BUNDLES = 8
-"""A replica that starts again finds the retriever though some domains are gone by then."""
+"""Maximum number of domains in `bundles`: a replica that restarts reads the retriever from any that still exists."""
 
 
 def _from_file(value: object) -> object:
@@ -146,7 +152,7 @@ def _from_file(value: object) -> object:
 
 
 class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
-    """Options of `readapt serve`. Those of a version hold for every version that does not say otherwise."""
+    """Options of `readapt serve`. Options of a version are defaults for every version in `versions`."""
 
     name: str = ""
     """Name of the version for clients. If omitted, the last part of `retriever`."""
@@ -154,19 +160,20 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     """YAML file of several versions by name, each with its retriever, index, corpus and so on. The file of --config can
     also hold them as a section."""
     base: str | None = None
-    """Model before retrieval training that the `domains` were merged with. If omitted, the one that the factors name."""
+    """Pretrained model (before retrieval training) that the `domains` were merged with. If omitted, the one that the
+    factors name."""
     domains: Annotated[dict[str, str | dict[str, str | float]] | None, BeforeValidator(parse_domains)] = None
-    """Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name: factors`. Factors are the
-    output of `readapt merge --factors`, all with the same retriever. Give it instead of `retriever`. `index=INDEX`,
-    `corpus=CORPUS` and `knowledge_scale=0` after a domain are its own; in the file, `name: {factors: ..., index: ...}`. At scale
-    0 the index is of the retriever's own vectors."""
+    """Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name: factors`. Factors are
+    the output of `readapt merge --factors`, all with the same retriever. Give it instead of `retriever`. Options of a
+    domain follow it, as in `legal=FACTORS,index=INDEX,corpus=CORPUS,knowledge_scale=0`; in the file they are
+    `name: {factors: ..., index: ...}`. At scale 0 the index must have the retriever's own vectors."""
     max_domain_bytes: int = Field(default=1 << 30, ge=1)
-    """Memory for the factors of all domains, in bytes, in each encoder process. Those that were used longest ago make room,
-    and are read again when they are needed."""
+    """Memory for the factors of all domains, in bytes, in each encoder process. When it is full, the factors that were
+    not used for longest are dropped, and read again when they are needed."""
     default: str = ""
     """Version that answers requests that name none. If omitted, the first."""
     split: tuple[str, ...] = ()
-    """Weights of versions among the searches that name none, such as base=0.1,adapted=0.9. If omitted, the default
+    """Weights that split the searches that name no version, such as base=0.1,adapted=0.9. If omitted, the default
     version answers all of them."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 means all addresses, and needs API keys."""
@@ -178,22 +185,23 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     allow_anonymous: bool = False
     """Answer other machines without API keys. Use it only behind a gateway that checks who asks."""
     cors_origins: tuple[str, ...] = ()
-    """Origins of web pages that may call this server from a browser, such as https://app.example; * for all. If omitted,
-    none."""
+    """Origins of web pages that may call this server from a browser, such as https://app.example; * for all. If
+    omitted, none."""
     drain_s: float = Field(default=30.0, ge=0)
-    """Seconds that requests under way may take to end when the server is told to stop. New ones get 503 in the meantime.
-    Set it below what your supervisor waits before it kills."""
+    """Seconds that requests in progress may still take when the server is told to stop. New ones get 503 meanwhile. Set
+    it below the time after which your supervisor kills the process."""
     num_gateways: int = Field(default=1, ge=1)
     """Number of processes that speak HTTP and form batches. Raise it if one keeps a CPU core busy."""
     traces: bool = False
     """Send OpenTelemetry traces of requests over OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `traces`."""
     update: bool = False
-    """Bring the server that runs on this Ray to these options without dropping a request, instead of starting one."""
+    """Change the server that runs on this Ray to these options, without dropping a request, instead of starting one."""
     require_report: str | None = None
-    """Output of `readapt evaluate --require`. Serve only if all that it requires holds, and it measured each version."""
+    """Output of `readapt evaluate --require`. The server starts only if all its requirements hold, and if it measured
+    each version."""
     root: str | None = None
-    """Root of `readapt refresh`: serve the retriever, index and corpus of its present generation. What is given beside it
-    overrides it."""
+    """Root of `readapt refresh`: serve the retriever, index and corpus of its present generation. `retriever`, `index`
+    and `corpus` override it."""
     as_of: int | None = Field(default=None, ge=1)
     """Number of the generation of `root` to serve. If omitted, the present one."""
     write_config: str | None = None
@@ -249,7 +257,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         return self
 
     def _check_names(self) -> None:
-        """Refuse names by which a client would reach another one than it means."""
+        """Refuse empty names, and names that differ from another one only by a suffix such as `-passage`."""
         names = set(self.names())
         if "" in names:
             raise ValueError("a name of a version or domain is empty; give it one")
@@ -277,11 +285,11 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             )
 
     def names(self) -> list[str]:
-        """Return the names by which clients choose what answers: the domains, or the versions."""
+        """Return the names that clients can give as `model`: the domains, or else the versions."""
         return list(self.domains or self.each_version())
 
     def each_version(self) -> dict[str, VersionConfig]:
-        """Return the options of each version by its name, defaults filled in.
+        """Return the options of each version by name, with defaults filled in; with domains, of their one version.
 
         Raises:
             InputError: an option of a version is unknown or wrong.
@@ -301,7 +309,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         }
 
     def each_domain(self) -> dict[str, DomainOptions]:
-        """Return where each domain is, by its name.
+        """Return the options of each domain by name: factors, index, corpus and scale.
 
         Raises:
             InputError: an option of a domain is unknown or wrong.
@@ -314,7 +322,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         }
 
     def domain_indexes(self) -> dict[str, DomainIndexConfig]:
-        """Return the options of the index of each domain that has one."""
+        """Return the options of the index of each domain that has one, by the domain's name."""
         encodes = {"num_replicas", "max_replicas", "bridge", "new_vectors"}
         common = {name: getattr(self, name) for name in VersionConfig.model_fields if name not in encodes}
         return {
@@ -334,7 +342,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address or name means this machine alone."""
+    """Return whether a host name or address is a loopback one, which only this machine can reach."""
     if host == "localhost":
         return True
     try:

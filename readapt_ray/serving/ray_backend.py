@@ -1,4 +1,4 @@
-"""A version behind Ray Serve handles. Calls are repeated when a replica dies; a policy says what a lost part of the index means."""
+"""Call the processes of a version through Ray Serve: retry when a replica dies, and decide what a lost part means."""
 
 import asyncio
 import logging
@@ -22,17 +22,17 @@ logger = logging.getLogger("ray.serve")
 
 _RETRY_S = 0.1
 _CHECK_S = 2.5
-"""Less than a check of a whole version may take."""
+"""Maximum seconds for the check of one part; less than the check of a whole version may take."""
 
 
 class RayBackend:
-    """The replicas of a version's encoder, and of the slices of its index.
+    """The encoder and the index slices of a version, called through Ray Serve handles.
 
     Args:
-        info: what the encoder reports.
+        info: description that the encoder reports.
         encoder: handle of `EncoderReplica`.
-        slices: handles of `IndexReplica` by name.
-        policy: what to do about a slice that does not answer.
+        slices: handles of `IndexReplica`, by the names of the slices.
+        policy: what to do if a slice does not answer.
     """
 
     def __init__(self, info: VersionInfo, encoder: Any, slices: Mapping[str, Any], policy: LossPolicy) -> None:
@@ -42,11 +42,11 @@ class RayBackend:
         self.policy = policy
 
     def with_index(self, info: VersionInfo, slices: Mapping[str, Any], policy: LossPolicy) -> "RayBackend":
-        """Return the same encoder with an index of its own."""
+        """Return a backend with the same encoder and another index."""
         return RayBackend(info, self._encoder, slices, policy)
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
-        """Return the vectors [N, D] of N rows of token ids, by whichever replica lives.
+        """Return the vectors [N, D] of N rows of token ids, from any replica that is alive.
 
         Raises:
             FingerprintMismatchError: the replicas hold another version by now.
@@ -55,7 +55,7 @@ class RayBackend:
         return vectors
 
     async def prepare(self, source: DomainSource) -> None:
-        """Bring a domain into memory of a replica, unless it is there.
+        """Load the factors of a domain into the memory of a replica, unless they are there.
 
         Raises:
             DomainUnavailableError: its factors cannot be used.
@@ -65,22 +65,22 @@ class RayBackend:
             raise DomainUnavailableError(problem)
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """Return the k best of each query [Q, D].
+        """Return the k best passages per query [Q, D], and the slices that did not answer.
 
         Raises:
             FingerprintMismatchError: a slice holds another version by now.
             InputError: the index cannot be filtered.
-            RequestError: a slice is lost, and the policy is an error, or all are.
+            RequestError: a slice is lost and the policy is `error`, or all slices are lost.
         """
         return await self._searched("search", vectors, top_k, wanted)
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
-        """Return the k best of each text by BM25.
+        """Return the k best passages per text by BM25, and the slices that did not answer.
 
         Raises:
             FingerprintMismatchError: a slice holds another version by now.
             InputError: the index cannot be filtered so.
-            RequestError: a slice is lost, and the policy is an error, or all are.
+            RequestError: a slice is lost and the policy is `error`, or all slices are lost.
         """
         return await self._searched("search_words", texts, top_k, wanted)
 
@@ -98,7 +98,7 @@ class RayBackend:
     async def _search_slice(
         self, name: str, method: str, queries: Any, top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]] | None:
-        """Return what a slice found; None where it is lost."""
+        """Search one slice; return None if it is lost."""
         limit_s = None if self.policy.lost_shards == "wait" else self.policy.shard_timeout_s
         try:
             async with asyncio.timeout(limit_s):
@@ -115,11 +115,11 @@ class RayBackend:
             raise
 
     async def check(self) -> float:
-        """Encode and search for real; the seconds that the encoder took.
+        """Test encoder and slices by encoding and searching; return the seconds that the encoder took.
 
         Raises:
             PartsDownError: some parts do not answer or fail; the log says why.
-            WorkerError: a slice lost vectors.
+            WorkerError: a slice has another number of vectors than the version.
         """
         handles = {ENCODER_DEPLOYMENT: self._encoder, **self._slices}
         answers = await asyncio.gather(*(_check(each, self.info.fingerprint) for each in handles.values()))
@@ -136,7 +136,7 @@ class RayBackend:
         return float(seconds)
 
     async def num_reembedded(self) -> int | None:
-        """Count the passages that have moved to new vectors; None for a version whose passages stay."""
+        """Count the passages that have moved to new vectors; None if passages of this version do not move."""
         if not self.info.is_moving:
             return None
         each = (_persistently(each.num_reembedded, self.info.fingerprint) for each in self._slices.values())
@@ -144,7 +144,7 @@ class RayBackend:
 
 
 async def _check(handle: Any, fingerprint: str) -> Any:
-    """Return what a part answers, or what is wrong with it as text."""
+    """Check one part; return its answer, or a string that says what is wrong."""
     try:
         async with asyncio.timeout(_CHECK_S):
             return await handle.check.remote(fingerprint)
@@ -155,7 +155,7 @@ async def _check(handle: Any, fingerprint: str) -> Any:
 
 
 def _causes(encoder: Any) -> dict[str, str]:
-    """Return what Ray Serve says of each part that it cannot start: the last line of the failure."""
+    """Return the last line of Ray Serve's message about each part of a version that has one."""
     from ray import serve
 
     try:
@@ -167,12 +167,12 @@ def _causes(encoder: Any) -> dict[str, str]:
 
 
 async def _persistently(method: Any, *given: Any) -> Any:
-    """Call a deployment until a replica that lives has answered: its work changes nothing, so it may be done twice.
+    """Call a deployment, and retry until a replica answers. A call changes nothing, so it may run twice.
 
-    The caller's deadline ends this.
+    The caller must set a deadline.
 
     Raises:
-        RequestError: Ray Serve has removed the deployment, or starts it no more.
+        RequestError: Ray Serve has removed the deployment, or no longer tries to start it.
     """
     from ray.exceptions import RayActorError
     from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError

@@ -1,4 +1,4 @@
-"""Whether the versions can work, found out by encoding and searching, at most once per second."""
+"""Test whether the versions work by encoding and searching, at most once per second."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ class CheckResult(BaseModel):
     encode_s: float | None = None
     num_vectors: int | None = None
     num_reembedded: int | None = None
-    """Passages that are searched by new vectors, in a version whose passages move to these."""
+    """Number of passages that are searched by new vectors; null if passages of the version do not move."""
 
 
 class Readiness(BaseModel):
@@ -38,10 +38,10 @@ class Readiness(BaseModel):
 
 
 class Recent(Generic[R]):
-    """Make something once for all who ask while it is made, and within a second after.
+    """Caches the result of an async function for one second; callers share a call that is still running.
 
     Args:
-        make: makes it.
+        make: the function.
     """
 
     def __init__(self, make: Callable[[], Awaitable[R]]) -> None:
@@ -50,7 +50,7 @@ class Recent(Generic[R]):
         self._made_s = 0.0
 
     async def result(self) -> R:
-        """Return the latest result, or make another if it is older than a second."""
+        """Return the latest result; call the function again if it is older than one second."""
         if self._task is None or (self._task.done() and time.monotonic() > self._made_s + _RECENT_S):
             self._task = asyncio.get_running_loop().create_task(self._made())
         return await asyncio.shield(self._task)
@@ -63,11 +63,11 @@ class Recent(Generic[R]):
 
 
 async def checked(versions: Mapping[str, Version], missing: Mapping[str, str]) -> Readiness:
-    """Check whether versions encode and search.
+    """Test each version by encoding and searching, and return the results.
 
     Args:
-        versions: those that are up.
-        missing: why each of the others is not.
+        versions: versions that are up, by name.
+        missing: for each other version, by name, why it is not up.
     """
     found = await asyncio.gather(*map(_check, versions.values()))
     results = dict(zip(versions, found, strict=True))
@@ -94,5 +94,5 @@ async def _check(version: Version) -> CheckResult:
 
 
 def without_folders(cause: str) -> str:
-    """Leave out the paths of files, which are not for everybody who asks whether the server is ready."""
+    """Remove the folders of paths from a message: /readyz needs no API key, so anybody can read it."""
     return re.sub(r"[^\s'\"(]*/", "", cause)

@@ -1,4 +1,4 @@
-"""`--require-report`: serve only what a report measured, and only if its requirements hold."""
+"""Check a report for `--require-report`: serve only versions that it measured, and only if its requirements hold."""
 
 import json
 from collections.abc import Mapping
@@ -14,12 +14,12 @@ def check_report(uri: str, versions: Mapping[str, VersionConfig]) -> None:
 
     Args:
         uri: output of `readapt evaluate --require`.
-        versions: by name.
+        versions: options of each version, by name.
 
     Raises:
         ArtifactMissingError: there is no such report.
-        InputError: it requires nothing, something that it requires does not hold, or it measured none of the indexes (or
-            retrievers) of a version.
+        InputError: the report requires nothing, a requirement does not hold, it did not measure the index (or without
+            one the retriever) of a version, or passages of a version move to new vectors.
     """
     report = open_artifact(uri, "evaluate")
     required = report.manifest.details.get("requirements") or []
@@ -41,9 +41,7 @@ def check_report(uri: str, versions: Mapping[str, VersionConfig]) -> None:
 
 
 def _made_from(version: VersionConfig) -> set[str]:
-    """Return the fingerprints by which a run names what is served: of the bridge, of the index or its vectors, else of
-    the retriever.
-    """
+    """Return the fingerprints that a run of this version has as input: bridge, index or its vectors, or retriever."""
     if not version.index:
         return {open_model(version.retriever).fingerprint}
     if version.bridge:

@@ -1,8 +1,8 @@
-"""From what a request gives to rows of token ids, a bounded piece of work after the other.
+"""Turn the texts of a request into rows of token ids, in blocks that each take a bounded time.
 
-Enters: texts, or token ids of them. Leaves: blocks of rows, so that whoever gave up in the meantime costs no more than
-the block under way. A text costs no more than the longest that could be within the limit: what comes after
-behind is cut off, or refused, before it is tokenised.
+In: texts, or their token ids. Out: blocks of rows; when a request is cancelled, only the current block is still
+computed. A text costs no more than the longest text that could be within the limit of tokens: what is longer is cut or
+refused before tokenization.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,19 @@ from readapt_ray.serving.schema import Kind, RequestError, invalid
 
 _NO_LIMIT_TOKENS = 1 << 40
 _CHARACTERS_PER_TOKEN = 32
-"""Far more than a token has in any text that means something; prose has 4 to 5."""
+"""Far more than in any meaningful text; prose has 4 to 5."""
 _SPARE_CHARACTERS = 4096
 _LAST_WORD_CHARACTERS = 1024
 _CUT_TOKENS = 16
-"""Tokens before a cut that it may have changed."""
+"""Maximum number of tokens before a cut in the text that the cut may have changed."""
 _BLOCK_CHARACTERS = 200_000
-"""Tokenised at once: some tenth of a second."""
+"""Number of characters that are tokenized at once, which takes about 0.1 s."""
 
 Item = str | list[int]
 
 
 class _KindTokenizer:
-    """Makes token ids of queries and passages, and of raw text, which is put into no template."""
+    """Tokenizes queries and passages with their templates, and raw text without one."""
 
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         longest = max(encoding.max_query_tokens, encoding.max_passage_tokens)
@@ -40,7 +40,7 @@ class _KindTokenizer:
 
 
 class InputTokenizer:
-    """Makes rows of token ids from what a request gives, or says what is wrong with it."""
+    """Turns the texts of a request into rows of token ids, or raises an error that says what is wrong with them."""
 
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         self._tokenizer = tokenizer
@@ -54,17 +54,18 @@ class InputTokenizer:
     def blocks(
         self, given: str | Sequence[Any], kind: Kind, *, param: str, truncate: bool, max_inputs: int
     ) -> Iterator[list[list[int]]]:
-        """Yield the token ids of each text with template and specials, some texts at a time, in their order.
+        """Yield the token ids of each text with template and special tokens, in order, a block of texts at a time.
 
         Args:
-            given: a text, a list of texts, or token ids in either form.
+            given: a text, a list of texts, or token ids in place of each text.
             kind: query, passage or raw.
-            param: the request's name for it, for errors.
-            truncate: cut what is too long, instead of refusing it.
-            max_inputs: texts at most.
+            param: name of the request's field, for errors.
+            truncate: cut texts that are too long, instead of refusing them.
+            max_inputs: maximum number of texts.
 
         Raises:
-            RequestError: a text is empty, too long, or not Unicode; an id is not in the vocabulary; too many texts.
+            RequestError: a text is empty, too long, or not valid Unicode; an id is not in the vocabulary; or there are
+                too many texts.
         """
         is_one = isinstance(given, str) or isinstance(given[0], int)
         items: list[Any] = [given] if is_one else list(given)
@@ -79,14 +80,14 @@ class InputTokenizer:
                 first, size = place, 0
 
     def max_tokens(self, kind: Kind) -> int:
-        """Return the longest text of a kind in tokens."""
+        """Return the maximum length of a text of this kind, in tokens."""
         return self._limits[kind]
 
     def whole(self, text: str, kind: Kind, *, param: str) -> list[int]:
-        """Return the token ids of a text, however long it is; but no more of it is read than could be within the limit twice.
+        """Return all token ids of a text, even if they are more than the limit.
 
         Raises:
-            RequestError: it is empty, not Unicode, or far too long.
+            RequestError: the text is empty, not valid Unicode, or over twice as long as one within the limit can be.
         """
         if len(text) > 2 * self._most[kind]:
             raise self._too_long(f"'{param}' has {_size(text)}", kind, param)
@@ -120,12 +121,12 @@ class InputTokenizer:
         for row, name in zip(rows, names, strict=True):
             if len(row) > self._limits[kind]:
                 raise self._too_long(f"{name} has {len(row):,} tokens", kind, param)
-            if not row:  # nothing but control characters, say
+            if not row:  # such as a text of control characters
                 raise RequestError(f"{name} has no token of this model; leave it out", param=param, code="empty")
         return rows
 
     def _check_cut(self, name: str, item: Item, text: str, kind: Kind, param: str) -> None:
-        """Refuse what was cut where a token within the limit might be another one by that."""
+        """Refuse a text if cutting its characters may have changed a token within the limit."""
         whole, template = self._whole.ids([text, ""], kind)
         num_tokens = len(whole) - len(template)
         if num_tokens < self._limits[kind] + _CUT_TOKENS:
@@ -140,7 +141,7 @@ class InputTokenizer:
         )
 
     def _decoded(self, ids: list[int], kind: Kind, name: str, param: str) -> str:
-        """Return the text of token ids, or of as many as can matter."""
+        """Return the text of token ids; ids that are certainly beyond the limit are left out."""
         if max(ids) >= len(self._tokenizer):
             raise invalid(
                 f"{name} has the token id {max(ids)}; this model's tokenizer has {len(self._tokenizer):,} tokens: "
@@ -152,7 +153,7 @@ class InputTokenizer:
 
 
 def _cut_between_words(text: str, num_characters: int) -> str:
-    """Return the beginning of a text, up to a space where there is one near."""
+    """Return the beginning of a text, cut at a space if there is one shortly before the limit."""
     last_word = text[num_characters - _LAST_WORD_CHARACTERS : num_characters]
     kept = last_word.rsplit(maxsplit=1)
     return text[: num_characters - len(kept[1])] if len(kept) == 2 else text[:num_characters]

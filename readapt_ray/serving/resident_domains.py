@@ -1,8 +1,8 @@
-"""Hold the domains of one encoder process: bring them into memory between batches, and encode mixed batches.
+"""Hold the domains of one encoder process: load their factors between batches, and encode mixed batches.
 
-One domain's missing, damaged or slow factors delay or fail that domain alone: files are read in a thread of their own,
-and layers are prepared one at a time between the batches of others. A failure is remembered for some seconds, so that a
-flood of requests for a broken domain costs nothing.
+Factors that are missing, damaged or slow delay or fail only their own domain. Files are read in another thread, and
+layers are prepared one at a time between the batches of other domains. A failure is remembered for ten seconds, so that
+many requests for a broken domain cost nothing.
 """
 
 import asyncio
@@ -26,10 +26,10 @@ FETCH_TIMEOUT_S = 60.0
 
 
 class ResidentDomains:
-    """The domains of one process.
+    """The domains whose factors one process holds in memory.
 
     Args:
-        encoder: encodes.
+        encoder: encodes rows of these domains.
         compute: runs a function in the one thread that computes.
     """
 
@@ -38,11 +38,11 @@ class ResidentDomains:
         self._compute = compute
         self._loading: dict[DomainSource, asyncio.Task[Domain]] = {}
         self._failed: dict[DomainSource, tuple[float, str]] = {}
-        """By name and place: of two copies of the same factors, one may be gone."""
+        """Time and reason of a source's last failure. Copies of the same factors are different sources."""
         self._one_at_a_time = asyncio.Lock()
 
     async def domain(self, source: DomainSource) -> Domain:
-        """Return a domain, and bring it into memory first unless it is there. All who ask for it wait for one load.
+        """Return a domain; load its factors first unless they are in memory. Concurrent callers share one load.
 
         Raises:
             DomainUnavailableError: its factors cannot be used.
@@ -80,7 +80,7 @@ class ResidentDomains:
             await asyncio.to_thread(files.close)
 
     async def _installed(self, source: DomainSource, adapters: Sequence[Adapter]) -> Domain:
-        """Prepare the factors layer by layer. Domains change the model's layers, so one follows the other."""
+        """Prepare the factors layer by layer. Only one domain at a time, since each changes the model's layers."""
         async with self._one_at_a_time:
             if (domain := self._encoder.find(source)) is not None:  # another name for the same factors
                 return domain
@@ -92,7 +92,7 @@ class ResidentDomains:
             return domain
 
     async def encode(self, rows: Sequence[DomainRow]) -> NDArray[np.float32]:
-        """Return the vectors [N, D] of rows of any domains. Those in one forward pass fit the memory of domains.
+        """Return the vectors [N, D] of N rows of any domains, in forward passes whose domains fit in memory together.
 
         Raises:
             DomainUnavailableError: one of the domains cannot be used.
@@ -125,5 +125,5 @@ class ResidentDomains:
 
 
 def _step(steps: Any) -> bool:
-    """Take one step; return whether there was one. StopIteration cannot leave a thread as an exception."""
+    """Take one step; return False if there was none. (A future cannot raise StopIteration.)"""
     return next(steps, steps) is not steps

@@ -1,4 +1,4 @@
-"""Deploy applications on this Ray and wait until they are up; say what is pending, and what did not start."""
+"""Deploy applications on this Ray and wait until they are up; log what is pending, and raise what did not start."""
 
 import logging
 import time
@@ -23,10 +23,10 @@ def ray_serve() -> Any:
 
 
 def deploy(applications: Mapping[str, Any]) -> None:
-    """Deploy these applications at once, and wait until they are up. Every 30 s one line says what is pending.
+    """Deploy these applications together, and wait until all are up. A log line every 30 s says what is pending.
 
     Raises:
-        ReadaptError: a process of them did not start.
+        ReadaptError: a process of an application did not start.
     """
     if not applications:
         return
@@ -51,9 +51,9 @@ def deploy(applications: Mapping[str, Any]) -> None:
 
 
 def wait_for_old_gateways(seconds: float) -> None:
-    """Wait until the gateways that an update replaced have answered what they had, at most so long.
+    """Wait until the gateways that an update replaced have answered their requests, for at most `seconds`.
 
-    Only they use the versions that the update leaves out.
+    After that, nothing uses the versions that the update leaves out.
     """
     deadline_s = time.monotonic() + seconds
     while time.monotonic() < deadline_s:
@@ -64,16 +64,16 @@ def wait_for_old_gateways(seconds: float) -> None:
 
 
 def delete(applications: Collection[str]) -> None:
-    """Remove these applications, if they are there."""
+    """Remove these applications, if they exist."""
     for each in applications:
         ray_serve().delete(each)
 
 
 def _pending(applications: Collection[str]) -> list[str]:
-    """Return what is not up yet, with what Ray Serve says of it.
+    """Return the applications that are not up yet, each with Ray Serve's message about it.
 
     Raises:
-        ReadaptError: it will not be.
+        ReadaptError: an application failed to start.
     """
     pending = []
     found = ray_serve().status().applications
@@ -89,7 +89,7 @@ def _pending(applications: Collection[str]) -> list[str]:
 
 
 def last_lines(deployments: Mapping[str, Any]) -> dict[str, str]:
-    """Return the last line of what Ray Serve says of each deployment, where it says something."""
+    """Return the last line of Ray Serve's message about each deployment that has one."""
     lines = {
         name: [line.strip() for line in each.message.splitlines() if line.strip()] for name, each in deployments.items()
     }

@@ -1,4 +1,4 @@
-"""Refuse versions that the nodes have no room for, before anything is deployed; Ray would let them wait without end."""
+"""Refuse versions that do not fit on the nodes, before anything is deployed; Ray would let them wait forever."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -12,18 +12,18 @@ from readapt_ray.serving.slice_plan import planned_slices
 _SETTLED_S = 10.0
 _POLL_S = 0.2
 _LAUNCHED = "ray.io/node-group"
-"""Label of a node that a cluster launcher or KubeRay started, which may start others."""
+"""Label of nodes that a cluster launcher or KubeRay started; these may start more nodes."""
 
 Resources = Mapping[str, float]
 
 
 def check_room(added: Sequence[VersionConfig]) -> None:
-    """Check that each process of new versions finds a node beside what runs already.
+    """Check that each process of new versions fits on a node, beside the processes that run already.
 
-    A cluster that may grow is not checked: `rollout.deploy` says what waits.
+    A cluster that may start more nodes is not checked: `rollout.deploy` logs what waits.
 
     Raises:
-        InputError: some find none.
+        InputError: a process fits on no node.
     """
     from ray._private.state import available_resources_per_node
 
@@ -36,14 +36,14 @@ def check_room(added: Sequence[VersionConfig]) -> None:
         homeless = _without_place(asked, free)
         if not homeless or any(_LAUNCHED in (node.get("Labels") or {}) for node in up):
             return
-        # What has just ended gives its part back soon.
+        # Processes that have just ended release their resources soon, so try again for a while.
         if _without_place(asked, whole) or time.monotonic() > deadline_s:
             raise InputError(_refusal(homeless[0], asked, free, whole))
         time.sleep(_POLL_S)
 
 
 def _processes(config: VersionConfig) -> list[Resources]:
-    """Return what each process of a version asks for."""
+    """Return the resources that each process of a version asks for."""
     encoder: Resources = {"CPU": config.num_cpus_per_replica, "GPU": app.num_gpus(config)}
     slices: list[Resources] = [
         {
@@ -57,7 +57,7 @@ def _processes(config: VersionConfig) -> list[Resources]:
 
 
 def _without_place(asked: Sequence[Resources], free: Mapping[str, Resources]) -> list[Resources]:
-    """Give each process a node, those that ask for most first; return those that find none."""
+    """Place each process on a node, largest first; return the processes that fit on none."""
     left = [dict(node) for node in free.values()]
     homeless = []
     for each in sorted(asked, key=lambda process: [process.get(name, 0.0) for name in ("GPU", "memory", "CPU")])[::-1]:
@@ -77,7 +77,7 @@ def _fits(process: Resources, node: Resources) -> bool:
 def _refusal(
     process: Resources, asked: Sequence[Resources], free: Mapping[str, Resources], whole: Mapping[str, Resources]
 ) -> str:
-    """Say what is lacking: in all, or on each node for a process."""
+    """Return an error message that says what is lacking: in total, or on each node for one process."""
     options = (
         "num_cpus_per_replica, num_gpus_per_replica, num_cpus_per_index_actor or num_gpus_per_index_actor, serve fewer versions, "
         "or take"

@@ -1,4 +1,4 @@
-"""Route HTTP requests: paths, bodies and errors; `search_service.py` makes the answers."""
+"""Define the HTTP routes: paths, bodies and errors; `search_service.py` makes the answers."""
 
 import functools
 from collections.abc import Awaitable, Callable
@@ -31,7 +31,7 @@ _ERRORS: dict[int | str, dict[str, object]] = {
         504: "The time of the request was over.",
     }.items()
 }
-# Inline styles and scripts are the page's own; it can talk to nobody but this server.
+# Pages may run only their own inline styles and scripts, and may connect only to this server.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -39,11 +39,11 @@ _POLICY = (
 
 
 def build_api(service: SearchService, gather_metrics: Callable[[], Awaitable[str]]) -> FastAPI:
-    """Return the app.
+    """Build the FastAPI app with all routes.
 
     Args:
-        service: answers.
-        gather_metrics: gives what `GET /metrics` shows.
+        service: answers the requests.
+        gather_metrics: returns the text of `GET /metrics`.
     """
     app = FastAPI(
         title="readapt_ray",
@@ -65,39 +65,39 @@ def _add_work(app: FastAPI, service: SearchService) -> None:
     @app.post("/embeddings", include_in_schema=False)
     @app.post("/v1/embeddings", response_model=schema.EmbeddingsResponse, responses=_ERRORS)
     async def embeddings(body: schema.EmbeddingsRequest, request: Request) -> Response:
-        """The vectors of texts, as OpenAI's API has it."""
+        """Return the vectors of texts, as in OpenAI's API."""
         return Response(await service.embed(body, _trace(request)), media_type="application/json")
 
     @app.post("/v1/search", response_model=schema.SearchResponse, responses=_ERRORS)
     async def search(body: schema.SearchRequest, request: Request) -> Response:
-        """The best passages for queries, or for their vectors."""
+        """Find the best passages for queries, or for vectors of queries."""
         return Response(await service.search(body, _trace(request)), media_type="application/json")
 
     @app.post("/v2/embed", response_model=cohere.EmbedResponse, responses=_ERRORS)
     async def embed(body: cohere.EmbedRequest, request: Request) -> Response:
-        """The vectors of texts, as Cohere's API has it."""
+        """Return the vectors of texts, as in Cohere's API."""
         return Response(await service.embed_for_cohere(body, _trace(request)), media_type="application/json")
 
     @app.post("/tokenize", responses=_ERRORS)
     async def tokenize(body: schema.TokenizeRequest, request: Request) -> schema.TokenizeResponse:
-        """The token ids of a text, to cut long documents by."""
+        """Return the token ids of a text, for example to split long documents."""
         return await service.count_tokens(body, _trace(request))
 
 
 def _add_models(app: FastAPI, service: SearchService) -> None:
     @app.get("/v1/models", responses={each: _ERRORS[each] for each in (401, 403, 429)})
     async def models(request: Request) -> schema.ModelList:
-        """The versions that are served, each for queries, for passages and for text as it is."""
+        """List the served versions, each for queries, for passages and for raw text without a template."""
         return service.models(_trace(request))
 
     @app.get("/v1/models/{model:path}", responses={each: _ERRORS[each] for each in (401, 403, 404, 429)})
     async def model(model: str, request: Request) -> schema.ServedModel:
-        """One of the versions that are served."""
+        """Describe one served version."""
         return service.model(model, _trace(request))
 
     @app.get("/info", responses={each: _ERRORS[each] for each in (401, 403, 404, 429, 503)})
     async def info(request: Request) -> schema.ServerInfo:
-        """The default version and the limits of this server."""
+        """Describe the default version and the limits of this server."""
         return service.info(_trace(request))
 
 
@@ -117,7 +117,7 @@ def _add_health(app: FastAPI, service: SearchService, gather_metrics: Callable[[
     @app.get("/health", include_in_schema=False)
     @app.get("/healthz", responses={403: _ERRORS[403]})
     async def healthz() -> schema.Health:
-        """Whether this process answers; nothing else is looked at."""
+        """Return 200 if this process answers; nothing else is checked."""
         return schema.Health()
 
     @app.get(
@@ -126,13 +126,13 @@ def _add_health(app: FastAPI, service: SearchService, gather_metrics: Callable[[
         responses={403: _ERRORS[403], 503: {"model": Readiness, "description": "A version cannot work."}},
     )
     async def readyz() -> Response:
-        """Whether every version encodes, and searches its whole index; found out by doing it, once a second at most."""
+        """Return 200 if every version encodes and searches its whole index. This is tested at most once per second."""
         readiness = await service.readiness()
         return JSONResponse(readiness.model_dump(exclude_none=True), status_code=200 if readiness.ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse, responses={each: _ERRORS[each] for each in (401, 403, 429)})
     async def metrics() -> str:
-        """Prometheus metrics of all replicas on all nodes."""
+        """Return the Prometheus metrics of all replicas on all nodes."""
         return await gather_metrics()
 
 

@@ -1,4 +1,4 @@
-"""Define requests and answers over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
+"""Define the bodies of HTTP requests and answers: OpenAI's embeddings, models and errors, and our own search."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -8,22 +8,22 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from readapt_ray.serving.doc_filter import MAX_COLUMNS, MAX_DOC_IDS, MAX_VALUES, FilterFields
 
 MAX_INPUTS = 2048
-"""Texts in a request at most, as OpenAI has it."""
+"""Maximum number of texts per request, as in OpenAI's API."""
 MAX_TOKEN_IDS = 1 << 17
-"""Token ids of a text at most; no model of ours reads more."""
+"""Maximum number of token ids per text; no supported model reads more."""
 MAX_DIMENSION = 1 << 16
-"""Numbers of a vector at most."""
+"""Maximum number of dimensions of a vector."""
 MAX_TOP_K = 1000
 MAX_HITS = 50_000
-"""Passages that a request may ask for, over all of its queries."""
+"""Maximum number of passages per request, over all of its queries."""
 NOT_AN_OBJECT = "the body must be a JSON object, sent as application/json"
 DEFAULT_MODEL = "default"
-"""What a client may call the default version, whichever it is."""
+"""Model name that always means the default version."""
 SHOWN_OF_ENCODING = ("max_query_tokens", "max_passage_tokens", "query_template", "passage_template")
 
 Text = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
-# Without fail_fast, pydantic makes an error of every wrong element: a body of a million takes half a minute.
+# Without fail_fast, pydantic makes one error per wrong element: a body with a million of them takes half a minute.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Vector = Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=MAX_DIMENSION)]
@@ -31,7 +31,7 @@ Texts = Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_len
 Inputs = Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 Vectors = Vector | Annotated[list[Vector], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 Kind = Literal["query", "passage", "raw"]
-"""Which of the model's templates a text is put into; `raw` for none."""
+"""Which of the model's templates is applied to a text; `raw` for none."""
 InputType = Literal["query", "passage", "raw", "search_query", "search_document", "document"]
 KIND_OF_INPUT_TYPE: dict[InputType, Kind] = {
     "query": "query",
@@ -46,41 +46,42 @@ Mode = Literal["dense", "bm25", "hybrid"]
 Switch = Annotated[bool, Field(strict=True)]
 _whole = BeforeValidator(lambda each: int(each) if isinstance(each, float) and each.is_integer() else each)
 Whole = Annotated[int, Field(ge=1, strict=True), _whole]
-"""1 or more; to JSON 10.0 is one, too."""
+"""Integer of 1 or more. 10.0 is accepted too, since JSON has only one type of number."""
 
 
 class _Request(BaseModel):
-    # Clients send options that mean nothing here; OpenAI's own server lets them pass too.
+    # Clients send options that this server does not have; it ignores them, as OpenAI's server does.
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     model: Text | None = None
-    """The version that answers, as `GET /v1/models` names it; `default`, or nothing, takes the default. `NAME-passage` and
-    `NAME-raw` put the texts into the template of passages, or into none."""
+    """Name of the version that answers, from `GET /v1/models`; `default`, or nothing, means the default version.
+    `NAME-passage` applies the template of passages to the texts, and `NAME-raw` none."""
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
-    """Seconds after which no answer is wanted any more; the server's own limit holds as well. Not in OpenAI's API."""
+    """Seconds after which the request is given up with 504. The server's own limit applies too. Not in OpenAI's API."""
 
 
 class EmbeddingsRequest(_Request):
     """The body of `POST /v1/embeddings`."""
 
     input: Inputs
-    """A text, a list of up to 2,048 texts, or the same as token ids of the model's own tokenizer, which are decoded. Token
-    ids need `fingerprint`, or a server that was started with --accept-token-ids."""
+    """A text, a list of up to 2,048 texts, or token ids of the model's own tokenizer in place of each text (they are
+    decoded). Token ids need `fingerprint`, or a server that was started with --accept-token-ids."""
     fingerprint: Text | None = None
     """The `encoder_fingerprint` of the model whose tokenizer made the token ids. Not in OpenAI's API."""
     encoding_format: Literal["float", "base64"] | None = None
-    """Numbers, which is the default, or the bytes of little-endian float32 in base64."""
+    """`float`, the default, returns numbers; `base64` returns the bytes of little-endian float32 in base64."""
     knowledge_scale: Number | None = None
-    """Scale of the domain's knowledge, within what the server's --knowledge-scale allows: 0 gives the retriever's own vectors.
-    If omitted, what the domain was merged with. Not in OpenAI's API."""
+    """Scale of the domain's knowledge, in the range of the server's --knowledge-scale; 0 gives the retriever's own
+    vectors. If omitted, the scale that the domain is served with. Not in OpenAI's API."""
     dimensions: Whole | None = None
-    """Length of the vectors: the first numbers are kept, brought to length 1 if the model's vectors are. For models that
-    were trained for it: `matryoshka` in `GET /v1/models`."""
+    """Number of dimensions to keep, from the first one. If the model normalizes its vectors, the shorter ones are
+    normalized again. Use it with models that were trained for it: `matryoshka` in `GET /v1/models`."""
     input_type: InputType | None = None
-    """Which of the model's templates the texts are put into; `raw` for none. If omitted, what the model's name says:
-    query, unless it ends in -passage or -raw. Not in OpenAI's API."""
+    """Which of the model's templates is applied to the texts; `raw` for none. If omitted, `query`, unless the name in
+    `model` ends in -passage or -raw. Not in OpenAI's API."""
     truncate: Switch | None = None
-    """Cut a text that is too long. If omitted, as the server's --truncate says. Not in OpenAI's API."""
+    """Cut texts that are too long; false refuses them. If omitted, the server's --truncate decides. Not in OpenAI's
+    API."""
 
 
 class SearchRequest(FilterFields, _Request):
@@ -93,19 +94,22 @@ class SearchRequest(FilterFields, _Request):
     vector: Vectors | None = None
     """A query's vector, or a list of them, instead of texts."""
     fingerprint: Text | None = None
-    """The `encoder_fingerprint` of what made the vectors; they are searched in no other index."""
+    """The `encoder_fingerprint` of the model that made the vectors. Only an index with the same one is searched."""
     mode: Mode = "dense"
-    """By vectors (`dense`), words (`bm25`), or both (`hybrid`); `modes` in `GET /v1/models` says what the index can do."""
+    """Search by vectors (`dense`), words (`bm25`), or both (`hybrid`). `modes` in `GET /v1/models` lists what the index
+    supports."""
     top_k: Whole = Field(default=10, le=MAX_TOP_K)
-    """Passages for each query; over the number of passages it gives all of them. All queries together may ask for 50,000."""
+    """Number of passages per query; fewer are returned if fewer are found. All queries together may ask for 50,000."""
     with_text: Switch = True
-    """Title and text of each passage, where the server has the corpus."""
+    """Return title and text of each passage, if the server has the corpus."""
     truncate: Switch = True
     """Cut a query that is too long, as `readapt search` does; false refuses it."""
     knowledge_scale: Number | None = None
-    """Scale of the domain's knowledge, for queries and passages alike, so it takes a served index of that scale."""
+    """Scale of the domain's knowledge. Queries and passages must have the same one, so the server must have an index
+    at this scale."""
     user: Text | None = None
-    """Where versions share the searches that name no `model`, the same user gets the same version."""
+    """Name of the user. If searches that name no `model` are split among versions, the same user always gets the same
+    version."""
 
     @field_validator("mode", "top_k", "with_text", "truncate", mode="before")
     @classmethod
@@ -136,14 +140,14 @@ class SearchRequest(FilterFields, _Request):
 
 
 class Usage(BaseModel):
-    """Tokens of the texts, template and specials included."""
+    """Number of tokens in the texts, template and special tokens included."""
 
     prompt_tokens: int
     total_tokens: int
 
 
 class Embedding(BaseModel):
-    """The vector of the text at place `index`."""
+    """The vector of the text at position `index`, from 0."""
 
     object: Literal["embedding"] = "embedding"
     index: int
@@ -158,11 +162,11 @@ class EmbeddingsResponse(BaseModel):
     model: str
     usage: Usage
     fingerprint: str
-    """Of the encoder that made them."""
+    """Fingerprint of the encoder that made the vectors."""
 
 
 class Hit(BaseModel):
-    """A passage that was found. Without a corpus there is no title and no text; `columns` are those that ingest kept."""
+    """A passage that was found. Title, text and columns need a corpus; `columns` are the ones that ingest kept."""
 
     rank: int
     doc_id: str
@@ -175,7 +179,7 @@ class Hit(BaseModel):
 
 
 class SearchResult(BaseModel):
-    """Results for the query at place `index`, best first."""
+    """Results for the query at position `index`, from 0; best first."""
 
     object: Literal["search_result"] = "search_result"
     index: int
@@ -190,7 +194,7 @@ class SearchResponse(BaseModel):
     model: str
     usage: Usage
     fingerprint: str
-    """Of the version: encoder, index and corpus."""
+    """Fingerprint of the version: encoder, index and corpus."""
     partial: bool = False
     """Whether a part of the index did not answer, so that passages may be missing."""
     missing: list[str] = Field(default_factory=list)
@@ -198,7 +202,7 @@ class SearchResponse(BaseModel):
 
 
 class ServedModel(BaseModel):
-    """A version that is served, for one kind of text, in OpenAI's words."""
+    """A served version for one kind of text, in the form of OpenAI's API."""
 
     id: str
     object: Literal["model"] = "model"
@@ -209,24 +213,24 @@ class ServedModel(BaseModel):
     version: str
     """Name of the version."""
     input_type: Kind
-    """Which template its texts are put into, unless the request says."""
+    """Which template is applied to the texts, unless the request says otherwise."""
     dimension: int
     matryoshka: bool
     """Whether the model was trained for fewer `dimensions`, as its own config says."""
     fingerprint: str
-    """Of encoder, index and corpus together."""
+    """Fingerprint of encoder, index and corpus together."""
     encoder_fingerprint: str
-    """Of what makes the vectors."""
+    """Fingerprint of the encoder of queries. Only vectors with the same one can be compared."""
     passages_by: str
-    """Model that encodes the passages of its index, if this version encodes queries alone; else empty."""
+    """Name of the model that encoded the passages, if this version encodes only queries; else empty."""
     knowledge_scales: list[float]
-    """Scale of each knowledge adapter of a domain."""
+    """Scale of each knowledge adapter of a domain; empty if this is no domain."""
     num_vectors: int
-    """Vectors in its index; 0 without one."""
+    """Number of vectors in its index; 0 without one."""
     columns: dict[str, str]
-    """What searches can be filtered by, with the type of each column."""
+    """Columns that searches can be filtered by, with their types."""
     modes: list[Mode]
-    """How it can be searched; empty without an index."""
+    """Search modes that it supports; empty without an index."""
     max_query_tokens: int
     max_passage_tokens: int
     query_template: str
@@ -244,34 +248,34 @@ class TokenizeRequest(_Request):
     """The body of `POST /tokenize`, as in vLLM."""
 
     prompt: Text
-    """A text."""
+    """The text to tokenize."""
     input_type: InputType | None = None
     """As for `/v1/embeddings`."""
 
 
 class TokenizeResponse(BaseModel):
-    """The token ids of a text, template and special tokens included, before anything is cut."""
+    """The token ids of a whole text, template and special tokens included; nothing is cut."""
 
     count: int
     max_model_len: int
-    """Longest text of this kind, in tokens."""
+    """Maximum length of a text of this kind, in tokens."""
     tokens: list[int]
 
 
 class ServerInfo(BaseModel):
-    """The answer of `GET /info`: the default version and the limits, in the words of text-embeddings-inference."""
+    """The answer of `GET /info`: default version and limits, with the field names of text-embeddings-inference."""
 
     version: str
-    """Of readapt_ray."""
+    """Version of readapt_ray."""
     model_id: str
     model_sha: str
     """The `encoder_fingerprint`."""
     max_input_length: int
-    """Longest text in tokens."""
+    """Maximum length of a text, in tokens."""
     max_client_batch_size: int
-    """Texts per request."""
+    """Maximum number of texts per request."""
     max_concurrent_requests: int
-    """Per gateway."""
+    """Maximum number of requests in progress per gateway."""
     auto_truncate: bool
     """Whether a text that is too long is cut unless the request says otherwise."""
 
@@ -283,7 +287,7 @@ class Health(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """What went wrong, in OpenAI's words."""
+    """An error in OpenAI's form."""
 
     message: str
     type: str
@@ -292,13 +296,13 @@ class ErrorBody(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer from 400 up."""
+    """The body of every answer with a status of 400 or more."""
 
     error: ErrorBody
 
 
 class RequestError(Exception):
-    """A request that cannot be answered, as an HTTP status and OpenAI's error."""
+    """A request that cannot be answered: an HTTP status, and an error in OpenAI's form."""
 
     def __init__(
         self,
@@ -316,13 +320,13 @@ class RequestError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Return the headers of the answer."""
+        """Return the extra headers of the answer: Retry-After, and with 401 the kind of authentication."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         return headers | {"www-authenticate": "Bearer"} if self.status == 401 else headers
 
 
 def invalid(message: str, param: str) -> RequestError:
-    """Make the error of a field whose value cannot be used."""
+    """Return the error (status 400) for a field whose value cannot be used."""
     return RequestError(message, param=param, code="invalid_value")
 
 
@@ -365,7 +369,7 @@ _EXPECTED = {
 
 
 def describe_validation(first: Mapping[str, Any]) -> dict[str, dict[str, str | None]]:
-    """Describe the first of the errors that pydantic found in a body, naming the wrong field."""
+    """Return the first error that pydantic found in a body in OpenAI's form, with the name of the wrong field."""
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "value_error" and place[:1] != ["filter"]:
         return error_body(first["msg"].removeprefix("Value error, "), code="invalid_value")
@@ -379,6 +383,6 @@ def describe_validation(first: Mapping[str, Any]) -> dict[str, dict[str, str | N
         said = f"'{param}' is required: it {_EXPECTED[param]}"
         return error_body(said, param=param, code="missing_required_parameter")
     expected = _EXPECTED.get(param, "cannot be used")
-    if first["type"] == "literal_error" and param == "truncate":  # Cohere's, which is no switch
+    if first["type"] == "literal_error" and param == "truncate":  # Cohere's field, which is no boolean
         expected = f"must be {first['ctx']['expected']}"
     return error_body(f"'{param}' {expected}", param=param, code="invalid_value")

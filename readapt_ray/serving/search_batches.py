@@ -1,8 +1,8 @@
-"""Search for many requests at once: one scan of an index for 64 queries costs little more than for one.
+"""Search for many requests in one batch: a scan of an index for 64 queries costs little more than for one.
 
-While a search is under way, others gather; when it is done, those that wait are the next one. A request that finds nothing
-under way is searched at once. A request of many queries is searched in pieces: of each search, those that wait get equal
-parts.
+While a search runs, other requests wait; when it ends, the waiting ones form the next batch. If no search runs, a
+request is searched at once. A request with many queries is spread over several batches: all waiting requests get equal
+shares of a batch.
 """
 
 import asyncio
@@ -23,22 +23,22 @@ Search = Callable[[NDArray[np.float32], int], Awaitable[Hits]]
 @dataclass(eq=False)
 class _Waiting:
     queries: NDArray[np.float32]
-    """Those that were not searched yet."""
+    """Queries that were not searched yet, [Q, D]."""
     top_k: int
     found: asyncio.Future[Hits]
     parts: list[Hits] = field(default_factory=list)
-    """Results of the queries before them."""
+    """Results of the queries that were searched already."""
 
     def fits(self, other: "_Waiting") -> bool:
-        """Return whether one search can answer both requests, each with the results that it would get alone."""
+        """Return whether both requests can share a batch: they have the same top_k and the same dimension."""
         return self.top_k == other.top_k and self.queries.shape[1:] == other.queries.shape[1:]
 
 
 class SearchBatches:
-    """Queue searches of one index, and make those that wait together.
+    """A queue of searches of one index, which runs the waiting ones together.
 
     Args:
-        search: finds the k best of queries [Q, D]; it is called for one batch after the other.
+        search: returns the k best per query [Q, D]; called for one batch after the other.
     """
 
     def __init__(self, search: Search) -> None:
@@ -47,7 +47,7 @@ class SearchBatches:
         self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """Find the k best of a request's queries. A caller that is cancelled no longer waits.
+        """Return the k best per query [Q, D] of a request. If the caller is cancelled, its queries leave the queue.
 
         Raises:
             Exception: whatever the search raised.
@@ -67,11 +67,11 @@ class SearchBatches:
             self._task = None
 
     def _next_batch(self) -> list[tuple[_Waiting, int]]:
-        """Give the oldest waiting request, and those that fit it, equal numbers of the queries of a search."""
+        """Form a batch from the oldest waiting request and those that fit it, with equal shares of the queries."""
         self._waiting = deque(each for each in self._waiting if not each.found.done())
         fitting = [each for each in self._waiting if each.fits(self._waiting[0])][:MAX_QUERIES]
         batch, room = [], MAX_QUERIES
-        # What the small ones leave of their part is for the large ones.
+        # Smallest first: what they leave of their shares goes to the larger ones.
         for number, each in enumerate(sorted(fitting, key=lambda each: len(each.queries))):
             share = min(len(each.queries), room // (len(fitting) - number))
             batch.append((each, share))

@@ -1,4 +1,4 @@
-"""Search by vectors, by words, or by both, whose rankings are fused by reciprocal rank."""
+"""Search by vectors, by words, or by both; both rankings are fused by reciprocal rank."""
 
 import asyncio
 from collections.abc import Iterator, Sequence
@@ -14,17 +14,18 @@ from readapt_ray.serving.versions import Backend, Found, Ranked, aside
 from readapt_ray.sources.splitting import parent_of
 
 _PASSAGES_A_DOCUMENT = 3
-"""Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
+"""If documents were split, passages to find per wanted document. If that is too few, each next search is deeper by this
+factor."""
 _DEEPEST = 100
 _MAX_CHARACTERS = 1 << 15
-"""Of a query that is searched for its words."""
+"""Maximum number of characters of a query whose words are searched for."""
 
 
 def check_mode(mode: Mode, backend: Backend) -> None:
-    """Refuse a mode that the index cannot do.
+    """Refuse a mode that the index does not support.
 
     Raises:
-        RequestError: it has no BM25 scores.
+        RequestError: the mode needs BM25 scores, and the index has none.
     """
     if mode != "dense" and not backend.info.has_words:
         message = (
@@ -34,12 +35,12 @@ def check_mode(mode: Mode, backend: Backend) -> None:
 
 
 def word_queries(query: str | Sequence[str], *, truncate: bool, max_inputs: int) -> list[str]:
-    """Return the texts whose words are searched for.
+    """Return the texts of a request whose words are searched for, cut to the maximum length.
 
     Args:
-        query: of the request.
-        truncate: cut what is too long, instead of refusing it.
-        max_inputs: texts at most.
+        query: a query or a list of queries.
+        truncate: cut queries that are too long, instead of refusing them.
+        max_inputs: maximum number of queries.
 
     Raises:
         RequestError: a text is empty or too long, or there are too many.
@@ -66,11 +67,11 @@ async def search_documents(
     top_k: int,
     wanted: DocFilter | None,
 ) -> Found:
-    """Return the best passages of each query, of documents that were split only the best one of each of the k best.
+    """Return the k best passages per query; if documents were split, the best passage of each of the k best documents.
 
     Args:
-        mode, backend, vectors, texts, wanted: as of `search_by_mode`.
-        top_k: documents per query.
+        mode, backend, vectors, texts, wanted: as for `search_by_mode`.
+        top_k: number of passages per query, or of documents if they were split.
     """
     most = min(backend.info.num_vectors, _DEEPEST * top_k, MAX_HITS)
     fuses_documents = mode == "hybrid" and backend.info.is_split
@@ -94,13 +95,13 @@ async def search_documents(
 
 
 def _pieces(places: NDArray[np.int64], depth: int) -> Iterator[NDArray[np.int64]]:
-    """Yield queries in pieces that find no more than a request may ask for: each is a list of Python objects at first."""
+    """Split queries into pieces that each find at most `MAX_HITS` passages, since these are Python objects at first."""
     size = max(1, MAX_HITS // max(1, depth))
     yield from (places[first : first + size] for first in range(0, len(places), size))
 
 
 def _documents(passages: Sequence[Ranked], top_k: int) -> list[Ranked]:
-    """Return the best passage of each of the k best documents."""
+    """Return the best passage of each of the k best documents, best first."""
     return [passages[place] for place in first_of_each((each.doc_id for each in passages), top_k)]
 
 
@@ -113,15 +114,15 @@ async def search_by_mode(
     top_k: int,
     wanted: DocFilter | None,
 ) -> Found:
-    """Return the k best passages of each query; by both rankings, of documents that were split the best passage of each.
+    """Search once, and return the k best passages per query; `hybrid` returns only the best passage per split document.
 
     Args:
         mode: how to search.
-        backend: what searches.
-        vectors: [Q, D], of the queries; unused for bm25.
+        backend: searches by vectors or words.
+        vectors: vectors of the queries, float32 [Q, D]; unused for bm25.
         texts: the queries; unused for dense.
         top_k: k.
-        wanted: which passages may be found.
+        wanted: filter that passages must pass; None for all passages.
     """
     if mode == "dense":
         return await backend.search(vectors, top_k, wanted)
@@ -135,13 +136,13 @@ async def search_by_mode(
 
 
 def _fused(both: Sequence[list[list[Ranked]]], top_k: int) -> list[list[Ranked]]:
-    """Fuse the rankings of each query."""
+    """Fuse the two rankings of each query by reciprocal rank."""
     rankings = ([[hit.doc_id for hit in each] for each in of_query] for of_query in zip(*both, strict=True))
     return [[Ranked(*each) for each in reciprocal_rank_fusion(of_query, top_k)] for of_query in rankings]
 
 
 def _fused_documents(both: Sequence[list[list[Ranked]]], top_k: int) -> list[list[Ranked]]:
-    """Fuse the documents of each query, as `readapt search` does; each has the passage that stands first in either ranking."""
+    """Fuse the two rankings of documents, as `readapt search` does; return each with its best-ranked passage."""
     found = []
     for of_query in zip(*both, strict=True):
         rankings, passages = [], dict[str, tuple[int, str]]()

@@ -1,7 +1,7 @@
-"""Answers requests, without HTTP and without Ray: choose a version, tokenize, encode in batches, search.
+"""Answer embedding and search requests: choose a version, tokenize, encode in batches, search.
 
-Versions and routing are one state that is replaced as a whole between two steps of the event loop: a request is answered from
-its first to its last step by the version that it began with.
+This module knows neither HTTP nor Ray. Versions and routing are replaced together, as one object, between two steps of
+the event loop. So every step of a request uses the version that the request started with.
 """
 
 import asyncio
@@ -48,11 +48,11 @@ _TOKENIZING_THREADS = 2
 class _Embedded:
     vectors: NDArray[np.float32]
     fingerprint: str
-    """Of the encoder."""
+    """Fingerprint of the encoder."""
 
 
 class SearchService:
-    """Answer requests with the versions that are served now."""
+    """Answers the requests of one gateway with the versions that are served now."""
 
     def __init__(self, limits: Limits, telemetry: Telemetry) -> None:
         self.limits = limits
@@ -61,7 +61,7 @@ class SearchService:
         self._registry = Registry()
         self._readiness = Recent(functools.partial(checked, {}, {}))
         self.side_searches = SideSearches(self._searched, limits.timeout_s, telemetry)
-        # A small pool for this alone: long texts must not delay what reads passages and metrics.
+        # A separate small pool: long texts must not delay the threads that read passages and metrics.
         self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
 
     async def set_state(
@@ -72,7 +72,7 @@ class SearchService:
         *,
         must_be_whole: bool = False,
     ) -> None:
-        """Serve these versions, by this routing, from the next request on; see `taken_over`."""
+        """Serve these versions with this routing, from the next request on (see `taken_over`)."""
         self._registry = await taken_over(
             self._registry,
             backends,
@@ -88,14 +88,14 @@ class SearchService:
         )
 
     def models(self, trace: Trace) -> schema.ModelList:
-        """List the versions that the request may ask, the default first."""
+        """List the versions that the API key of a request may use, the default first."""
         return self._registry.models(trace.domains)
 
     def info(self, trace: Trace) -> schema.ServerInfo:
-        """Describe the default version and the limits, in the words of text-embeddings-inference.
+        """Describe the default version and the limits, with the field names of text-embeddings-inference.
 
         Raises:
-            RequestError: the request may not ask the default version.
+            RequestError: the API key may not use the default version, or no version is up.
         """
         model = self._registry.model(schema.DEFAULT_MODEL, trace.domains)
         return schema.ServerInfo(
@@ -109,19 +109,19 @@ class SearchService:
         )
 
     def model(self, name: str, trace: Trace) -> schema.ServedModel:
-        """Describe one version.
+        """Describe the version of this name.
 
         Raises:
-            RequestError: there is none of this name, or it is another's.
+            RequestError: no version has this name, or the API key may not use it.
         """
         return self._registry.model(name, trace.domains)
 
     async def readiness(self) -> Readiness:
-        """Say whether every version encodes and searches, found out by doing it at most once per second."""
+        """Test whether every version encodes and searches; results of the last second are reused."""
         return await self._readiness.result()
 
     async def embed(self, body: schema.EmbeddingsRequest, trace: Trace) -> bytes:
-        """Return an `EmbeddingsResponse` as JSON.
+        """Encode the texts of a request, and return an `EmbeddingsResponse` as JSON.
 
         Raises:
             RequestError: the request cannot be answered.
@@ -138,7 +138,7 @@ class SearchService:
         )
 
     async def embed_for_cohere(self, body: cohere.EmbedRequest, trace: Trace) -> bytes:
-        """Return a `cohere.EmbedResponse` as JSON.
+        """Encode the texts of a request in Cohere's form, and return a `cohere.EmbedResponse` as JSON.
 
         Raises:
             RequestError: the request cannot be answered.
@@ -184,7 +184,7 @@ class SearchService:
         return _Embedded(vectors, domains.encoded_by(version.backend, scales))
 
     def _check_token_ids(self, body: schema.EmbeddingsRequest, encoder_fingerprint: str) -> None:
-        """Refuse token ids that may be another tokenizer's: they would give vectors of other texts."""
+        """Refuse token ids that may come from another tokenizer: they would mean a different text here."""
         is_text = isinstance(body.input, str) or isinstance(body.input[0], str)
         if is_text or self.limits.accept_token_ids or body.fingerprint == encoder_fingerprint:
             return
@@ -196,10 +196,10 @@ class SearchService:
         )
 
     async def count_tokens(self, body: schema.TokenizeRequest, trace: Trace) -> schema.TokenizeResponse:
-        """Return the token ids of a text, template and specials included, however long it is.
+        """Tokenize a text of any length, with template and special tokens, and return the ids and their number.
 
         Raises:
-            RequestError: there is no such model, the text is empty or not Unicode, or its time is over.
+            RequestError: there is no such model, the text is empty or not valid Unicode, or the deadline passed.
         """
         name, version, kind_of_model = self._registry.named(body.model, trace.domains)
         trace.version = name
@@ -211,7 +211,7 @@ class SearchService:
         return schema.TokenizeResponse(count=len(ids), max_model_len=limit, tokens=ids)
 
     async def search(self, body: schema.SearchRequest, trace: Trace) -> bytes:
-        """Return a `SearchResponse` as JSON.
+        """Find the best passages for each query, and return a `SearchResponse` as JSON.
 
         Raises:
             RequestError: the request cannot be answered.
@@ -248,12 +248,12 @@ class SearchService:
     async def _deadline(
         self, version: Version, wanted_s: float | None, why_late: Callable[[], Awaitable[str]] | None = None
     ) -> AsyncIterator[float]:
-        """Give up when the time of a request is over, and drop what it has in a queue. Gives the end by the event loop's clock.
+        """Cancel the block and raise an error (504) at the request's deadline; yield it (on the event loop's clock).
 
         Args:
-            version: answers, within its share of the places.
-            wanted_s: seconds that the request allows.
-            why_late: says what does not work, or "" if all does.
+            version: the version that answers; a domain holds one of its places meanwhile.
+            wanted_s: timeout in seconds that the request asks for; None for the server's own.
+            why_late: returns what is broken, or "" if nothing is; for the error message.
         """
         seconds = min(wanted_s or self.limits.timeout_s, self.limits.timeout_s)
         try:
@@ -268,7 +268,7 @@ class SearchService:
             raise RequestError(message, status=504, code="deadline_exceeded", retry_after_s=1) from None
 
     async def _why_late(self, name: str) -> str:
-        """Return what does not work in a version; the log says more."""
+        """Return what is broken in a version, or "" if nothing is; the log has details."""
         found = (await self.readiness()).versions.get(name)
         return f"version {name!r} is {found.reason}" if found and not found.ready else ""
 
@@ -288,7 +288,7 @@ class SearchService:
         return rows
 
     async def _tokenized_in_turns(self, blocks: Iterator[list[list[int]]]) -> list[list[int]]:
-        """Tokenize block by block, so that other requests have their turn and a deadline can end it in between."""
+        """Tokenize block by block in the pool: other requests run in between, and a deadline can stop it."""
         rows: list[list[int]] = []
         loop = asyncio.get_running_loop()
         while (block := await loop.run_in_executor(self._tokenizing, next, blocks, None)) is not None:
@@ -318,7 +318,7 @@ class SearchService:
                 code="queue_full",
                 retry_after_s=max(1, round(error.retry_after_s)),
             ) from None
-        except domains.DomainUnavailableError as error:  # in the replica that encodes; another one had it
+        except domains.DomainUnavailableError as error:  # prepared on one replica, encoded on another
             raise domains.domain_down(error) from None
         trace.seconds |= {"queue": timing.queue_s, "encode": timing.encode_s}
         self._telemetry.encoded(trace.version, timing)
@@ -326,7 +326,7 @@ class SearchService:
         return vectors
 
     def _check_finite(self, vectors: NDArray[np.float32], trace: Trace) -> None:
-        """Refuse vectors that can be neither sent nor searched: a model that overflows gives NaN for some texts."""
+        """Refuse vectors with NaN or infinity, which a model gives for some texts when its numbers overflow."""
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if not len(broken):
             return
@@ -342,7 +342,7 @@ class SearchService:
     async def _searched(
         self, version: Version, body: schema.SearchRequest, trace: Trace, deadline_s: float = math.inf
     ) -> tuple[NDArray[np.float32], Found]:
-        """Return the vectors of the queries, and what was found for them."""
+        """Encode the queries and search; return their vectors and the results."""
         check_mode(body.mode, version.backend)
         texts = []
         if body.query is not None and body.mode != "dense":
@@ -369,7 +369,7 @@ class SearchService:
 
 
 def _given_vectors(given: Any, dimension: int) -> NDArray[np.float32]:
-    """Return the vectors of a request as [N, dimension]."""
+    """Return the vectors of a request as float32 [N, dimension]."""
     listed = given if isinstance(given[0], list) else [given]
     for place, vector in enumerate(listed):
         if len(vector) != dimension:
@@ -387,7 +387,7 @@ async def _passages(version: Version, found: Found) -> dict[str, Passage]:
 
 
 async def _by_this_version(call: Awaitable[R]) -> R:
-    """Return what a version answers, unless another of the same name has just taken its place."""
+    """Await a call to a version; answer 503 if another version of the same name has just replaced it."""
     try:
         return await call
     except FingerprintMismatchError:
@@ -396,5 +396,5 @@ async def _by_this_version(call: Awaitable[R]) -> R:
 
 
 async def _written(is_small: bool, write: Callable[..., bytes], *given: Any, **named: Any) -> bytes:
-    """Write an answer as JSON, in a thread unless it is small: megabytes would hold up everybody."""
+    """Write an answer as JSON; a large one in a thread, since it would block the event loop."""
     return write(*given, **named) if is_small else await asyncio.to_thread(write, *given, **named)

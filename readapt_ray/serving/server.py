@@ -1,8 +1,8 @@
-"""`readapt serve`: start, change and stop the applications on this Ray.
+"""Start, update and stop a server on this Ray: the command `readapt serve`.
 
-`serve` checks everything first, starts the versions, then the gateway, and returns once a real request would be answered.
-With `update` it brings a running server to another state: new versions come up beside the old ones, the
-gateway changes over between two requests, and only then do versions go that are served no more.
+`serve` first checks all options and artifacts. Then it starts the versions, then the gateway, and waits until requests
+can be answered. With `update` it changes a running server: new versions start beside the old ones, the gateway switches
+to them between two requests, and then the versions stop that are no longer listed.
 """
 
 import contextlib
@@ -39,19 +39,21 @@ _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.1
 _GIVE_UP_S = 5.0
 _UPDATE_S = 600.0
-"""The gateways of an update start within this time, or it failed."""
+"""Seconds within which the gateways of an update must start; otherwise the update is undone."""
 
 
 def serve(config: ServeConfig, *, blocking: bool = True) -> str:
-    """Serve until Ctrl-C, or, without `blocking`, return once the server is ready.
+    """Start a server and serve until Ctrl-C or SIGTERM; without `blocking`, return once it is ready.
+
+    With `update`, change a running server and return; with `write_config`, write the file and start nothing.
 
     Returns:
         The base URL, such as `http://127.0.0.1:8000`; with `write_config`, the file.
 
     Raises:
-        InputError: the port is taken, this Ray serves already (or, for `update`, serves nothing), there are
-            no API keys for an open address, nothing that sends the traces, a retriever, its index and its corpus cannot be used or do not fit
-            together, or recall cannot be probed; nothing was started.
+        InputError: nothing was started. The port is taken; this Ray serves already (with `update`: serves nothing);
+            other machines could ask without API keys; the exporter of traces is not installed; a retriever, index or
+            corpus cannot be used or does not fit; the nodes have no room; or recall cannot be measured.
         ReadaptError: a replica could not start.
     """
     versions = config.each_version()
@@ -62,7 +64,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         file.write_text(yaml.safe_dump(app.serve_config(config), sort_keys=False))
         return config.write_config
     fingerprints = _checked(config, keys)
-    # Opened first: a corpus that cannot be read stops this before anything is deployed, and its copy is made once.
+    # Open the corpora first: an unreadable one stops this before anything is deployed, and each is copied only once.
     searched = (versions | config.domain_indexes()).values()
     stores = [PassageStore.open(each.corpus) for each in searched if each.corpus]
     url = f"http://{_reachable(config.host)}:{config.port}"
@@ -84,7 +86,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
 
 
 def _checked(config: ServeConfig, keys: tuple[ApiKey, ...]) -> dict[str, str]:
-    """Return the fingerprint of each version, once all that can be known before a start was checked."""
+    """Check everything that can be checked before a start; return the fingerprint of each version."""
     versions = config.each_version()
     if not (keys or config.allow_anonymous or is_loopback(config.host)):
         raise InputError(
@@ -117,10 +119,10 @@ def _say_how_to_update(port: int) -> None:
 
 
 def _refuse_foreign_config(file: Location) -> None:
-    """Refuse to replace a file that is not a config of our own app.
+    """Refuse to overwrite a file that `readapt serve` did not write.
 
     Raises:
-        ArtifactConflictError: such a file is there.
+        ArtifactConflictError: the file exists, and is no config of our applications.
     """
     if not file.exists():
         return
@@ -167,10 +169,10 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], url: str, fingerprint
 
 
 def _start_proxies(config: ServeConfig) -> None:
-    """Let Ray Serve listen on the port.
+    """Start the HTTP proxies of Ray Serve on the port.
 
     Raises:
-        ReadaptError: its proxies did not start in time.
+        ReadaptError: a proxy did not start in time.
     """
     from ray.exceptions import RayError
     from ray.serve.config import HTTPOptions
@@ -187,7 +189,7 @@ def _start_proxies(config: ServeConfig) -> None:
 def _deploy_update(
     config: ServeConfig, keys: tuple[ApiKey, ...], url: str, running: set[str], fingerprints: dict[str, str]
 ) -> None:
-    """Bring a running server to another state, or leave it as it was."""
+    """Change a running server to these options; if that fails, undo it."""
     wanted = app.applications(config)
     updates.check_server(config, running)
     former = updates.served_gateway()
@@ -220,24 +222,24 @@ def _deploy_update(
 
 
 def _described(error: BaseException) -> BaseException:
-    """Return what to tell the user about a start that failed."""
+    """Return the error to show to the user when a start failed."""
     if not isinstance(error, Exception) or isinstance(error, ReadaptError):
         return error
     return ReadaptError(f"the server could not start: {connection.cause_of(error)}")
 
 
 def _drain(seconds: float) -> None:
-    """Let requests in progress end for so many seconds; new ones get 503, and so do those left after that."""
+    """Refuse new requests with 503, and wait for the running ones; after `seconds`, answer these with 503 too."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     deadline_s = time.monotonic() + seconds
     ended: set[str] = set()
-    # Ray, or the gateway, may end by itself.
+    # Ray or the gateway may end meanwhile.
     with contextlib.suppress(RayError, RayServeException, TimeoutError, KeyError):
         deployment = rollout.ray_serve().status().applications[GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
         gateways = rollout.ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, GATEWAY_APP)
-        # Each call reaches any of them.
+        # A call reaches any one gateway, so repeat it until each has reported that nothing runs.
         while len(ended) < sum(deployment.replica_states.values()) and time.monotonic() < deadline_s + _GIVE_UP_S:
             is_over = time.monotonic() > deadline_s
             gateway, num_under_way = gateways.stop_accepting.remote(give_up=is_over).result(timeout_s=_GIVE_UP_S)
@@ -256,8 +258,8 @@ def stop() -> None:
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
     serve_quietly = rollout.ray_serve()
-    # serve.shutdown() alone waits inside a task of the controller, which dies with that task still running: Ray then
-    # prints an error that nobody can act on. So the controller is told first, and gone before serve.shutdown() asks.
+    # serve.shutdown() alone waits inside a task of the controller, which dies while that task runs: Ray then prints an
+    # error that nobody can act on. So stop the controller first, and call serve.shutdown() when it is gone.
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
     with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
         ray.get(ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).graceful_shutdown.remote(wait=False))
@@ -274,7 +276,7 @@ def _reachable(host: str) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Check that the port can be listened on; on a remote cluster this cannot be known here."""
+    """Check that this machine can listen on the port; for a remote cluster, do nothing."""
     if os.environ.get("RAY_ADDRESS"):
         return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -289,7 +291,7 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _wait_until_ready(url: str, former: Collection[str] = ()) -> None:
-    """Return once every version works; after a minute, once all do that are not among the former ones.
+    """Wait until every version works; after a minute, versions in `former` that do not work are only logged.
 
     Raises:
         ReadaptError: a new version does not work, or the server does not answer.
@@ -306,7 +308,7 @@ def _wait_until_ready(url: str, former: Collection[str] = ()) -> None:
 
 
 def _not_ready(url: str) -> dict[str, str]:
-    """Return what /readyz says of each version that does not work; what is wrong with the whole server has the name ""."""
+    """Return the reason of each version that is not ready, from /readyz; the name "" means the whole server."""
     try:
         with open_url(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
             return {}
@@ -336,9 +338,9 @@ def _wait_for_signal() -> None:
 
 
 def _end_where_ray_ends() -> None:
-    """End this process once Ray's own processes here have.
+    """Watch Ray in a thread, and exit this process once Ray's processes on this machine have ended.
 
-    A signal to all of a process group, or of a service, is theirs too; then nobody is left to ask for an orderly stop.
+    A signal to a whole process group or service ends Ray too. An orderly stop, which needs Ray, is then impossible.
     """
     import ray
 

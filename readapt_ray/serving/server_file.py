@@ -1,6 +1,6 @@
-"""Keep a file per port that says how to reach the Ray of the server there, so that `readapt serve --update` finds it.
+"""Keep one file per port that says how to reach the server's Ray, so that `readapt serve --update` finds it.
 
-It is in the temporary folder, and only this user can read it.
+The file is in the temporary folder, and only this user can read it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ def write(port: int, ray_address: str) -> dict[str, str]:
     """Write the file of the server at a port.
 
     Returns:
-        The environment variables by which another process joins its Ray.
+        The environment variables with which another process connects to its Ray.
     """
     values = {"RAY_ADDRESS": ray_address, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "")}
     variables = {name: value for name, value in values.items() if value}
@@ -35,16 +35,16 @@ def write(port: int, ray_address: str) -> dict[str, str]:
 
 
 def remove(port: int) -> None:
-    """Remove the file of a server that ends."""
+    """Remove the file of the server at a port, if there is one."""
     with contextlib.suppress(OSError):
         _file(port).unlink()
 
 
 def join(port: int) -> None:
-    """Set the environment variables by which this process joins the Ray of the server at a port, if they are not set.
+    """Set the environment variables to connect to the Ray of the server at a port, unless RAY_ADDRESS is set.
 
     Raises:
-        InputError: no server of this user wrote the file.
+        InputError: no server of this user wrote a file for this port.
     """
     if os.environ.get("RAY_ADDRESS"):
         return

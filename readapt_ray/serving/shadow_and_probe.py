@@ -1,6 +1,6 @@
-"""Run searches that no client waits for: a shadow version is compared with the answer, and recall is measured.
+"""Run searches that no client waits for: compare a shadow version with the answer, and measure recall.
 
-They start after the answer, a few at a time. If one fails, only the log says so.
+They start after the search of the client, a few at a time. If one fails, this is only logged.
 """
 
 import asyncio
@@ -27,12 +27,12 @@ Search = Callable[[Version, SearchRequest, Trace], Awaitable[tuple[NDArray[np.fl
 
 
 class SideSearches:
-    """Run shadow searches and recall probes of one gateway.
+    """The shadow searches and recall probes of one gateway.
 
     Args:
-        search: searches with one version.
-        timeout_s: seconds after which a search is given up.
-        telemetry: takes the results.
+        search: searches with one version; returns the vectors of the queries and the results.
+        timeout_s: seconds after which a search is cancelled.
+        telemetry: counts the results.
     """
 
     def __init__(self, search: Search, timeout_s: float, telemetry: Telemetry) -> None:
@@ -46,7 +46,10 @@ class SideSearches:
     def shadow(
         self, registry: Registry, name: str, body: SearchRequest, found: Found, *, within: DocFilter | None
     ) -> None:
-        """Search with the shadow version too, if there is one and it is not behind."""
+        """Start a search with the shadow version, and compare its results with the answer.
+
+        Not every search is repeated: only a share, only searches by text, and none while the shadow version is busy.
+        """
         shadow = registry.routing.shadow_of(name)
         if shadow is None or body.query is None or len(self.tasks) >= _MAX_SEARCHES:
             return
@@ -64,7 +67,10 @@ class SideSearches:
         *,
         within: DocFilter | None,
     ) -> None:
-        """Repeat the search exactly, if recall is probed, it was plain, and no other probe is in progress."""
+        """Start an exact search for the same vectors, to measure recall.
+
+        Only some searches are repeated: dense ones without a filter or missing parts, and only one at a time.
+        """
         if (
             body.mode != "dense"
             or doc_filter(body, within)
@@ -119,5 +125,5 @@ class SideSearches:
 
 
 def _id_of(version: Version) -> Callable[[str], str]:
-    """Return what gives the id that clients see: of documents that were split, that of the document."""
+    """Return a function from passage id to the id that clients see, which is the document's if documents were split."""
     return parent_of if version.info.is_split else str

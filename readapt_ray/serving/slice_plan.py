@@ -1,4 +1,4 @@
-"""Deal the shards of an index out to processes, each with the memory that it needs; only manifests and footers are read."""
+"""Distribute the shards of an index over processes, and estimate the memory of each from manifests and footers."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from readapt_ray.retrieval.vector_index import VectorIndex
 
 _ID_BYTES = 160
-"""Memory per vector beside the shard's files: its doc_id as a Python object, its places and its content hash."""
+"""Bytes per vector beside the shard's files: doc_id as a Python object, positions and content hash."""
 
 _COPIES = 4
-"""Memory for new vectors while they are read from a file."""
+"""Number of copies of a chunk of new vectors in memory while it is read from a file."""
 
 
 class PlannedSlice(NamedTuple):
@@ -29,16 +29,16 @@ class PlannedSlice(NamedTuple):
     shards: tuple[str, ...]
     """Names of its shards."""
     num_vectors: int
-    """Those that are not deleted."""
+    """Number of vectors that are not deleted."""
     num_bytes: int
-    """Memory that Ray sets aside, so that a slice never starts on a node without room for it."""
+    """Bytes of memory that Ray reserves, so that a slice never starts on a node without room for it."""
 
 
 def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
-    """Deal the shards of a version's index out to slices; none without an index.
+    """Distribute the shards of a version's index over slices; return [] without an index.
 
     Raises:
-        InputError: an index that a GPU cannot search is to be searched by one.
+        InputError: `num_gpus_per_index_actor` is set with an index that GPUs cannot search, or with `new_vectors`.
     """
     if not config.index:
         return []
@@ -62,7 +62,7 @@ def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
             deployment=f"index-{number}",
             shards=tuple(each.name for each in part),
             num_vectors=sum(each.num_vectors - each.num_deleted for each in part),
-            # Files that are mapped and copied to a GPU take no memory that the kernel cannot take back.
+            # With a GPU, files are mapped only to be copied there, and the kernel can reclaim their pages at any time.
             num_bytes=sum(each.num_bytes * (not is_on_gpu) + extra[each.name] for each in part)
             + round(columns * sum(each.num_vectors for each in part))
             + _read_bytes(index.folder, part)
@@ -90,9 +90,9 @@ def _check_for_gpu(config: VersionConfig, records: Sequence["ShardRecord"]) -> N
 
 
 def _read_bytes(folder: Location, records: Sequence["ShardRecord"]) -> int:
-    """Return the memory that shards take besides while they are read.
+    """Return the extra bytes of memory that the largest shards take while they are read at once.
 
-    That is twice a shard that is not mapped, and what is under way of one that is copied to the node.
+    A shard that is not mapped takes twice its size. A shard that is copied to the node takes the bytes in transfer.
     """
     from readapt_ray.serving.index_slice import READ_AT_ONCE, is_mapped
 
@@ -105,7 +105,7 @@ def _read_bytes(folder: Location, records: Sequence["ShardRecord"]) -> int:
 
 
 def _new_vector_bytes(config: VersionConfig, index: "VectorIndex", num_vectors: int) -> int:
-    """Return the memory of new vectors of the passages of a slice, and of the part of a file of them that is being read."""
+    """Return the bytes for new vectors of all passages of a slice, and for the chunk of a file that is being read."""
     if not (config.new_vectors and config.bridge):
         return 0
     from readapt_ray.retrieval.bridge import Bridge
@@ -118,7 +118,7 @@ def _new_vector_bytes(config: VersionConfig, index: "VectorIndex", num_vectors: 
 
 
 def _column_bytes(corpus: str | None) -> int:
-    """Return the bytes of the columns of a corpus that searches can be filtered by."""
+    """Return the bytes, uncompressed, of the columns of a corpus that searches can be filtered by."""
     from readapt_ray.retrieval.kept_columns import kept_columns
     from readapt_ray.retrieval.passage_files import opened
 

@@ -1,7 +1,7 @@
-"""Send OpenTelemetry traces of requests: a span per request, with one below it for each part of its time.
+"""Send OpenTelemetry traces of requests: one span per request, with a child span for each part of its time.
 
-A client that sends `traceparent` finds them in its own trace. Where they go is said by OpenTelemetry's own
-environment variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME).
+A client that sends `traceparent` finds the spans in its own trace. OpenTelemetry's environment variables say where they
+are sent (OTEL_EXPORTER_OTLP_ENDPOINT) and under which name (OTEL_SERVICE_NAME).
 """
 
 import importlib.util
@@ -38,10 +38,10 @@ def check_exporter() -> None:
 
 
 class RequestSpans:
-    """Make the spans of a gateway.
+    """Records the spans of a gateway.
 
     Args:
-        exporter: takes them; by default they are sent over OTLP.
+        exporter: sends the spans; if None, over OTLP.
     """
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
@@ -58,9 +58,9 @@ class RequestSpans:
     def record(
         self, trace: Trace, *, method: str, path: str, status: int, seconds: float, headers: Mapping[str, str]
     ) -> None:
-        """Record a request that just ended after so many seconds.
+        """Record a request that has just ended and took `seconds`.
 
-        What took time within it went one after the other, ending with the request: queue, encode, search.
+        Its parts (queue, encode, search) are recorded one after the other, and the last ends with the request.
         """
         ended_ns = time.time_ns()
         attributes: dict[str, Any] = {
@@ -90,7 +90,7 @@ class RequestSpans:
         span.end(ended_ns)
 
     def flush(self) -> None:
-        """Send the spans that wait."""
+        """Send the spans that are not sent yet."""
         self._provider.force_flush()
 
 

@@ -1,4 +1,4 @@
-"""Make the versions of a gateway from what its processes report: tokenizer, batches and passages of each."""
+"""Make the versions of a gateway from what their processes report: tokenizer, queue and passage texts of each."""
 
 import asyncio
 import dataclasses
@@ -30,22 +30,22 @@ async def taken_over(
     telemetry: Telemetry,
     must_be_whole: bool = False,
 ) -> Registry:
-    """Return the state that follows another one. A version that cannot be served holds up no other.
+    """Return the next state of a gateway. A version that cannot be served is left out, and does not stop the others.
 
-    If it is the new default, the former versions and their routing are kept: requests that name no version would fail.
+    If it is the new default, the former versions and routing are kept too: requests that name no version would fail.
 
     Args:
-        registry: the former state, whose versions continue if they are the same.
-        backends: versions that are up.
-        routing: of these and the missing ones.
-        missing: why each of the other versions is not up.
-        limits: of the gateway.
-        telemetry: of the gateway.
-        must_be_whole: raise what keeps a version from being served.
+        registry: the former state. Versions whose backend is the same are taken over.
+        backends: versions that are up, by name.
+        routing: the new routing, which may name missing versions.
+        missing: for each other version, by name, why it is not up.
+        limits: limits of the gateway.
+        telemetry: metrics of the gateway.
+        must_be_whole: raise the error of a version that cannot be served, instead of leaving it out.
 
     Raises:
-        InputError: the routing names a version that is not among them.
-        Exception: what kept the last one from being served, if none can be, or any with `must_be_whole`.
+        InputError: the routing names a version that is in neither `backends` nor `missing`.
+        Exception: a version cannot be served and `must_be_whole` is set, or no version can be served.
     """
     routing.check([*backends, *missing])
     left_out, versions = dict(missing), dict[str, Version]()
@@ -68,7 +68,7 @@ async def taken_over(
 
 
 async def _added(name: str, backend: Backend, others: list[Version], limits: Limits, telemetry: Telemetry) -> Version:
-    """Make a version. Domains of one encoder have its batches and its tokenizer in common."""
+    """Make a version. Domains that share an encoder share its queue and tokenizer too."""
     if not isinstance(backend, DomainBackend):
         return await asyncio.to_thread(_prepared, name, backend, others, limits, telemetry)
     for each in others:

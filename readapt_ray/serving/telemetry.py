@@ -1,7 +1,7 @@
 """Measure serving with Ray's Prometheus metrics: `ray_readapt_...` at the metrics port of each node.
 
-`GET /metrics` of a gateway gathers them from all nodes, so one scrape of any gateway sees all replicas. Ray exports what
-was counted within some ten seconds.
+`GET /metrics` of a gateway gathers them from all nodes, so one scrape of any gateway sees all replicas. New values
+appear after about ten seconds.
 """
 
 from dataclasses import dataclass, field
@@ -20,18 +20,19 @@ _DIFFERENCES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 @dataclass(kw_only=True)
 class Trace:
-    """Facts of a request for the log, the metrics and `Server-Timing`."""
+    """Facts about a request, for the log, the metrics and the `Server-Timing` header."""
 
     request_id: str = ""
     key: str = ""
     within: DocFilter | None = None
-    """The filter of the API key, which every search of the request is within."""
+    """Filter of the API key, which restricts every search of the request; None for no restriction."""
     domains: frozenset[str] | None = None
-    """The domains or versions that the API key may ask; None for all."""
+    """Names of the domains or versions that the API key may use; None for all."""
     version: str = ""
     num_items: int = 0
     num_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds that each part of the work took: queue, encode, search."""
 
 
 class Telemetry:
@@ -68,21 +69,21 @@ class Telemetry:
         self._seconds.observe(seconds, {"path": path, "version": version})
 
     def tokens(self, version: str, num_tokens: int) -> None:
-        """Count tokens of texts."""
+        """Count the tokens of a request's texts."""
         if num_tokens:
             self._tokens.inc(num_tokens, {"version": version})
 
     def encoded(self, version: str, timing: Timing) -> None:
-        """Count the time that the texts of a request took to encode."""
+        """Record the time that the texts of a request waited, and took to encode."""
         self._queue.observe(timing.queue_s, {"version": version})
         self._encode.observe(timing.encode_s, {"version": version})
 
     def searched(self, version: str, seconds: float) -> None:
-        """Count the time that the queries of a request took to search."""
+        """Record the time that the search for a request took."""
         self._search.observe(seconds, {"version": version})
 
     def batch(self, version: str, budget: int, num_rows: int, num_tokens: int, seconds: float) -> None:
-        """Count a batch of the encoder."""
+        """Record the rows, the tokens and the time of a batch; `budget` is the number of tokens that fit in it."""
         tags = {"version": version}
         self._batch_rows.observe(num_rows, tags)
         self._batch_tokens.inc(num_tokens, tags)
@@ -90,7 +91,7 @@ class Telemetry:
         self._batch_seconds.observe(seconds, tags)
 
     def not_finite(self, version: str, num_texts: int) -> None:
-        """Count vectors with NaN or infinity."""
+        """Count texts whose vectors have NaN or infinity."""
         self._not_finite.inc(num_texts, {"version": version})
 
     def partial(self, version: str) -> None:
@@ -98,12 +99,12 @@ class Telemetry:
         self._partial.inc(1, {"version": version})
 
     def probed(self, version: str, num_found: int, num_due: int) -> None:
-        """Count a search that was repeated exactly: how many of the best passages were found, and how many there are."""
+        """Count a search that was repeated exactly: how many of the best passages the index found, of how many."""
         _add(self._recall_found, num_found, {"version": version})
         _add(self._recall_due, num_due, {"version": version})
 
     def compared(self, version: str, shadow: str, num_shared: int, num_due: int, score_difference: float) -> None:
-        """Count a search of the shadow version: how many passages of the first were found by both."""
+        """Count a search of the shadow version: how many of the first 10 passages both versions found, of how many."""
         tags = {"version": version, "shadow": shadow}
         _add(self._shadow_shared, num_shared, tags)
         _add(self._shadow_due, num_due, tags)
@@ -111,8 +112,6 @@ class Telemetry:
 
 
 def _add(counter: Counter, number: int, tags: dict[str, str]) -> None:
-    """Add to a counter; a share is two counters, since Ray exports sums of histograms from the middles of their
-    buckets.
-    """
+    """Add to a counter. A share is kept as two counters, since Ray's sums of histograms are inexact."""
     if number:
         counter.inc(number, tags)

@@ -1,4 +1,4 @@
-"""Refuse updates of a running server that it cannot do, before they change anything."""
+"""Check that an update of a running server is possible before it changes anything, and run one update at a time."""
 
 import contextlib
 import logging
@@ -26,9 +26,9 @@ _LOCK_NAME = "readapt-update"
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Keep other updates of this server out while the block runs: each would delete versions that the other adds.
+    """Hold the lock for updates of this server during the block: two updates would delete each other's versions.
 
-    The lock is an actor with a name. It ends with the process that made it, however that ends.
+    The lock is a named actor. It ends with the process that created it, even if that is killed.
 
     Raises:
         ReadaptError: another update runs.
@@ -49,14 +49,14 @@ def alone() -> Iterator[None]:
 
 
 class _Lock:
-    """Held as long as it lives."""
+    """An actor that holds the lock as long as it lives."""
 
 
 def check_server(config: ServeConfig, running: Set[str]) -> None:
-    """Check that this Ray serves where the update says.
+    """Check that this Ray runs a server at the port and host of the update.
 
     Raises:
-        InputError: it serves nothing, or at another port or host.
+        InputError: it runs no server, or one at another port or host.
     """
     if GATEWAY_APP not in running:
         raise InputError("--update changes a server that runs, and this Ray runs none; start one without it")
@@ -72,22 +72,22 @@ def check_server(config: ServeConfig, running: Set[str]) -> None:
 
 
 def served_gateway() -> "tuple[GatewaySetup, GatewayConfig]":
-    """Return what the gateway that runs was started with, and what it serves.
+    """Return the fixed options of the running gateway, and what it serves.
 
     Raises:
-        InputError: it does not answer.
+        InputError: the gateway does not answer.
     """
     setup, state = _answer(GATEWAY_DEPLOYMENT, GATEWAY_APP, "setup")
     return setup, state
 
 
 def check_options(config: ServeConfig, keys: Sequence[ApiKey], setup: "GatewaySetup", state: "GatewayConfig") -> None:
-    """Refuse an update that would drop the API keys, and name the options that fall back because it does not repeat them.
+    """Refuse an update that would drop the API keys, and log options that it omits, which fall back to defaults.
 
     Args:
-        config: of the update.
-        keys: of the update.
-        setup, state: of the gateway that runs.
+        config: options of the update.
+        keys: API keys of the update.
+        setup, state: what `served_gateway` returned.
 
     Raises:
         InputError: the server has keys, and neither keys nor `allow_anonymous` are given.
@@ -110,10 +110,10 @@ def check_options(config: ServeConfig, keys: Sequence[ApiKey], setup: "GatewaySe
 
 
 def _answer(deployment: str, application: str, method: str) -> Any:
-    """Call a method of a deployment that runs.
+    """Call a method of a running deployment, and return its result.
 
     Raises:
-        InputError: it does not answer.
+        InputError: the deployment does not answer.
     """
     from ray import serve
     from ray.exceptions import RayError
@@ -130,14 +130,14 @@ def _answer(deployment: str, application: str, method: str) -> Any:
 
 
 def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerprints: Mapping[str, str]) -> None:
-    """Check that versions of the same name as running ones are the same.
+    """Check that versions with the name of a running version are this version.
 
     Args:
-        kept: name and options of each version, by its application.
-        fingerprints: what each version would be now, by its name.
+        kept: name and options of each version of the update that runs already, by its application.
+        fingerprints: fingerprint of each version of the update, by its name.
 
     Raises:
-        InputError: a version is another one by now, or its processes differ, or it does not answer.
+        InputError: a running version has another fingerprint or other processes, or it does not answer.
     """
     for each, (name, version) in kept.items():
         served = _answer(ENCODER_DEPLOYMENT, each, "describe")
@@ -156,7 +156,7 @@ def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerpri
 
 @contextlib.contextmanager
 def sigterm_ends_it() -> Iterator[None]:
-    """End the block as Ctrl-C does on SIGTERM, so that what an update has changed is undone."""
+    """Make SIGTERM raise an exception in the block, as Ctrl-C does, so that an update that it ends is undone."""
 
     if threading.current_thread() is not threading.main_thread():
         yield

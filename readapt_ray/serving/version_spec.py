@@ -1,4 +1,4 @@
-"""What the processes of one served version are started with; it is sent to their nodes."""
+"""Define the specification that the processes of a served version start from; Ray sends it to their nodes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,25 +10,26 @@ from readapt_ray.catalog.encoding import Encoding
 
 @dataclass(frozen=True, kw_only=True)
 class VersionSpec:
-    """What the processes of a version are started with."""
+    """Everything that the processes of a version need to start."""
 
     name: str
     retriever: str
     encoding: Encoding | None
     dtype: str
     encoder_fingerprint: str | None = None
-    """As the index or the bridge has it: a node whose model folder differs is found out. None without an index."""
+    """Fingerprint of the query encoder that the index or the bridge requires, so that a node with a different model
+    folder is detected. None without an index."""
     bridge: str | None = None
-    """Maps queries to the vectors of the index, if another model made these."""
+    """URI of the bridge that maps queries to the vectors of the index; None if this retriever made these."""
     bridge_fingerprint: str | None = None
     new_vectors: str | None = None
-    """Folder in which `embed` writes the vectors of the retriever, to which passages move as they appear."""
+    """URI of the folder in which `embed` writes vectors of this retriever, to which passages move; None without it."""
     index: str | None = None
     index_fingerprint: str | None = None
     index_encoder: str | None = None
-    """Fingerprint of what made the vectors of the index."""
+    """Fingerprint of the encoder that made the vectors of the index."""
     slices: Mapping[str, int] = field(default_factory=dict)
-    """The deployments that hold the index, each with the number of its vectors, as the index's manifest has it."""
+    """Number of vectors in each deployment that holds a part of the index, by the deployment's name."""
     has_words: bool = False
     """Whether the index has BM25 scores."""
     is_split: bool = False
@@ -38,18 +39,18 @@ class VersionSpec:
     batch_tokens: int | None
     num_slots: int
     num_threads: int | None
-    """None shares the cores of the node that a replica runs on."""
+    """CPU threads per encoder process; None divides the cores of a node among the replicas."""
     processes: Mapping[str, Any]
-    """The options of its processes: how many, with what."""
+    """Options of its processes: their number, threads, CPUs and GPUs."""
     base: str = ""
-    """Model that domains are laid on; empty for a version that is a retriever."""
+    """Pretrained model to which the factors of domains are added; empty for a version without domains."""
     bundles: tuple[str, ...] = ()
-    """Factors of domains, of which one gives the retriever."""
+    """Factors of some domains; the retriever is read from the first that can be opened."""
     max_domain_bytes: int = 0
-    """Memory of the factors of domains."""
+    """Maximum memory for the factors of all domains, in bytes."""
 
     def fingerprint(self, encoder: str) -> str:
-        """Return the fingerprint of the version, made from its encoder's."""
+        """Return the fingerprint of the version, from the fingerprint of its encoder and its other parts."""
         parts = {"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint}
         parts |= {"bridge": self.bridge_fingerprint} if self.bridge else {}
         return fingerprint(parts | ({"new_vectors": self.new_vectors} if self.new_vectors else {}))

@@ -1,8 +1,8 @@
-"""Hold the versions of a server: what each one is, which one answers a request, and how requests are split among them.
+"""Describe the served versions, choose the version that answers a request, and split searches among versions.
 
-A version is an encoder with the index of its own vectors: one unit with one fingerprint. Every call carries the fingerprint
-that it is meant for, and a process that holds another one refuses it. So a query is never searched in the index of another
-encoder, not even while versions change.
+A version is an encoder and the index of the vectors that it made. One fingerprint identifies both. Each call carries
+the fingerprint of the version that it is meant for, and a process that holds another version refuses the call. So a
+query is never searched in the index of another encoder, not even during an update.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 class Ranked(NamedTuple):
-    """A passage that was found."""
+    """A search result: a passage and its score."""
 
     doc_id: str
     score: float
@@ -48,48 +48,49 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True)
 class VersionInfo:
-    """What the running encoder of a version reports."""
+    """The description of a version, as its running encoder reports it."""
 
     fingerprint: str
-    """Of encoder, index and corpus together."""
+    """Fingerprint of encoder, index and corpus together."""
     encoder_fingerprint: str
     encoding: Encoding
     dtype: str = "float32"
-    """Type that it computes in."""
+    """Data type that the model computes in."""
     tokenizer: Any
     """The transformers tokenizer."""
     dimension: int
     batch_tokens: int
     num_slots: int
-    """Batches that its replicas can encode at once."""
+    """Number of batches that its replicas can encode at once."""
     tokens_per_s: float = 0.0
-    """What a replica encoded at its start, in large batches."""
+    """Tokens per second of one replica, measured with a large batch when it started; 0 if unknown."""
     passages_by: str = ""
-    """Model that encodes the passages, if this version encodes queries alone: behind a bridge, or by a model for queries."""
+    """Name of the model that encoded the passages, if this version encodes only queries (it has a bridge, or a model
+    for queries); else empty."""
     slices: Mapping[str, int] = field(default_factory=dict)
-    """The parts of its index, each with the number of its vectors; empty without an index."""
+    """Number of vectors in each part of its index, by the name of the part; empty without an index."""
     is_moving: bool = False
-    """Whether its passages move from old vectors behind a bridge to new ones, while it is served."""
+    """Whether its passages move from old vectors, searched through a bridge, to new ones while it is served."""
     knowledge_scales: tuple[float, ...] = ()
-    """Scale of each knowledge adapter of a domain."""
+    """Scale of each knowledge adapter of a domain; empty if this is no domain."""
     has_words: bool = False
     """Whether its index has BM25 scores."""
     is_split: bool = False
-    """Whether passages are parts of documents, to which results are merged."""
+    """Whether passages are parts of documents; a search then returns documents."""
     corpus: str | None = None
-    """Folder or URI with the titles and texts of its passages."""
+    """Folder or URI with the titles and texts of its passages; None without them."""
     corpus_fingerprint: str | None = None
-    """Of that corpus; another one at the same place has other texts."""
+    """Fingerprint of that corpus. It shows whether another corpus has been put at the same place."""
     created: int = 0
-    """Seconds since 1970."""
+    """Unix time in seconds at which the encoder started."""
     matryoshka: bool = False
     """Whether the model's config says that it was trained for fewer dimensions."""
     processes: Mapping[str, Any] = field(default_factory=dict)
-    """The options of its processes."""
+    """Options of its processes, such as the number of replicas."""
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in the whole index."""
+        """Count the vectors in the whole index."""
         return sum(self.slices.values())
 
 
@@ -101,7 +102,7 @@ class PartsDownError(Exception):
 
 
 class Backend(Protocol):
-    """The encoder and the index of a version: on Ray Serve, or in one process for a test."""
+    """Interface to the encoder and the index of a version, which are on Ray Serve, or in this process for a test."""
 
     info: VersionInfo
 
@@ -115,29 +116,29 @@ class Backend(Protocol):
         """Find the k best passages of each text by BM25."""
 
     async def check(self) -> float:
-        """Encode and search for real, and return the seconds that the encoder took.
+        """Test encoder and index by encoding and searching; return the seconds that the encoder took.
 
         Raises:
-            Exception: it cannot.
+            Exception: a part does not work.
         """
 
     async def num_reembedded(self) -> int | None:
-        """Count the passages that have moved to new vectors; None for a version whose passages stay."""
+        """Count the passages that have moved to new vectors; None if passages of this version do not move."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version as a gateway holds it."""
+    """What a gateway holds of one version: encoder and index, tokenizer, queue and passage texts."""
 
     backend: Backend
     tokenizer: InputTokenizer
     batcher: Batcher
     store: PassageStore | None
-    """Titles and texts of its corpus."""
+    """Titles and texts of its corpus; None without a corpus."""
 
     @property
     def info(self) -> VersionInfo:
-        """What its encoder reports."""
+        """Return what the encoder reports about this version."""
         return self.backend.info
 
 
@@ -145,14 +146,14 @@ class LossPolicy(Config):
     """What to do when a part of the index is lost."""
 
     lost_shards: Literal["wait", "partial", "error"] = "wait"
-    """What to do when a part of the index does not answer: wait for its replacement until the request's time is up, answer
-    without it and say so, or return an error."""
+    """What to do when a part of the index does not answer: wait for its replacement until the request's time is up,
+    answer without it and say so, or return an error."""
     shard_timeout_s: float = Field(default=2.0, gt=0)
     """Seconds until a part of the index counts as lost. Unused if `lost_shards` is wait."""
 
 
 class SideOptions(Config):
-    """Searches that no client waits for."""
+    """Options of extra searches that no client waits for: by a shadow version, and to measure recall."""
 
     shadow: str = ""
     """Version that also searches, unseen by clients; metrics say how far it agrees. Set it to try a version on real
@@ -160,17 +161,18 @@ class SideOptions(Config):
     shadow_share: float = Field(default=1.0, ge=0, le=1)
     """Share of searches that the shadow also gets. Lower it if the shadow takes too much of the machine."""
     recall_probe: float = Field(default=0.0, ge=0, le=1)
-    """Share of searches that are repeated exactly after the answer, one at a time; metrics say how many of the 10 best the
-    index found. The index must hold its float32 vectors (--storage float32; ivf-pq and rabitq with --refine)."""
+    """Share of searches that are repeated by exact search after the answer, one at a time. Metrics say how many of the
+    10 best passages the index had found. The index must hold its float32 vectors (--storage float32; ivf-pq and rabitq
+    with --refine)."""
 
 
 class Routing(SideOptions):
-    """How requests that name no version are spread. The whole routing is replaced between two requests."""
+    """Which versions answer the requests that name none. An update replaces the whole routing between two requests."""
 
     default: str
-    """The version that embeds, and searches unless there is a split."""
+    """Version that answers embedding requests, and searches if `split` is empty."""
     split: dict[str, float] = Field(default_factory=dict)
-    """Weight of each version among searches that name none; empty gives all of them to the default."""
+    """Weight of each version among the searches that name none. If empty, the default version answers all of them."""
 
     @model_validator(mode="after")
     def _weights_are_positive(self) -> Self:
@@ -179,10 +181,10 @@ class Routing(SideOptions):
         return self
 
     def check(self, names: Iterable[str]) -> None:
-        """Refuse versions that are not served.
+        """Check that every version in this routing is served.
 
         Raises:
-            InputError: one of them is not in `names`.
+            InputError: a version is not in `names`.
         """
         used = [("default", self.default), ("shadow", self.shadow), *(("split", each) for each in self.split)]
         for option, name in used:
@@ -190,12 +192,12 @@ class Routing(SideOptions):
                 raise InputError(f"{option} names {name!r}, which is not served; the versions are {shortened(names)}")
 
     def among(self, names: Collection[str]) -> "Routing":
-        """Return the same routing without the versions that are not among these; the default stays."""
+        """Return a copy whose split and shadow have only versions in `names`; the default stays."""
         split = {name: weight for name, weight in self.split.items() if name in names and weight}
         return self.model_copy(update={"split": split, "shadow": self.shadow if self.shadow in names else ""})
 
     def of_search(self, user: str | None) -> str:
-        """Choose the version for a search that names none: the same for the same user, else at random."""
+        """Choose the version for a search that names none: always the same per user; without a user at random."""
         if not self.split:
             return self.default
         place = _place(user) if user else random.random()
@@ -207,11 +209,11 @@ class Routing(SideOptions):
         return max(self.split, key=self.split.__getitem__)
 
     def probes(self) -> bool:
-        """Decide whether this search is repeated exactly."""
+        """Decide at random whether a search is repeated by exact search, to measure recall."""
         return random.random() < self.recall_probe
 
     def shadow_of(self, answered_by: str) -> str | None:
-        """Choose the version that repeats a search that `answered_by` answered; None for none."""
+        """Decide at random whether the shadow version repeats a search; return its name, or None."""
         if self.shadow and self.shadow != answered_by and random.random() < self.shadow_share:
             return self.shadow
         return None
@@ -234,28 +236,28 @@ def parse_split(entries: tuple[str, ...]) -> dict[str, float]:
 
 
 def _place(user: str) -> float:
-    """Map a user to a number in [0, 1), always the same one."""
+    """Hash a user to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(user.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
 INLINE_HITS = 500
-"""Hits that a gateway handles between two steps of other requests."""
+"""Maximum number of hits that are handled in the event loop; more are handled in a thread."""
 _NUM_NAMED = 10
 SUFFIXES: dict[schema.Kind, str] = {"query": "", "passage": "-passage", "raw": "-raw"}
-"""What follows the name of a version where a client can say the kind of its texts by the model alone."""
+"""Suffixes of a version's name that say the kind of text, for clients that can choose only a model."""
 
 
 @dataclass(frozen=True)
 class Registry:
-    """The versions by name with their routing: one state, replaced as a whole."""
+    """The served versions by name, and the routing. An update replaces both at once."""
 
     versions: Mapping[str, Version] = field(default_factory=dict)
     routing: Routing = field(default_factory=lambda: Routing(default=""))
     missing: Mapping[str, str] = field(default_factory=dict)
-    """Why each version that should be served is not."""
+    """Reason for each version that should be served and is not up, by name."""
 
     def models(self, allowed: frozenset[str] | None = None) -> schema.ModelList:
-        """List the versions, the default first; of them those that are allowed, or all."""
+        """List the versions for each kind of text, the default first; with `allowed`, only those in it."""
         names = sorted(
             (each for each in self.versions if allowed is None or each in allowed),
             key=lambda name: name != self.routing.default,
@@ -269,10 +271,10 @@ class Registry:
         return schema.ModelList(data=[each for each in data if each.id == each.version or each.id not in self.versions])
 
     def model(self, model: str, allowed: frozenset[str] | None = None) -> schema.ServedModel:
-        """Describe the version of this name, for the kind of text that the name says.
+        """Describe the version of this name, for the kind of text that the suffix of the name says.
 
         Raises:
-            RequestError: there is none, or it is not allowed.
+            RequestError: no version has this name, it is not in `allowed`, or it is not up.
         """
         name, _, kind = self.named(model, allowed)
         return self._described(name, kind)
@@ -298,14 +300,14 @@ class Registry:
         )
 
     def named(self, model: str | None, allowed: frozenset[str] | None = None) -> tuple[str, Version, schema.Kind]:
-        """Find the version of this name, and the kind of text that the name says; the default for None or `default`.
+        """Return the name, the version and the kind of text that a model name of a request means.
 
         Args:
-            model: as the request names it.
-            allowed: versions that the API key may ask; None for all. It is told nothing of the others.
+            model: name with or without suffix, such as `adapted-passage`; None or `default` for the default version.
+            allowed: versions that the API key may use; None for all. Errors name no others.
 
         Raises:
-            RequestError: there is none, or it is not allowed.
+            RequestError: no version has this name, it is not in `allowed`, or it is not up.
         """
         asked, kind = self._without_suffix(model or schema.DEFAULT_MODEL)
         name = self.routing.default if asked == schema.DEFAULT_MODEL and asked not in self.versions else asked
@@ -330,10 +332,12 @@ class Registry:
         return model, "query"
 
     def for_search(self, body: schema.SearchRequest, allowed: frozenset[str] | None = None) -> tuple[str, Version]:
-        """Find the version that a search names, or that the split chooses of those allowed; a search by vectors wants their encoder.
+        """Return name and version that answer a search: what it names, or what the split chooses among `allowed`.
+
+        A search by vectors is answered only by a version whose encoder made the vectors.
 
         Raises:
-            RequestError: there is none, it is not allowed, or its encoder did not make the vectors.
+            RequestError: there is no such version, it is not in `allowed`, or its encoder did not make the vectors.
         """
         if body.vector is None:
             return self.named(body.model or self._chosen(body.user, allowed), allowed)[:2]
@@ -356,14 +360,14 @@ class Registry:
         return self.named(chosen if chosen in made_by else made_by[0])[:2]
 
     def _chosen(self, user: str | None, allowed: frozenset[str] | None) -> str | None:
-        """Return the version that the split chooses of those allowed; None if it is none of them."""
+        """Return the version that the split chooses among `allowed`; None if the default is not in it."""
         routing = self.routing if allowed is None else self.routing.among(allowed)
         name = routing.of_search(user)
         return name if allowed is None or name in allowed else None
 
 
 def shortened(names: Iterable[str]) -> str:
-    """Return names as text, the first ten of many."""
+    """Join names by commas; of more than ten, show the first ten and the number of the others."""
     listed = list(names)
     more = f" and {len(listed) - _NUM_NAMED:,} more" if len(listed) > _NUM_NAMED else ""
     return ", ".join(listed[:_NUM_NAMED]) + more
@@ -377,12 +381,12 @@ def _modes(info: VersionInfo) -> list[schema.Mode]:
 
 
 async def aside(num_hits: int, function: Callable[..., R], *given: Any) -> R:
-    """Call a function on so many hits, in a thread unless they are few: many would hold up everybody."""
+    """Call a function; in a thread if it handles many hits, which would block the event loop."""
     return function(*given) if num_hits <= INLINE_HITS else await asyncio.to_thread(function, *given)
 
 
 def merged(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k: int) -> list[list[Ranked]]:
-    """Merge what each part of an index found into the k best of each query, best first, ties by doc_id."""
+    """Merge the results of all parts of an index into the k best per query, best first, ties by doc_id."""
     return [
         list(itertools.islice(heapq.merge(*(part[query] for part in parts), key=_best_first), top_k))
         for query in range(num_queries)

@@ -1,8 +1,8 @@
-"""Define the Ray Serve deployments of one version that compute: an encoder, and the slices of its index.
+"""Define the Ray Serve deployments of a version that compute: its encoder, and the slices of its index.
 
-A health check does real work: the encoder encodes a sentence and compares the vector with the first one that it made, a
-slice searches for a vector. After three failures Ray Serve replaces the process. If the check queues behind other work, work
-in progress counts as healthy for up to five minutes.
+A health check does real work. The encoder encodes a fixed sentence and compares the vector with the one that it made at
+its start. A slice searches for a vector. After three failed checks Ray Serve replaces the process. If a check waits
+behind other work, the process counts as healthy until that work has taken five minutes.
 """
 
 import functools
@@ -44,18 +44,18 @@ logger = logging.getLogger("ray.serve")
 _PROBE = "Is this encoder well?"
 _MIN_COSINE = 0.99
 _TIMED_S = 5.0
-"""Longest batch that is timed at the start."""
+"""Approximate maximum duration of the batch that is timed at the start, in seconds."""
 _TIMED_TOKENS = 32
-"""Tokens of each of its rows."""
+"""Number of tokens in each row of that batch."""
 
 
 @serve.deployment
 class EncoderReplica:
-    """Hold a retriever and encode.
+    """A process that holds the retriever of a version and encodes texts.
 
     Args:
-        spec: the version.
-        slices: the deployments that hold its index, which start and end with it.
+        spec: what the version consists of.
+        slices: handles of the deployments that hold its index. They are bound here so that they start and stop with it.
     """
 
     def __init__(self, spec: VersionSpec, *_: Any) -> None:
@@ -77,7 +77,7 @@ class EncoderReplica:
                 f"{spec.retriever!r} has other weights on this node than what made the index {spec.index!r}; "
                 f"put the same files on all nodes, or give a URI"
             )
-        # Where passages move to new vectors, the slices map the queries: here they are what the new model makes.
+        # If passages move to new vectors, the slices apply the bridge; the encoder returns the new model's vectors.
         self._bridge = None if spec.bridge is None or spec.new_vectors else Bridge.open(spec.bridge)
         if self._bridge is not None and self._bridge.artifact.fingerprint != spec.bridge_fingerprint:
             raise FingerprintMismatchError(f"bridge {spec.bridge!r} is not the one that this version was set up with")
@@ -90,7 +90,7 @@ class EncoderReplica:
         self._created = int(time.time())
 
     async def describe(self) -> VersionInfo:
-        """Describe this version."""
+        """Return what gateways need to know about this version."""
         config = self._model.config
         return VersionInfo(
             fingerprint=self._fingerprint,
@@ -118,7 +118,7 @@ class EncoderReplica:
         """Return the vectors [N, D] of rows of token ids.
 
         Raises:
-            FingerprintMismatchError: they are meant for another version.
+            FingerprintMismatchError: the rows are meant for another version.
         """
         _check_fingerprint(version, self._fingerprint)
         if self._domains is not None:
@@ -126,10 +126,10 @@ class EncoderReplica:
         return await self._compute(self._encoded, rows)
 
     async def prepare(self, version: str, source: DomainSource) -> str:
-        """Bring a domain into memory. Return what is wrong with it, or an empty text.
+        """Load the factors of a domain into memory; return why they cannot be used, or "" if they can.
 
         Raises:
-            FingerprintMismatchError: it is meant for another version.
+            FingerprintMismatchError: the call is meant for another version.
         """
         _check_fingerprint(version, self._fingerprint)
         assert self._domains is not None
@@ -144,11 +144,11 @@ class EncoderReplica:
         return self._bridge.query_map(vectors) if self._bridge else vectors
 
     async def check(self, version: str) -> float:
-        """Encode a sentence; return the seconds that it took, with the wait for the batch before it.
+        """Encode a fixed sentence; return the seconds that it took, with the wait for the batch before it.
 
         Raises:
-            FingerprintMismatchError: another version is meant.
-            WorkerError: the vector is not what it was at the start.
+            FingerprintMismatchError: the call is meant for another version.
+            WorkerError: the vector differs from the one at the start.
         """
         _check_fingerprint(version, self._fingerprint)
         before_s = time.perf_counter()
@@ -170,13 +170,13 @@ class EncoderReplica:
 
 @serve.deployment
 class IndexReplica:
-    """Hold some shards of a version's index and search them.
+    """A process that holds some shards of a version's index and searches them.
 
     Args:
-        spec: the version.
-        names: of the shards.
-        num_slices: replicas that share the index.
-        others: handles of these, if no encoder holds them: an application needs one deployment that leads to all.
+        spec: what the version consists of.
+        names: names of the shards.
+        num_slices: number of slices of the index, which share the CPU cores of a node.
+        others: handles of the other slices, if there is no encoder: all must be bound to one root deployment.
     """
 
     def __init__(self, spec: VersionSpec, names: Sequence[str], num_slices: int, *others: Any) -> None:
@@ -208,7 +208,7 @@ class IndexReplica:
     async def search(
         self, version: str, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]]:
-        """Return the k best of each query [Q, D], best first.
+        """Return the k best passages per query [Q, D], best first; only those that pass the filter, if there is one.
 
         Raises:
             FingerprintMismatchError: the queries are meant for another version.
@@ -227,7 +227,7 @@ class IndexReplica:
     async def search_words(
         self, version: str, texts: Sequence[str], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]]:
-        """Return the k best of each text by BM25, best first.
+        """Return the k best passages per text by BM25, best first; only those that pass the filter, if there is one.
 
         Raises:
             FingerprintMismatchError: the texts are meant for another version.
@@ -237,17 +237,17 @@ class IndexReplica:
         return _ranked(await self._in_turns(self._slice.search_words(texts, top_k, wanted)))
 
     async def _in_turns(self, steps: Iterator["Hits | None"]) -> "Hits":
-        """Search step by step; other searches run between two steps, and none follows once the request is given up."""
+        """Search step by step: other searches run between two steps, and a cancelled request stops at the next one."""
         hits: Hits | None = None
         while hits is None:
             hits = await self._compute(next, steps)
         return hits
 
     async def check(self, version: str) -> int:
-        """Search for a vector; return the number of vectors.
+        """Search for a fixed vector; return the number of vectors in this slice.
 
         Raises:
-            FingerprintMismatchError: another version is meant.
+            FingerprintMismatchError: the call is meant for another version.
         """
         _check_fingerprint(version, self._fingerprint)
         if self._slice.num_vectors:
@@ -255,10 +255,10 @@ class IndexReplica:
         return self._slice.num_vectors
 
     async def num_reembedded(self, version: str) -> int:
-        """Count the passages that are searched by new vectors.
+        """Count the passages of this slice that are searched by new vectors.
 
         Raises:
-            FingerprintMismatchError: another version is meant.
+            FingerprintMismatchError: the call is meant for another version.
         """
         _check_fingerprint(version, self._fingerprint)
         return getattr(self._slice, "num_reembedded", 0)
@@ -271,7 +271,7 @@ class IndexReplica:
 def _encoder(spec: VersionSpec, model: OpenModel) -> "Encoder":
     from readapt_ray.retrieval.encoder import Encoder
 
-    # Questions are short and of any length: padding would be half of a batch.
+    # Queries are short and differ in length, so without packing half of a batch would be padding.
     return Encoder.load(
         model,
         encoding=spec.encoding,
@@ -283,18 +283,18 @@ def _encoder(spec: VersionSpec, model: OpenModel) -> "Encoder":
 
 
 def tokens_per_s(encoder: "Encoder", ids: Sequence[int]) -> float:
-    """Return how many tokens per second an encoder does in a full batch, or in one of some five seconds.
+    """Measure the throughput of an encoder in tokens per second, on a full batch or on one of about five seconds.
 
     Args:
-        encoder: it has encoded something before, so it is warm.
-        ids: of a text.
+        encoder: it must be warm, that is, have encoded something before.
+        ids: token ids of a text, from which the rows of the batch are drawn.
     """
     before_s = time.perf_counter()
     encoder.encode_ids([ids])
     num_tokens = int(_TIMED_S * len(ids) / (time.perf_counter() - before_s))
     length = min(_TIMED_TOKENS, encoder.encoding.max_query_tokens)
     num_rows = max(1, min(num_tokens, encoder.batch_tokens) // length)
-    # Equal rows would be encoded once, so each is another mixture.
+    # The encoder encodes equal rows only once, so make all rows different.
     rows = np.random.default_rng(0).choice(np.asarray(ids), (num_rows, length)).tolist()
     before_s = time.perf_counter()
     encoder.encode_ids(rows)
@@ -318,10 +318,10 @@ def _domain_encoder(spec: VersionSpec, bundle: OpenModel) -> DomainEncoder:
 
 
 def open_any(bundles: Sequence[str]) -> OpenModel:
-    """Open the first bundle that is there.
+    """Open the first bundle that can be opened, and log why the ones before it cannot.
 
     Raises:
-        ModelError: none is; the error is the last one's.
+        ModelError: none can be opened; the error is about the last one.
     """
     for bundle in bundles[:-1]:
         try:
@@ -332,7 +332,7 @@ def open_any(bundles: Sequence[str]) -> OpenModel:
 
 
 def _passages_by(model: OpenModel) -> str:
-    """Return the name of the model that encodes the passages, if this one is for queries alone; else an empty text."""
+    """Return the name of the model that encodes the passages, if this one encodes only queries; else ""."""
     passages = passages_model(model)
     return passages.name if passages else ""
 
@@ -342,7 +342,7 @@ def _ranked(hits: "Hits") -> list[list[Ranked]]:
 
 
 def _passage_files(spec: VersionSpec) -> list[Location]:
-    """List the files of the passages, if the version has a corpus."""
+    """List the files with the passages of the version's corpus; none without a corpus."""
     if spec.corpus is None:
         return []
     corpus = open_artifact(spec.corpus, "ingest")

@@ -1,1 +1,1 @@
-"""Queries that a language model writes for passages: prompts, answers, and what is taken from an answer."""
+"""Synthetic queries that a language model writes for passages: prompts, models, and queries from their answers."""

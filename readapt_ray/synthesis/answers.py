@@ -1,14 +1,14 @@
-"""What passes between a stage that asks and a language model that answers."""
+"""Define the interface between a stage and the language model that answers its prompts."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 
 class Ask(NamedTuple):
-    """One prompt."""
+    """A prompt for the language model."""
 
     number: int
-    """Number of the prompt among all of the job; seeds the sampling."""
+    """Number of the prompt among all prompts of the job, from 0; it is part of the random seed."""
     prompt: str
 
 
@@ -17,12 +17,12 @@ class Answer(NamedTuple):
 
     text: str
     num_tokens: int
-    """Tokens of prompt and answer."""
+    """Number of tokens in prompt and answer."""
 
 
 class Writer(Protocol):
-    """A language model that answers prompts."""
+    """Interface of a language model that answers prompts."""
 
     def answer(self, asks: Sequence[Ask], *, temperature: float, max_tokens: int, seed: int) -> list[Answer]:
-        """Return an answer to each prompt, in their order."""
+        """Return an answer to each prompt, in the same order."""
         ...

@@ -1,7 +1,7 @@
 """Ask a language model behind an OpenAI-compatible endpoint (`POST URL/chat/completions`).
 
-The `openai` client asks again after timeouts, 429 and 5xx, and waits as long as `Retry-After` says. The key is read from
-$READAPT_ENDPOINT_KEY; an endpoint that wants none gets a made-up one.
+The `openai` client retries after timeouts and after status 429 and 5xx, and waits as long as `Retry-After` says. The
+key is read from $READAPT_ENDPOINT_KEY; without it, the text "none" is sent as the key.
 """
 
 import os
@@ -17,15 +17,15 @@ from readapt_ray.synthesis.answers import Answer, Ask
 KEY_VARIABLE = "READAPT_ENDPOINT_KEY"
 _MAX_RETRIES = 6
 _FILTERED = "content_filter"
-"""Code of the error by which Azure OpenAI and those that follow it refuse a prompt for what it speaks of."""
+"""Code of the error with which Azure OpenAI and similar endpoints refuse a prompt because of its content."""
 _KEY_WORDS = ("key", "token", "secret", "pass", "auth", "sig", "credential")
 
 
 def check_endpoint(url: str) -> None:
-    """Check the URL of an endpoint.
+    """Check that the URL of an endpoint is valid and holds no key.
 
     Raises:
-        ValueError: it is no http(s) URL, or holds a key.
+        ValueError: the text is no http(s) URL, or it holds a key.
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -36,19 +36,19 @@ def check_endpoint(url: str) -> None:
 
 
 class EndpointWriter:
-    """A client of an endpoint that sends several requests at once."""
+    """A client of an endpoint, which sends several requests at once."""
 
     def __init__(self, url: str, model: str, *, timeout_s: float, num_at_once: int) -> None:
         """Open the client; nothing is sent yet.
 
         Args:
-            url: the endpoint's, up to and with `/v1`.
-            model: the name that the endpoint knows the model by.
-            timeout_s: seconds that one request may take.
-            num_at_once: requests at the same time.
+            url: URL of the endpoint, up to and including `/v1`.
+            model: name of the model at the endpoint.
+            timeout_s: maximum seconds per request.
+            num_at_once: maximum number of requests at the same time.
 
         Raises:
-            InputError: the client is not installed.
+            InputError: the package openai is not installed.
         """
         try:
             import openai
@@ -65,15 +65,15 @@ class EndpointWriter:
 
         Args:
             asks: the prompts.
-            temperature: of the sampling; 0 takes the likeliest token.
-            max_tokens: longest answer.
-            seed: of the sampling, if the endpoint honours it.
+            temperature: sampling temperature; 0 takes the likeliest token.
+            max_tokens: maximum number of tokens per answer.
+            seed: seed of the sampling, if the endpoint supports one.
 
         Raises:
             InputError: the endpoint refuses the key, the model or the request.
-            WorkerError: it cannot be reached, is busy or fails, also when asked again.
+            WorkerError: the endpoint cannot be reached, is busy or fails, even after retries.
         """
-        has_failed = threading.Event()  # what waits behind a failure would only be thrown away
+        has_failed = threading.Event()  # after a failure, do not send the waiting requests
 
         def one(ask: Ask) -> Answer:
             if has_failed.is_set():
@@ -108,7 +108,7 @@ class EndpointWriter:
                 f"same command again when it is up"
             ) from None
         except self._errors.APIStatusError as error:
-            if error.code == _FILTERED:  # this passage alone; asked again, it would be refused again
+            if error.code == _FILTERED:  # only this passage is refused; a retry would not help
                 return Answer("", 0)
             raise InputError(
                 f"endpoint {self._url}, model {self._model!r}: {first_line(error)}; check the URL, the model's name and ${KEY_VARIABLE}"

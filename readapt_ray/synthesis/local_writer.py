@@ -1,4 +1,4 @@
-"""Let a causal language model answer prompts on this machine's device, several at a time."""
+"""Answer prompts in batches with a causal language model on this machine."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +14,13 @@ _WANTED = "give a causal language model with its head, such as an instruct model
 
 
 class LocalWriter:
-    """A causal language model of transformers with its tokenizer."""
+    """A causal language model of transformers, with its tokenizer."""
 
     def __init__(self, source: OpenModel, *, dtype: torch.dtype, device: str) -> None:
         """Load the model.
 
         Raises:
-            ModelError: the folder holds no causal language model, or not all of its weights.
+            ModelError: the folder holds no causal language model, or some of its weights are missing.
         """
         from transformers import AutoModelForCausalLM
 
@@ -47,16 +47,16 @@ class LocalWriter:
     def answer(self, asks: Sequence[Ask], *, temperature: float, max_tokens: int, seed: int) -> list[Answer]:
         """Return an answer to each prompt, in their order.
 
-        Prompts of like length share a batch. Draws depend on the seed and on the number of the first prompt of a batch.
+        Prompts of similar length share a batch. Sampling depends on the seed and the number of a batch's first prompt.
 
         Args:
             asks: the prompts.
-            temperature: of the sampling; 0 takes the likeliest token.
-            max_tokens: longest answer.
-            seed: of the sampling.
+            temperature: sampling temperature; 0 takes the likeliest token.
+            max_tokens: maximum number of tokens per answer.
+            seed: seed of the sampling.
 
         Raises:
-            ModelError: a prompt and its answer are longer than the model has positions.
+            ModelError: a prompt with its answer is longer than the maximum length of the model.
         """
         encoded = [self._encoded(ask.prompt, max_tokens) for ask in asks]
         order = sorted(range(len(asks)), key=lambda place: (len(encoded[place]), place))

@@ -1,4 +1,4 @@
-"""Word what a language model is asked about a passage."""
+"""Build the prompts that ask a language model for a query about a passage."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ DEFAULT_PROMPT: Final = (
 
 
 def passage_text(title: str | None, text: str, max_chars: int) -> str:
-    """Return title and text of a passage, cut behind a word to at most so many characters."""
+    """Join title and text of a passage, and cut them after a word to at most `max_chars` characters."""
     whole = "\n".join(each.strip() for each in (title or "", text) if each.strip())
     if len(whole) <= max_chars:
         return whole
@@ -20,5 +20,5 @@ def passage_text(title: str | None, text: str, max_chars: int) -> str:
 
 
 def fill(prompt: str, passage: str) -> str:
-    """Put a passage into a prompt; other braces stay what they are."""
+    """Replace `{passage}` in a prompt by a passage; other braces stay unchanged."""
     return prompt.replace(PASSAGE_FIELD, passage)

@@ -1,7 +1,7 @@
-"""Take the query from what a language model answered, or say why there is none.
+"""Extract the query from a language model's answer, or say why there is none.
 
-In: an answer and the passage that it was asked about. Out: a query, or a reason from `REASONS`. Whether the query finds its
-passage is another matter (`cluster/round_trip.py`).
+In: an answer, and the passage that it was asked about. Out: a query, or a reason from `REASONS`. Whether the query
+finds its passage is tested in `cluster/round_trip.py`.
 """
 
 import re
@@ -16,22 +16,22 @@ _LABEL = re.compile(
     r"^\s*(?:[-*•]\s+|#{1,6}\s+|\(?\d{1,2}[.):]\s+|(?:search\s+)?(?:q|question|query|answer)\s*\d*(?:\s*:\s*|\s+-\s+|-\s+))",
     re.IGNORECASE,
 )
-"""A list mark or `Question 1:`; the hyphen of `question-answering` is none."""
+"""Matches a list mark or a label such as `Question 1:`, but not the word `question-answering`."""
 _PREAMBLE = re.compile(
     r"(?:(?:sure|certainly|of course|okay|ok)\b[,.!]?\s*)?here(?:'s|’s| is| are)\b[^?:]*:\s*|"
     r"(?:sure|certainly|of course|okay|ok)[,.!]?(?::\s*|$)",
     re.IGNORECASE,
 )
-"""What a chatty model says before the query: `Sure! Here is a question:`."""
+"""Matches what a model may say before the query, such as `Sure! Here is a question:`."""
 _MARKUP = (
     re.compile(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])"),
     re.compile(r"(?<!\w)__(?=\S)([^_]*\s[^_]*)(?<=\S)__(?!\w)"),
     re.compile(r"`([^`]*)`"),
 )
-"""Bold and code; `**options` and `__init__` are words."""
+"""Match bold and code marks, but not words such as `**options` and `__init__`."""
 _QUOTES = "\"'“”„«»‘’"
 _THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
-"""What a model that reasons writes before its answer."""
+"""Matches what a reasoning model writes before its answer."""
 _OF_PASSAGE = re.compile(
     r"\b(?:this|the|above|given|following|provided)\s+(?:\w+\s+)?(passage|text|paragraph|excerpt|document|article|abstract)\b",
     re.IGNORECASE,
@@ -39,10 +39,10 @@ _OF_PASSAGE = re.compile(
 _REFUSAL = re.compile(
     r"(?:as an? (?:ai|language model)|i cannot|i can't|i'm sorry|i am sorry|i am unable)\b", re.IGNORECASE
 )
-"""How a refusal begins."""
+"""Matches the beginning of a refusal."""
 _WORD = re.compile(r"\w+")
 _NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u4e00-\u9fff]")
-"""A character of a script without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+"""Matches a character of a script without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 REASONS = {
     "empty": "empty answers",
@@ -55,34 +55,35 @@ REASONS = {
     "repeated": "the same query as for another passage",
     "not_found": "did not find their passage",
 }
-"""Why an answer gives no query, and how a count of such answers is called."""
+"""Reasons why an answer gives no query, each with the words that are shown with the count of such answers."""
 
 
 class Taken(NamedTuple):
-    """The query of an answer; empty with a reason if there is none."""
+    """The query of an answer; or an empty query, and in `reason` the key of `REASONS` that says why."""
 
     query: str
     reason: str
 
 
 def num_words(text: str) -> int:
-    """Count the words of a text; scripts without spaces, such as Chinese or Thai, count two characters as a word."""
+    """Count the words of a text; in scripts without spaces, such as Chinese or Thai, two characters count as a word."""
     return len(text.split()) + len(_NO_SPACES.findall(text)) // 2
 
 
 def take_query(answer: str, passage: str) -> Taken:
-    """Return the query that an answer holds.
+    """Extract the query from an answer.
 
-    The first line that is not empty and announces no other is taken, without list marks, labels such as `Question:`, bold
-    marks and quotes around it; what is between <think> and </think> is no part of the answer.
+    The query is the first line that is not empty, except for lines that announce another one by a colon at their end.
+    List marks, labels such as `Question:`, bold marks and quotes around it are removed. Text between <think> and
+    </think> is ignored.
 
     Args:
-        answer: what the language model wrote.
-        passage: title and text that it was asked about.
+        answer: text that the language model wrote.
+        passage: title and text of the passage that it was asked about.
     """
     lines = [line for line in map(_bare, _THOUGHT.sub("", answer).splitlines()) if line]
     while len(lines) > 1 and lines[0].endswith(":"):
-        del lines[0]  # announces what follows
+        del lines[0]  # it announces the next line
     if not lines:
         return Taken("", "empty")
     query = lines[0]
@@ -105,7 +106,7 @@ def take_query(answer: str, passage: str) -> Taken:
 
 
 def _bare(line: str) -> str:
-    """Return a line without what a model puts around a query."""
+    """Return a line without the marks, labels and quotes that a model puts around a query."""
     text = line
     for each in _MARKUP:
         text = each.sub(r"\1", text)
@@ -115,7 +116,7 @@ def _bare(line: str) -> str:
 
 
 def _without_quotes(text: str) -> str:
-    """Return a text without the quotes around the whole of it; those of a word at one end stay."""
+    """Remove quotes around a whole text; quotes around a word at one of its ends stay."""
     inner = text.strip(_QUOTES)
     num_quotes = sum(text.count(each) for each in _QUOTES if each not in "'’")
     is_around = (
@@ -126,7 +127,7 @@ def _without_quotes(text: str) -> str:
 
 
 def _speaks_of_passage(query: str, passage: str) -> bool:
-    """Return whether a query says `this passage` or `the text`, and the passage itself does not speak of such a thing."""
+    """Return whether a query says `this passage`, `the text` or the like, and the passage does not have that noun."""
     found = _OF_PASSAGE.search(query)
     return found is not None and f" {found[1].lower()} " not in _plain(passage)
 
@@ -137,12 +138,12 @@ def _plain(text: str) -> str:
 
 
 def _shares_script(query: str, passage: str) -> bool:
-    """Return whether at least half of the query's letters are of scripts that the passage has."""
+    """Return whether at least half of the query's letters belong to scripts that the passage uses."""
     asked, there = _scripts(query), _scripts(passage)
     known = {script for script, count in there.items() if count >= _PRESENT_SHARE * there.total()}
     return not asked or sum(count for script, count in asked.items() if script in known) >= _MIN_SHARE * asked.total()
 
 
 def _scripts(text: str) -> Counter[str]:
-    """Count letters by script, the first word of their Unicode name: LATIN, CYRILLIC, CJK, HANGUL, ARABIC."""
+    """Count letters by script, which is the first word of their Unicode name, such as LATIN, CYRILLIC or CJK."""
     return Counter(unicodedata.name(letter, "OTHER").split()[0] for letter in text if letter.isalpha())

@@ -1,9 +1,9 @@
-"""Take apart the URI of a target: a server with a collection, or a folder with a table.
+"""Parse the URI of a target: a server with a collection, or a folder with a table.
 
     qdrant://host:6333/COLLECTION?tls=true     scheme, host, port, name, options
     lancedb:s3://bucket/folder/TABLE           scheme, folder, name
 
-A scheme with `//` names a server, one without names the folder of a database that is embedded in the client.
+A URI with `//` names a server. A URI without `//` names the folder of an embedded database, which runs in the client.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from readapt_ray.storage import Location
 
 @dataclass(frozen=True)
 class Address:
-    """A URI in its parts."""
+    """The parts of a target's URI."""
 
     scheme: str
     name: str
-    """Of the collection, table or index; for PostgreSQL of the database."""
+    """Name of the collection, table or index; for PostgreSQL, of the database."""
     folder: str = ""
     """Folder of an embedded database; empty for a server."""
     user: str | None = None
@@ -32,7 +32,7 @@ class Address:
 
     @property
     def uri(self) -> str:
-        """The same address as text; the path of a folder is absolute, so that workers find it."""
+        """Return the address as a URI; the path of a folder is absolute, so that workers find it."""
         if not self.host:
             return f"{self.scheme}:{self.folder}/{self.name}".rstrip("/")
         user = f"{self.user}@" if self.user else ""
@@ -41,24 +41,24 @@ class Address:
         return f"{self.scheme}://{user}{self.host}{port}/{urllib.parse.quote(self.name)}{options}"
 
     def http_url(self, default_port: int) -> str:
-        """Return the address of an HTTP server; `?tls=true` makes it https."""
+        """Return the HTTP URL of the server, which is https with `?tls=true`."""
         return f"http{'s' if self.has_tls else ''}://{self.host}:{self.port or default_port}"
 
     @property
     def has_tls(self) -> bool:
-        """Whether the connection is encrypted."""
+        """Return whether the connection is encrypted: `?tls=true`."""
         return self.options.get("tls", "false") == "true"
 
 
 def parse(uri: str, *, variables: str) -> Address:
-    """Take a URI apart.
+    """Parse the URI of a target into its parts.
 
     Args:
-        uri: of the target.
-        variables: the environment variables that hold its credentials, for the message.
+        uri: URI of the target.
+        variables: names of the environment variables for credentials, for the error message.
 
     Raises:
-        InputError: it holds credentials, or names no host, folder or collection.
+        InputError: the URI holds credentials, or names no host, folder or collection.
     """
     scheme, _, rest = uri.partition(":")
     if not rest.startswith("//"):
@@ -87,15 +87,15 @@ def parse(uri: str, *, variables: str) -> Address:
 
 
 def absolute(folder: str) -> str:
-    """Return the absolute path of a local folder, which workers find too; a URI stays as it is."""
+    """Return the absolute path of a local folder, so that workers find it; return a URI unchanged."""
     return folder if "://" in folder else Location(folder).path
 
 
 def check_options(address: Address, known: Collection[str]) -> None:
-    """Refuse an option behind the `?` that a target does not have.
+    """Check the options after the `?` of a URI.
 
     Raises:
-        InputError: it names the option and those that are known.
+        InputError: the target does not have such an option, or `tls` is neither true nor false.
     """
     unknown = sorted(address.options.keys() - set(known))
     if unknown:
@@ -108,7 +108,7 @@ def check_options(address: Address, known: Collection[str]) -> None:
 
 @contextlib.contextmanager
 def client_of(extra: str) -> Iterator[None]:
-    """Say which extra to install where the import in the block fails.
+    """Turn an ImportError of the block into an error that says which extra to install.
 
     Raises:
         InputError: the client is not installed.

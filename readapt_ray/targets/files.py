@@ -1,7 +1,7 @@
-"""Write rows as plain files for anything else: `files:FOLDER`, a local folder or a URI.
+"""Write rows as plain files for any other program: `files:FOLDER`, a local folder or a URI.
 
-`NAME.parquet` holds all columns, `NAME.npy` the same vectors as float32 [N, D] in the same order. A row that changes is
-taken out of its old file, which is written again. The record is in `readapt_export.json`. One task writes at a time.
+`NAME.parquet` holds all columns, and `NAME.npy` the same vectors as float32 [N, D] in the same order. If a row changes,
+its old file is written again without it. The record is in `readapt_export.json`. Only one task writes at a time.
 """
 
 import io
@@ -32,13 +32,13 @@ class FilesTarget:
         self._folder = Location(folder)
 
     def close(self) -> None:
-        """Do nothing: nothing is open."""
+        """Do nothing: there is no connection."""
 
     def check(self, layout: Layout) -> None:
-        """Take vectors of any dimension."""
+        """Accept vectors of any dimension."""
 
     def record(self) -> Record | None:
-        """Return what the file beside the rows says."""
+        """Return the record in its file; without that, None if the folder is empty, else {}."""
         if (self._folder / _RECORD).is_file():
             return dict(json.loads((self._folder / _RECORD).read_text()))
         return {} if any(self._folder.entries()[0]) else None
@@ -49,18 +49,18 @@ class FilesTarget:
         self.set_record(record)
 
     def set_record(self, record: Record) -> None:
-        """Write the record again."""
+        """Replace the file of the record."""
         (self._folder / _RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
 
     def drop(self) -> None:
-        """Remove our files."""
+        """Delete all files that exports have written."""
         for file in self._files():
             file.delete()
             _numbers_of(file).delete()
         (self._folder / _RECORD).delete()
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Write a file of rows, and take them out of the files of earlier exports."""
+        """Write rows to a new file, and remove them from the files of earlier exports."""
         tables = list(batches)
         if not tables:
             return
@@ -71,7 +71,7 @@ class FilesTarget:
         _write(self._folder / own, rows)
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Take rows out of their files."""
+        """Remove the rows with these doc_ids from their files."""
         self._remove(pa.array(doc_ids, pa.string()), self._files())
 
     def finish(self) -> None:
@@ -86,7 +86,7 @@ class FilesTarget:
         return total
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search all files exactly, a file in memory at a time."""
+        """Search all files exactly, with one file in memory at a time; ties by doc_id."""
         best: list[list[tuple[float, str]]] = [[] for _ in vectors]
         for file in self._files():
             with file.open_input() as stream:
@@ -113,7 +113,7 @@ class FilesTarget:
 
 
 def _write(file: Location, rows: pa.Table) -> None:
-    """Write both files of some rows; the Parquet file last, so that it is never there alone."""
+    """Write both files of some rows; the Parquet file last, so that it never exists without the other."""
     buffer = io.BytesIO()
     np.save(buffer, matrix(rows))
     _numbers_of(file).write_bytes(buffer.getvalue())

@@ -1,7 +1,7 @@
 """Send rows to a LanceDB table: `lancedb:FOLDER/TABLE`, or `lancedb:s3://bucket/folder/TABLE`.
 
 The payload keeps its Arrow types. The record is in the table `readapt_exports` of the same folder. No vector index is
-built: without one LanceDB searches exactly. One task writes at a time, since each file of vectors is one merge.
+built, so LanceDB searches exactly. Only one task writes at a time, since each file of vectors is one merge.
 """
 
 import json
@@ -37,11 +37,11 @@ class LanceTarget:
         """Do nothing: there is no connection to close."""
 
     def check(self, layout: Layout) -> None:
-        """Take vectors of any dimension; refuse a column whose name has a dot."""
+        """Accept vectors of any dimension; refuse columns with a dot in their names."""
         check_columns(layout, lambda name: "." in name, "LanceDB")
 
     def record(self) -> Record | None:
-        """Return what the table of records says."""
+        """Return the record in the table of records; None without this table, {} if readapt did not create it."""
         names = self._database.table_names(limit=1_000_000)
         if self._name not in names:
             return None
@@ -49,17 +49,17 @@ class LanceTarget:
         return next((dict(json.loads(row["record"])) for row in rows if row["name"] == self._name), {})
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Store the record, then make the table: a table that is there has its record."""
+        """Store the record, then create the table, so that a table never exists without its record."""
         self.set_record(record)
         self._database.create_table(self._name, schema=layout.schema)
 
     def set_record(self, record: Record) -> None:
-        """Replace the row of this table in the table of records."""
+        """Replace the record of this table in the table of records."""
         rows = pa.table({"name": [self._name], "record": [json.dumps(dict(record))]})
         _merge(self._database.create_table(_RECORDS, schema=rows.schema, exist_ok=True), "name", rows)
 
     def drop(self) -> None:
-        """Remove the table."""
+        """Drop the table."""
         self._database.drop_table(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
@@ -71,14 +71,14 @@ class LanceTarget:
             _merge(table, "doc_id", pa.concat_tables(tables).cast(table.schema))
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete rows."""
+        """Delete the rows with these doc_ids."""
         table = self._database.open_table(self._name)
         for first in range(0, len(doc_ids), _IDS_PER_DELETE):
             quoted = ("'" + each.replace("'", "''") + "'" for each in doc_ids[first : first + _IDS_PER_DELETE])
             table.delete(f"doc_id IN ({', '.join(quoted)})")
 
     def finish(self) -> None:
-        """Compact the small files of the commits."""
+        """Compact the many small files that the commits have written."""
         self._database.open_table(self._name).optimize()
 
     def count(self) -> int:
@@ -86,7 +86,7 @@ class LanceTarget:
         return int(self._database.open_table(self._name).count_rows())
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the table, a query per vector."""
+        """Search the table with one query per vector."""
         table = self._database.open_table(self._name)
         answers = (
             table.search(each, vector_column_name="vector")
@@ -104,7 +104,7 @@ def _merge(table: Any, key: str, rows: pa.Table) -> None:
 
 
 def _storage_options(folder: str) -> dict[str, str] | None:
-    """Return what Lance must be told of an object store that is not Amazon's; it reads the credentials by itself."""
+    """Return Lance's options for an object store other than Amazon's, or None; Lance reads credentials by itself."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not folder.startswith("s3://") or not endpoint:
         return None

@@ -1,7 +1,7 @@
 """Send rows to Milvus: `milvus://host:19530/COLLECTION`, or `milvus:FOLDER/COLLECTION` for Milvus Lite.
 
-Title and text are fields of up to 65,535 bytes, further columns of a passage are dynamic fields. The record is a
-property of the collection. The token (or USER:PASSWORD) is in MILVUS_TOKEN.
+Title and text are fields of up to 65,535 bytes; other columns of a passage are dynamic fields. The record is a property
+of the collection. The token (or USER:PASSWORD) is read from MILVUS_TOKEN.
 """
 
 import json
@@ -46,17 +46,17 @@ class MilvusTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse too many dimensions."""
+        """Refuse vectors with too many dimensions."""
         check_dimension(layout, _MAX_DIMENSION, "Milvus")
 
     def record(self) -> Record | None:
-        """Return what the properties of the collection say."""
+        """Return the record in the collection's properties; None without one, {} if readapt did not create it."""
         if not self._client.has_collection(self._name):
             return None
         return dict(json.loads(self._client.describe_collection(self._name)["properties"].get(_KEY, "{}")))
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Make the collection with its record."""
+        """Create the collection with its record."""
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
         schema.add_field("doc_id", self._types.VARCHAR, is_primary=True, max_length=_MAX_BYTES)
         schema.add_field("vector", self._types.FLOAT_VECTOR, dim=layout.dimension)
@@ -66,15 +66,15 @@ class MilvusTarget:
         self._client.create_collection(self._name, schema=schema, properties={_KEY: json.dumps(dict(record))})
 
     def set_record(self, record: Record) -> None:
-        """Replace the property of the collection."""
+        """Replace the record in the collection's properties."""
         self._client.alter_collection_properties(self._name, properties={_KEY: json.dumps(dict(record))})
 
     def drop(self) -> None:
-        """Remove the collection."""
+        """Drop the collection."""
         self._client.drop_collection(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Upsert entities, a batch per request."""
+        """Upsert entities, with one request per batch."""
         del part
         for rows in batches:
             entities = payloads(rows)
@@ -86,11 +86,11 @@ class MilvusTarget:
             )
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete entities. The client does not quote the ids that it is given, so they are quoted here."""
+        """Delete the entities with these doc_ids, by a filter: the client would not quote ids."""
         self._client.delete(self._name, filter=f"doc_id in {json.dumps(list(doc_ids), ensure_ascii=False)}")
 
     def finish(self) -> None:
-        """Build the index for the inner product, unless it is there, and load the collection."""
+        """Build the index for the inner product, unless it exists, and load the collection."""
         if not self._client.list_indexes(self._name):
             index = self._client.prepare_index_params()
             index.add_index("vector", index_type="AUTOINDEX", metric_type="IP")

@@ -11,11 +11,11 @@ from readapt_ray.targets import addresses, files, lance, milvus, opensearch, pgv
 from readapt_ray.targets.target import Target
 
 _SHOWN = 400
-"""Characters of a client's error that are shown: some repeat all that was sent."""
+"""Maximum number of characters of a client's error that are shown: some clients repeat everything that was sent."""
 
 
 class Kind(NamedTuple):
-    """A row of the table of targets."""
+    """A row of `TARGETS`: one kind of target, and how to open it."""
 
     make: Callable[[addresses.Address], Target]
     variables: str
@@ -23,7 +23,7 @@ class Kind(NamedTuple):
     example: str
     has_server: bool
     is_embedded: bool
-    """Whether `SCHEME:FOLDER/NAME` is a database that runs inside the client."""
+    """Whether `SCHEME:FOLDER/NAME` is allowed: a database that runs inside the client, or plain files."""
 
 
 TARGETS: dict[str, Kind] = {
@@ -36,11 +36,11 @@ TARGETS: dict[str, Kind] = {
     "milvus": Kind(milvus.MilvusTarget, milvus.VARIABLES, "milvus://HOST:19530/COLLECTION", True, True),
     "files": Kind(lambda address: files.FilesTarget(address.folder), files.VARIABLES, "files:FOLDER", False, True),
 }
-"""What each scheme opens. The README of this folder describes them."""
+"""The kinds of targets, by URI scheme. README.md in this folder describes them."""
 
 
 def parse(uri: str) -> addresses.Address:
-    """Return the parts of the URI of a target.
+    """Parse the URI of a target into its parts.
 
     Raises:
         InputError: no target has this scheme, the URI holds credentials, or it lacks a part.
@@ -61,7 +61,7 @@ def parse(uri: str) -> addresses.Address:
 
 @contextlib.contextmanager
 def open_target(address: addresses.Address) -> Iterator[Target]:
-    """Open a target for the block. What its client raises becomes one message.
+    """Open a target during the block, and close it after. Errors of its client become a `TargetError`.
 
     Raises:
         InputError: the client is not installed, or the URI has an unknown option.

@@ -1,7 +1,7 @@
 """Send rows to an OpenSearch index: `opensearch://host:9200/INDEX`, with `?tls=true` for https.
 
-The vectors are in a field of the type knn_vector (HNSW of FAISS, inner product), the payload in fields beside it. The
-record is in `_meta` of the mapping. User and password are in OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD.
+The vectors are in a field of the type knn_vector (HNSW of FAISS, inner product), and the payload is in other fields.
+The record is in `_meta` of the mapping. User and password are read from OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD.
 """
 
 import os
@@ -29,7 +29,7 @@ VARIABLES = "OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD"
 _MAX_DIMENSION = 16_000
 _MAX_ID_BYTES = 512
 _OWN_FIELDS = frozenset(("_id", "_index", "_source", "_field_names", "_ignored", "_routing", "_size", "_type"))
-"""Its documents cannot hold these."""
+"""Reserved names, which fields of a document cannot have."""
 _TIMEOUT_S = 60
 _KEY = "readapt"
 
@@ -57,19 +57,19 @@ class OpenSearchTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse too many dimensions, and columns with the names of its own fields."""
+        """Refuse vectors with too many dimensions, and columns with reserved names."""
         check_dimension(layout, _MAX_DIMENSION, "OpenSearch")
         check_columns(layout, _OWN_FIELDS.__contains__, "OpenSearch")
 
     def record(self) -> Record | None:
-        """Return what `_meta` of the mapping says."""
+        """Return the record in `_meta` of the mapping; None without an index, {} if readapt did not create it."""
         if not self._client.indices.exists(index=self._name):
             return None
         (found,) = self._client.indices.get_mapping(index=self._name).values()
         return dict(found["mappings"].get("_meta", {}).get(_KEY, {}))
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Make the index with its mapping, which holds the record."""
+        """Create the index with its mapping, which holds the record."""
         method = {"name": "hnsw", "engine": "faiss", "space_type": "innerproduct"}
         fields = {
             "doc_id": {"type": "keyword"},
@@ -84,11 +84,11 @@ class OpenSearchTarget:
         self._client.indices.put_mapping(index=self._name, body={"_meta": {_KEY: dict(record)}})
 
     def drop(self) -> None:
-        """Remove the index."""
+        """Delete the index."""
         self._client.indices.delete(index=self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Index documents in bulk, a batch per request."""
+        """Index documents in bulk, with one request per batch."""
         del part
         for rows in batches:
             documents = payloads(rows)
@@ -100,7 +100,7 @@ class OpenSearchTarget:
             self._helpers.bulk(self._client, actions, chunk_size=len(documents), max_retries=3)
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete documents in bulk."""
+        """Delete the documents with these doc_ids in bulk; missing ones are ignored."""
         actions = ({"_op_type": "delete", "_index": self._name, "_id": each} for each in doc_ids)
         _, errors = self._helpers.bulk(self._client, actions, raise_on_error=False)
         refused = [each for each in errors if each["delete"]["status"] != 404]
@@ -108,7 +108,7 @@ class OpenSearchTarget:
             raise self._helpers.BulkIndexError(f"{amount(len(refused), 'deletions')} failed", refused)
 
     def finish(self) -> None:
-        """Make what was written visible to searches."""
+        """Make all written documents visible to searches."""
         self._client.indices.refresh(index=self._name)
 
     def count(self) -> int:
@@ -116,7 +116,7 @@ class OpenSearchTarget:
         return int(self._client.count(index=self._name)["count"])
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the index, a request per vector."""
+        """Search the index with one request per vector."""
         found = (
             self._client.search(
                 index=self._name,

@@ -1,8 +1,9 @@
 """Send rows to PostgreSQL with pgvector: `postgresql://user@host/db?table=passages`.
 
-Title and text are columns, further columns of a passage are in the JSON column `payload`. The type of the vectors is
-`vector`, or `halfvec` for float16 vectors and with `&type=halfvec`. An HNSW index for the inner product is built when
-all rows are there. The record is the comment of the table. The password is in PGPASSWORD, or in ~/.pgpass.
+Title and text are columns of the table; other columns of a passage are in its JSON column `payload`. Vectors have the
+type `vector`, or `halfvec` if they are float16 or the URI has `&type=halfvec`. An HNSW index for the inner product is
+built after all rows are written. The record is stored as the comment of the table. The password is read from PGPASSWORD
+or ~/.pgpass.
 """
 
 import json
@@ -19,7 +20,7 @@ from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, matrix, p
 
 VARIABLES = "PGPASSWORD"
 _MOST = {"vector": 2_000, "halfvec": 4_000}
-"""Dimensions that an HNSW index of each type can have."""
+"""Maximum number of dimensions of an HNSW index, by type of the vectors."""
 _PASSED_ON = ("host", "sslmode")
 _COLUMNS = ("doc_id", "title", "text", "payload")
 
@@ -49,11 +50,11 @@ class PgvectorTarget:
         self._is_registered = False
 
     def close(self) -> None:
-        """Close the connection. What was not committed is undone."""
+        """Close the connection, and roll back what was not committed."""
         self._connection.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse more dimensions than an HNSW index of the type takes."""
+        """Refuse vectors with more dimensions than an HNSW index of their type can have."""
         kind = self._kind(layout)
         if layout.dimension > _MOST[kind]:
             fits = "add &type=halfvec to the URI (16-bit numbers), or " if layout.dimension <= _MOST["halfvec"] else ""
@@ -63,7 +64,7 @@ class PgvectorTarget:
             )
 
     def record(self) -> Record | None:
-        """Return what the comment of the table says."""
+        """Return the record in the comment of the table; None without a table, {} if readapt did not create it."""
         name = self._table.as_string(self._connection)
         found = self._run(
             "SELECT to_regclass(%s), obj_description(to_regclass(%s), 'pg_class')", [name, name]
@@ -78,7 +79,7 @@ class PgvectorTarget:
         return dict(values) if isinstance(values, dict) and "export" in values else {}
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Make the table and its record in one transaction."""
+        """Create the table with its record in one transaction."""
         kind = self._psycopg.sql.SQL(f"{self._kind(layout)}({layout.dimension})")
         self._run("CREATE EXTENSION IF NOT EXISTS vector")
         self._run(
@@ -88,12 +89,12 @@ class PgvectorTarget:
         self.set_record(record)
 
     def set_record(self, record: Record) -> None:
-        """Replace the comment of the table."""
+        """Replace the record in the comment of the table."""
         self._run("COMMENT ON TABLE {table} IS {comment}", comment=self._psycopg.sql.Literal(json.dumps(dict(record))))
         self._connection.commit()
 
     def drop(self) -> None:
-        """Remove the table."""
+        """Drop the table."""
         self._run("DROP TABLE {table}")
         self._connection.commit()
 
@@ -117,12 +118,12 @@ class PgvectorTarget:
         self._connection.commit()
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete rows."""
+        """Delete the rows with these doc_ids."""
         self._run("DELETE FROM {table} WHERE doc_id = ANY(%s)", [list(doc_ids)])
         self._connection.commit()
 
     def finish(self) -> None:
-        """Build the HNSW index, unless it is there."""
+        """Build the HNSW index, unless it exists."""
         self._run(
             f"CREATE INDEX IF NOT EXISTS {{index}} ON {{table}} USING hnsw (vector {self._stored_kind()}_ip_ops)",
             index=self._psycopg.sql.Identifier(self._index_name),
@@ -134,7 +135,7 @@ class PgvectorTarget:
         return int(self._run("SELECT count(*) FROM {table}").fetchone()[0])
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the table, a query per vector; `<#>` is the negative inner product."""
+        """Search the table with one query per vector; `<#>` is the negative inner product."""
         kind = self._stored_kind()
         query = f"SELECT doc_id FROM {{table}} ORDER BY vector <#> %s::{kind} LIMIT %s"
         return [[row[0] for row in self._run(query, [_as_kind(each, kind), top_k]).fetchall()] for each in vectors]
@@ -143,7 +144,7 @@ class PgvectorTarget:
         return self._asked or ("halfvec" if layout.vector_dtype == "float16" else "vector")
 
     def _stored_kind(self) -> str:
-        """Return the type of the column, and teach the connection to send it."""
+        """Return the type of the vector column, and register its conversion with the connection."""
         if not self._is_registered:
             self._register(self._connection)
             self._is_registered = True
@@ -163,7 +164,7 @@ class PgvectorTarget:
 
 
 def _without_nul(value: Any) -> Any:
-    """Return a JSON value without the character NUL, which no text of PostgreSQL can hold."""
+    """Return a JSON value without NUL characters, which PostgreSQL cannot store in text."""
     if isinstance(value, str):
         return value.replace("\x00", "")
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """Send rows to Qdrant: `qdrant://host:6333/COLLECTION`, or `qdrant:FOLDER/COLLECTION` for the client's local mode.
 
 The id of a point is the UUID (version 5) of its doc_id, since Qdrant takes only numbers and UUIDs. The record is in
-the metadata of the collection, which Qdrant has since 1.16. The API key is in QDRANT_API_KEY.
+the metadata of the collection (Qdrant 1.16 or newer). The API key is read from QDRANT_API_KEY.
 """
 
 import os
@@ -45,17 +45,17 @@ class QdrantTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse too many dimensions."""
+        """Refuse vectors with too many dimensions."""
         check_dimension(layout, _MAX_DIMENSION, "Qdrant")
 
     def record(self) -> Record | None:
-        """Return what the metadata of the collection says."""
+        """Return the record in the collection's metadata; None without one, {} if readapt did not create it."""
         if not self._client.collection_exists(self._name):
             return None
         return dict((self._client.get_collection(self._name).config.metadata or {}).get(_KEY, {}))
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Make a collection that is ranked by inner product, as exact search is.
+        """Create a collection that ranks by inner product, like our exact search.
 
         Raises:
             InputError: the server is too old to store the record.
@@ -71,11 +71,11 @@ class QdrantTarget:
         self._client.update_collection(self._name, metadata={_KEY: dict(record)})
 
     def drop(self) -> None:
-        """Remove the collection."""
+        """Delete the collection."""
         self._client.delete_collection(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Upsert points, a batch per request."""
+        """Upsert points, with one request per batch."""
         del part
         for rows in batches:
             points = self._models.Batch(
@@ -86,7 +86,7 @@ class QdrantTarget:
             self._client.upsert(self._name, points=points, wait=True)
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete points."""
+        """Delete the points of these doc_ids."""
         ids = self._models.PointIdsList(points=[_point_id(each) for each in doc_ids])
         self._client.delete(self._name, points_selector=ids, wait=True)
 
@@ -98,7 +98,7 @@ class QdrantTarget:
         return int(self._client.count(self._name, exact=True).count)
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Query the collection, a request per vector."""
+        """Search the collection with one request per vector."""
         found = (
             self._client.query_points(self._name, query=each.tolist(), limit=top_k, with_payload=["doc_id"])
             for each in vectors

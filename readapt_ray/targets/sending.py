@@ -1,8 +1,9 @@
-"""Send a file of vectors to a target, or remove what a corpus lost, and note it in a ledger.
+"""Send a file of vectors to a target, or delete rows that a corpus no longer has, and record this in a ledger.
 
-In: the name of a file. Out: its rows in the target, then a ledger, `rows/part-00000.parquet`: doc_id and a digest of
-what was sent per row. A file whose ledger is there is done, so a killed export resumes with the next one. A later
-export compares its rows with the ledgers of this one. Memory is one file of vectors and its passages.
+In: the number of a file. Out: its rows in the target, then a ledger such as `rows/part-00000.parquet`, with doc_id and
+a digest of what was sent per row. A file with a ledger is done, so a killed export resumes with the next file. A later
+export compares its rows with these ledgers, and sends only new and changed ones. Memory: one file of vectors and its
+passages.
 """
 
 import functools
@@ -39,36 +40,38 @@ _FIRST_WAIT_S = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class ExportJob:
-    """What every task needs to know."""
+    """The facts of an export that all of its tasks share."""
 
     address: Address
     fingerprint: str
-    """Of the export; its first 8 digits are in the names of files that a target writes."""
+    """Fingerprint of the export; its first 8 digits are in the names of files that a target writes."""
     layout: Layout
     vectors: ParquetRows
     passages: ParquetRows | None
-    """None if no payload is sent."""
+    """Passages of the corpus; None if no payload is sent."""
     previous: ParquetRows | None
-    """The ledgers of the earlier export."""
+    """Ledgers of the earlier export that this one updates; None if there is none."""
     output: Location
+    """Folder of the export, in which the ledgers are written."""
     batch_rows: int
+    """Number of rows per request to the database."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lookups:
-    """What is known of all rows."""
+    """Lookups by doc_id over all rows of an export."""
 
     passages: IdLookup | None
-    """The row of each passage in the corpus."""
+    """Row number of each passage in the corpus; None if no payload is sent."""
     before: IdLookup | None
-    """The digest of each row that the earlier export sent."""
+    """Digest of each row that the earlier export sent; None without an earlier export."""
     now: IdLookup | None
-    """Every doc_id that has a vector now; only for deletions."""
+    """All doc_ids that have a vector now, to find deletions; None without an earlier export."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of one file."""
+    """Counts of the rows of one file: all, sent, deleted, and new since the earlier export."""
 
     num_rows: int
     num_sent: int
@@ -77,7 +80,7 @@ class Done:
 
 
 def look_up(job: ExportJob) -> Lookups:
-    """Read the doc_ids of the corpus, and for an update also of the vectors and the earlier export."""
+    """Build the lookups: doc_ids of the corpus, and for an update also of the vectors and the earlier export."""
     passages = _rows_by_id(job.passages) if job.passages else None
     if job.previous is None:
         return Lookups(passages=passages, before=None, now=None)
@@ -99,10 +102,10 @@ def _columns(rows: ParquetRows, names: tuple[str, ...]) -> Iterator[pa.Table]:
 
 
 def send_file(job: ExportJob, lookups: Lookups, number: int) -> Done:
-    """Send the rows of a file of vectors that the target does not have yet, unless its ledger is there.
+    """Send the new and changed rows of a file of vectors, and write its ledger; do nothing if the ledger exists.
 
     Raises:
-        CorruptFileError: a passage of a vector is not in the corpus.
+        CorruptFileError: the passage of a vector is not in the corpus.
         TargetError: the database cannot be reached or refuses the rows.
     """
     name, count = job.vectors.counts[number]
@@ -126,7 +129,7 @@ def send_file(job: ExportJob, lookups: Lookups, number: int) -> Done:
 
 
 def delete_lost(job: ExportJob, lookups: Lookups, number: int) -> Done:
-    """Delete what a file of the earlier export's ledgers lists and the corpus no longer has.
+    """Delete the rows of an earlier ledger that have no vector now, and write a ledger; do nothing if that exists.
 
     Raises:
         TargetError: the database cannot be reached or refuses the deletion.
@@ -150,7 +153,7 @@ def _delete(target: Target, batches: list[list[str]]) -> None:
 
 
 def _rows(job: ExportJob, lookups: Lookups, stored: pa.Table, name: str) -> pa.Table:
-    """Return the rows of a file of vectors with the passages that they are of."""
+    """Return the rows of a file of vectors, joined with their passages."""
     doc_ids, vectors = matrix_of(stored, job.vectors.folder / name)
     numbers = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), job.layout.dimension)
     columns = {"doc_id": stored["doc_id"], "vector": numbers}
@@ -167,7 +170,7 @@ def _rows(job: ExportJob, lookups: Lookups, stored: pa.Table, name: str) -> pa.T
 
 
 def _digests(rows: pa.Table, stored: pa.Table) -> NDArray[np.uint64]:
-    """Return 8 bytes per row that change when what is sent does: the text by its content hash, the vector without one."""
+    """Return an 8-byte digest of each row. If there are content hashes, they replace title, text and vector in it."""
     has_hash = "content_hash" in stored.column_names
     hashes = stored["content_hash"].to_pylist() if has_hash else [None] * rows.num_rows
     covered = {"doc_id", "vector"} | ({"title", "text"} if has_hash else set())
@@ -181,7 +184,7 @@ def _digests(rows: pa.Table, stored: pa.Table) -> NDArray[np.uint64]:
 
 
 def _insist(job: ExportJob, work: Callable[[Target], None]) -> None:
-    """Do something with the target; try again if the database does not answer, since nothing is lost by that."""
+    """Call `work` with the target; retry up to 3 times, which is safe: writing the same rows again changes nothing."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             with open_target(job.address) as target:

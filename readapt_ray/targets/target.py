@@ -1,8 +1,7 @@
-"""Say what a vector database must be able to do, and what a row looks like on its way there.
+"""Define the interface to a vector database, and the rows that an export sends to it.
 
-A row has a `doc_id`, a `vector` of float32, and the payload: the columns of its passage. Writing the same rows again
-changes nothing, so a file of vectors that was sent in part is sent again. Memory is one file of vectors and its
-passages.
+A row has a `doc_id`, a float32 `vector`, and a payload: the columns of its passage. Writing the same rows again changes
+nothing, so an interrupted file of vectors is simply sent again. Memory: one file of vectors and its passages.
 """
 
 import datetime
@@ -18,25 +17,26 @@ from numpy.typing import NDArray
 from readapt_ray.errors import InputError
 
 SERVER_WRITERS = 16
-"""Tasks that write to a server at once: its connections are few (PostgreSQL has 100), whatever the size of the cluster."""
+"""Maximum number of tasks that write to a server at once, however large the cluster is: servers allow few connections
+(PostgreSQL 100)."""
 
 Record = Mapping[str, Any]
-"""What is stored in or beside a collection: the fingerprints of the encoder and of the export, dimension, columns."""
+"""Metadata that is stored in or beside a collection: fingerprints of the encoder and the export, dimension, columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What the rows of a collection look like."""
+    """The columns of a collection's rows, and the dimension of their vectors."""
 
     dimension: int
     vector_dtype: str
     """Data type of the vectors in their files: float32, float16 or int8. All are sent as float32."""
     payload: pa.Schema
-    """The columns beside `doc_id` and `vector`."""
+    """Columns other than `doc_id` and `vector`."""
 
     @property
     def schema(self) -> pa.Schema:
-        """All columns of a row."""
+        """Return the schema of all columns of a row."""
         vector = pa.list_(pa.float32(), self.dimension)
         return pa.schema([("doc_id", pa.string()), ("vector", vector), *self.payload])
 
@@ -46,43 +46,43 @@ class Target(Protocol):
 
     @property
     def max_writers(self) -> int:
-        """How many tasks may write at once."""
+        """Return the maximum number of tasks that may write at once."""
 
     def close(self) -> None:
         """Close the connection."""
 
     def check(self, layout: Layout) -> None:
-        """Refuse what the database cannot index, before anything is sent.
+        """Check dimension and column names against the limits of the database, before anything is sent.
 
         Raises:
-            InputError: it names the limit and what to do.
+            InputError: a limit is exceeded; the message names it, and says what to do.
         """
 
     def record(self) -> Record | None:
-        """Return the record of the collection: None if there is no collection, empty if readapt did not write it."""
+        """Return the record of the collection; None if there is no collection, {} if readapt did not create it."""
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Make the collection, and store its record."""
+        """Create the collection, and store its record."""
 
     def set_record(self, record: Record) -> None:
-        """Replace the record."""
+        """Replace the record of the collection."""
 
     def drop(self) -> None:
         """Remove the collection."""
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Add rows, or replace the rows of the same doc_id.
+        """Add rows; a row replaces the one with the same doc_id.
 
         Args:
-            part: name of the file of vectors that they come from, and of the export.
+            part: name of the file of vectors that the rows come from, with 8 digits of the export's fingerprint.
             batches: rows with the columns of `Layout.schema`.
         """
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Remove rows; those that are not there are no error."""
+        """Delete rows; doc_ids that do not exist are ignored."""
 
     def finish(self) -> None:
-        """Make everything that was written searchable; build the index where the database does not by itself."""
+        """Make all written rows searchable; build the index if the database does not build it by itself."""
 
     def count(self) -> int:
         """Return the number of rows."""
@@ -100,7 +100,7 @@ def matrix(rows: pa.Table) -> NDArray[np.float32]:
 
 
 def payloads(rows: pa.Table) -> list[dict[str, Any]]:
-    """Return the doc_id and the payload of each row as JSON values; a column that is null, or no number, is left out."""
+    """Return doc_id and payload of each row as JSON values; columns that are null, NaN or infinite are left out."""
     plain = rows.drop_columns(["vector"]).to_pylist()
     found = ({name: _json(value) for name, value in row.items()} for row in plain)
     return [{name: value for name, value in row.items() if value is not None} for row in found]
@@ -119,10 +119,10 @@ def _json(value: Any) -> Any:
 
 
 def check_dimension(layout: Layout, most: int, database: str) -> None:
-    """Refuse vectors of more numbers than a database can index.
+    """Refuse vectors with more dimensions than a database can index.
 
     Raises:
-        InputError: both numbers are named.
+        InputError: the vectors have more than `most` dimensions.
     """
     if layout.dimension > most:
         raise InputError(
@@ -132,10 +132,10 @@ def check_dimension(layout: Layout, most: int, database: str) -> None:
 
 
 def check_columns(layout: Layout, refused: Callable[[str], bool], database: str) -> None:
-    """Refuse a column of passages with a name that a database cannot hold.
+    """Refuse columns of passages whose names a database does not allow.
 
     Raises:
-        InputError: the first such column is named.
+        InputError: there is such a column; the message names the first.
     """
     for name in filter(refused, layout.payload.names):
         raise InputError(
@@ -145,10 +145,10 @@ def check_columns(layout: Layout, refused: Callable[[str], bool], database: str)
 
 
 def check_bytes(rows: Iterable[Mapping[str, Any]], column: str, most: int, database: str) -> None:
-    """Refuse a row whose text is longer than a database takes.
+    """Refuse rows whose text in one column has more than `most` bytes of UTF-8.
 
     Raises:
-        InputError: it names the doc_id.
+        InputError: there is such a row; the message names its doc_id.
     """
     for row in rows:
         size = len(str(row.get(column, "")).encode())
