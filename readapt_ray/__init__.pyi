@@ -130,12 +130,12 @@ def bridge(
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
         old_vectors: Vectors to search: the output of `readapt embed` with the old model. (required)
-        retriever: New model, whose queries are to search them: a catalog name, a folder, a GGUF file, a URI or
-            a hub id. (required)
+        retriever: New model, whose queries will search these vectors: a catalog name, a folder, a GGUF file, a
+            URI or a hub id. (required)
         corpus: Passages of the vectors, if they are no longer where they were embedded from: the output of
             `readapt ingest`.
-        sample: Passages to encode with the new model; all if there are fewer. It takes as many as 1.25 times
-            the larger dimension, and 500 at least. (default: 20000)
+        sample: Passages to encode with the new model; all if there are fewer. At least 500, and at least 1.25
+            times the larger of the two models' dimensions. (default: 20000)
         encoding: JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or
             the catalog says.
         dtype: Data type that the new model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
@@ -164,9 +164,9 @@ def clean(
 
     Options:
         root: Folder or URI that holds the generations. (required)
-        keep: Number of generations before the present one to keep, to go back to. They hold what was deleted
-            since. (default: 0)
-        yes: Remove what is listed. Without this it is only listed. (default: no)
+        keep: Number of generations before the present one to keep, to go back to. They hold passages that were
+            deleted since. (default: 0)
+        yes: Remove the listed artifacts. Without this they are only listed. (default: no)
 
     Returns:
         The rows: they print as a table; `.rows`, `.to_pandas()`.
@@ -209,27 +209,28 @@ def compare(
         retrievers: Models to compare, separated by commas: catalog names, folders, URIs or hub ids. The first
             is the baseline. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
-        queries: Queries: a file or folder. If omitted, the corpus's own.
-        qrels: File of judgements. If omitted, the corpus's own of the split test.
-        columns: Columns of queries and qrels, if they are not called as usual:
+        queries: Queries: a file or folder. If omitted, the queries of the corpus.
+        qrels: File of judgements. If omitted, the corpus's qrels of the split test.
+        columns: Columns of queries and qrels, if they have other names than usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.
         output: Folder or URI to write all artifacts and the comparison to. (required)
         measures: Measures such as nDCG@10 or R@100, separated by commas. The first one is tested for
             significance. (default: nDCG@10,R@10,R@100)
-        drop_self_hits: Leave out a result whose doc_id equals the query_id. If omitted, as the catalog says for
-            the corpus's source.
+        drop_self_hits: Drop a result whose doc_id equals the query_id. If omitted, as the catalog says for the
+            corpus's source.
         finetune: Also compare each retriever after `readapt finetune` on the corpus's qrels of the split train.
             (default: no)
         readapt: Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its
             pretrained model. With finetune, also after both. (default: no)
         synthesize: Also compare each retriever after `readapt finetune` on queries that this language model
-            writes for the passages: a folder, a URI or a hub id, or with an endpoint in synthesize_options the
-            name that it has there. The first retriever must find their passages. With readapt, also after both.
-        queries_only: With readapt, finetune or synthesize: also compare their models for queries alone, over
-            the retriever's own vectors. (default: no)
-        bridge: With readapt, finetune or synthesize: also compare their queries behind a bridge to the
-            retriever's own vectors. (default: no)
-        bm25: Also compare search by words (BM25), and each model fused with it by reciprocal rank, as `search
+            writes for the passages. Give a folder, a URI or a hub id; with an endpoint in synthesize_options,
+            the model's name there. Queries whose passage the first retriever does not find are dropped. With
+            readapt, also after both.
+        queries_only: With readapt, finetune or synthesize: also compare models that encode only queries, and
+            search the retriever's vectors. (default: no)
+        bridge: With readapt, finetune or synthesize: also compare a bridge that maps their query vectors to the
+            retriever's vectors. (default: no)
+        bm25: Also compare BM25 (search by words), and each model fused with BM25 by reciprocal rank, as `search
             --mode hybrid` does. An index of each model's vectors is written for this. (default: no)
         num_timed_queries: Number of queries to time, one by one, on this machine. (default: 50)
         embed_options: Options of embed by name (in a YAML file).
@@ -336,15 +337,15 @@ def embed(
         num_workers: Number of encoding actors. If omitted, as many as the GPUs have room for; without GPUs one
             per num_cpus_per_worker CPUs.
         num_cpus_per_worker: CPUs, and so threads, per actor. If omitted, 1.
-        num_gpus_per_worker: Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1, and for
-            models that leave a GPU waiting for its host (all-MiniLM-L6-v2) 0.5, where there are four cores per
-            actor. Not measured on a GPU yet.
+        num_gpus_per_worker: Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1; or 0.5 for
+            small models such as all-MiniLM-L6-v2, which leave a GPU waiting for its host, if there are four
+            cores per actor. Not measured on a GPU yet.
         batch_tokens: Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU, and on a GPU by
             the model's size and the free memory: 119,808 for all-MiniLM-L6-v2, 9,216 for a 7B. Lower it when
             memory is short. In float32 the vectors do not depend on it (to 1e-6). In bfloat16 they differ by
             .001, and 99.8% of the ten nearest passages stay the same (measured on all-MiniLM-L6-v2).
         max_left_out: Maximum number of passages that are left out because their vector is NaN, infinite or
-            zero, also in float32. The manifest names them; more of them stop the run. (default: 100)
+            zero, even in float32. The manifest names them. The run stops if there are more. (default: 100)
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
@@ -392,12 +393,12 @@ def evaluate(
         columns: Columns of queries and qrels, if they are not called as usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.
         corpus: Output of `readapt ingest`, to show titles and texts in the report.
-        general: Output of `readapt evaluate` for the same retrievers on a general collection, to show beside
-            the gain on one's own what adapting lost there.
-        require: What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005"
-            (the whole 95% interval of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the
-            mean). For each run after the first. "general nDCG@10 >= base - 0.005" is of what `general`
-            measured.
+        general: Output of `readapt evaluate` for the same retrievers on a general collection. The report then
+            also shows what adapting lost there.
+        require: Conditions on each run after the first, separated by commas; if one fails, the exit code is 1.
+            In "nDCG@10 >= base - 0.005" base is the first run: the whole 95% interval of the difference must be
+            above -0.005. "nDCG@10 >= 0.3" is about the mean. "general nDCG@10 >= base - 0.005" uses the
+            measures of `general`.
         num_permutations: Number of random permutations in the significance test, and of bootstrap samples in
             the intervals. (default: 10000)
         seed: Random seed for the significance test and the intervals. (default: 0)
@@ -431,8 +432,8 @@ def export(
     Options:
         output: Folder or URI to write the artifact to. (required)
         overwrite: Replace a collection that holds another export, and an artifact in the output that was made
-            or begun with other options. Without this both are refused; what readapt did not write is always
-            refused. (default: no)
+            or begun with other options. Without this both are refused. Data that readapt did not write is
+            always refused. (default: no)
         vectors: Vectors: the output of `readapt embed`. (required)
         to: Where the vectors go: qdrant://HOST:6333/COLLECTION, lancedb:FOLDER/TABLE,
             postgresql://USER@HOST/DATABASE?table=TABLE, opensearch://HOST:9200/INDEX,
@@ -440,11 +441,11 @@ def export(
             (required)
         corpus: Passages: the output of `readapt ingest` that the vectors were made of. Needed unless with_text
             is off.
-        previous: Output of an earlier export to the same collection. Only what changed since is sent, and what
-            the corpus lost is deleted. If omitted, the collection must not exist.
-        with_text: Send title, text and the other columns of the passages along. (default: yes)
-        check: Vectors of the corpus to query the target with at the end, to compare its ten best with exact
-            search; 0 for none. (default: 20)
+        previous: Output of an earlier export to the same collection. Only rows that changed since are sent, and
+            rows that left the corpus are deleted. If omitted, the collection must not exist.
+        with_text: Also send title, text and the other columns of the passages. (default: yes)
+        check: Number of vectors of the corpus with which the target is queried at the end, to compare its ten
+            best with exact search; 0 for none. (default: 20)
         batch_rows: Rows per request. Lower it if the database refuses requests as too large. (default: 256)
 
     Returns:
@@ -578,8 +579,8 @@ def finetune(
         model: Model to start from: a catalog name, a folder, a GGUF file, a URI or a hub id. (required)
         corpus: Passages with queries and qrels (the output of `readapt ingest`), queries that a language model
             wrote (the output of `readapt synthesize`), or a JSONL file of pairs with the texts `query`,
-            `positive` and, optionally, `negatives`. Of a document that ingest split, the passage with most
-            words of the query is trained on. (required)
+            `positive` and, optionally, `negatives`. If ingest split a document, the passage that has most words
+            of the query is trained on. (required)
         split: Split of the corpus's qrels to train on: train, dev, test. (default: train)
         negatives: TREC run to take hard negatives from (the output of `readapt search`): its best passages that
             are not judged relevant.
@@ -591,9 +592,9 @@ def finetune(
         micro_batch_tokens: Tokens per forward and backward pass, padding included. Lower it when memory is
             short; batch and result stay the same (GradCache). (default: 16384)
         temperature: Temperature of the InfoNCE loss: cosines are divided by it. (default: 0.05)
-        queries_only: Train queries alone: passages are encoded by the model as it was, so its vectors stay
-            valid. The output is a model for queries, with which `search` and `serve` accept them, and with
-            which `embed` encodes by the model as it was. (default: no)
+        queries_only: Train only the encoding of queries. Passages are encoded by the original model, so its
+            vectors stay valid: `search` and `serve` accept them with the output, and `embed` encodes passages
+            with the original model. (default: no)
         both_directions: Also train each passage to find its query among the queries of the batch. (default: no)
 
     Returns:
@@ -636,17 +637,17 @@ def index(
             scratch.
         kind: Kind of index. flat searches exactly; the others trade recall for speed or memory; auto chooses by
             size, memory and recall. (default: flat)
-        storage: How vectors are stored in flat, ivf-flat and hnsw, and in ivf-pq and rabitq for the second
-            ranking. If omitted, float16 in a flat index of float16 vectors, which loses nothing, and float32
-            elsewhere.
-        refine: Keep the vectors beside the codes of ivf-pq and rabitq, to rank the candidates again. (default:
-            yes)
+        storage: How vectors are stored in flat, ivf-flat and hnsw, and in ivf-pq and rabitq for ranking
+            candidates again. If omitted, float16 in a flat index of float16 vectors, which loses nothing, and
+            float32 elsewhere.
+        refine: Keep the vectors beside the codes of ivf-pq and rabitq, to rank the candidates again by exact
+            scores. (default: yes)
         code_bytes: Bytes per code of ivf-pq. If omitted, a quarter of the dimension.
-        factory: FAISS factory string to use as it is, instead of kind.
+        factory: FAISS factory string, used unchanged instead of kind.
         depth: nprobe (ivf) or efSearch (hnsw). If omitted, the smallest value that reaches min_recall.
-        min_recall: Fraction of the exact top 10, and of the top 100, that an approximate index must find for
-            queries: those of the corpus, or else pieces of its passages. Below it the index is refused.
-            (default: 0.95)
+        min_recall: Fraction of the exact top 10, and of the top 100, that an approximate index must find, else
+            it is refused. It is measured with the queries of the corpus, or with pieces of its passages if it
+            has none. (default: 0.95)
         memory_gb: Maximum memory of the loaded index in GB, used when kind is auto. If omitted, no limit.
         bm25: Also index the words of the passages, for `search --mode bm25` and `hybrid`. The corpus of the
             vectors is read. (default: no)
@@ -692,16 +693,16 @@ def ingest(
             such an output is refused. (default: no)
         source: Corpus to read: a path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,... or a
             corpus name of the catalog. (required)
-        previous: Passages of an earlier state of the corpus. Files of passages that did not change are shared
-            with it, not written.
+        previous: Output of `readapt ingest` for an earlier state of the corpus. Files whose passages did not
+            change are shared with it instead of written.
         format: Format of the source. auto recognises it by the file names; set it when that fails. (default:
             auto)
-        columns: Columns that hold doc_id, title and text, if they are not called so:
+        columns: Columns that hold doc_id, title and text, if they have other names:
             doc_id=docid,text=abstract+body joins two. Usual names are known: id, docid, pid, content, contents,
             passage, body, headline and more. query_id, query and relevance are fields of the queries and qrels.
-        keep: Other columns to carry along, such as url,date; servers and `ra.Retriever` give them back, filters
-            can use them, and exports hold them. The TREC run of `readapt search` has ids alone. With NAME:TYPE
-            (string, int64, float64, bool) a type is set.
+        keep: Other columns to keep, such as url,date. Servers and `ra.Retriever` return them, filters can use
+            them, and exports hold them; the TREC run of `readapt search` has only ids. NAME:TYPE sets a type
+            (string, int64, float64, bool).
         bad_rows: What to do with a row that cannot become a passage: skip leaves it out and counts it, fail
             stops. (default: skip)
         deduplicate: Which duplicates to drop: none, exact (same title and text), or near (also nearly the
@@ -709,17 +710,17 @@ def ingest(
             published ones. (default: auto)
         near_threshold: Jaccard similarity of three-word sequences above which two passages are near duplicates
             (estimated with MinHash, error about 0.04). Used with deduplicate = near. (default: 0.8)
-        max_text_bytes: Maximum size of title and text together, in bytes of UTF-8; a row of this size or more
-            is a bad row. (default: 10000000)
+        max_text_bytes: Limit of title and text together, in bytes of UTF-8; a row of this size or more is a bad
+            row. (default: 10000000)
         max_passage_chars: Maximum length of a passage from a text or Markdown file, in characters; longer files
             are split between paragraphs. (default: 2000)
         split_tokens: Split documents of any format into passages of at most this many tokens, between
-            paragraphs or sentences. Passages are called doc#1, doc#2 ...; searches give back documents, by
-            their best passage. If omitted, rows are not split.
-        overlap: Tokens with which a passage repeats the end of the one before, at most. Used with split_tokens.
-            (default: 0)
-        tokenizer: Model whose tokenizer counts for split_tokens: the retriever.
-        rows_per_file: Passages per Parquet file; documents where these are split. (default: 65536)
+            paragraphs or sentences. Passages get the ids doc#1, doc#2 ...; searches return documents, by their
+            best passage. If omitted, rows are not split.
+        overlap: Maximum number of tokens of the previous passage's end that a passage repeats. Used with
+            split_tokens. (default: 0)
+        tokenizer: Model whose tokenizer counts the tokens of split_tokens: the retriever.
+        rows_per_file: Passages per Parquet file; with split_tokens, documents per file. (default: 65536)
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
@@ -764,7 +765,7 @@ def merge(
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
         pretrained: Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id.
-            With bundle, only where its base model is now.
+            With bundle, give it only if the base model is now in another place.
         retriever: The same model after retrieval training: full weights, or a LoRA or DoRA adapter.
         adapter: Knowledge adapter (the output of `readapt train`) or tuned model: a folder, a URI or a hub id;
             or several, separated by commas.
@@ -783,22 +784,23 @@ def merge(
             scales can be made from it later. (default: no)
         accept: Mismatches to allow, separated by commas: config, tokenizer, vocabulary (the retriever's is
             used), base (an adapter's base model).
-        queries_only: Make a model for queries: passages keep the vectors of the retriever. `search` and `serve`
-            accept these with it, and `embed` encodes with the retriever. (default: no)
+        queries_only: Make a model that encodes only queries. Passages keep the retriever's vectors: `search`
+            and `serve` accept them with this model, and `embed` encodes passages with the retriever. (default:
+            no)
         dtype: Data type of the written weights; retriever keeps the type of each of the retriever's tensors.
             (default: retriever)
-        max_shard_bytes: Maximum size of a weight file in bytes; a tensor that is larger gets its own file.
-            (default: 5000000000)
-        encoding: JSON file with pooling, prompts and special tokens, for a retriever whose folder and catalog
-            do not say. If omitted, the retriever's own.
+        max_shard_bytes: Maximum size of a weight file in bytes; a larger tensor gets its own file. (default:
+            5000000000)
+        encoding: JSON file with pooling, prompts and special tokens, for a retriever whose folder and the
+            catalog do not have them. If omitted, the retriever's own.
         num_workers: Ray tasks that write weight files at the same time, on any node of the cluster. 0 writes
             them on this machine with all its cores. (default: 0)
         num_cpus_per_worker: CPUs, and so threads, per Ray task. (default: 1)
         measures: Output of `readapt tune` or `readapt evaluate` whose result is shown in the model card.
-        push: Also send the model with its card to the Hugging Face hub: hub:OWNER/NAME. It is private there,
-            and HF_TOKEN holds a token that may write.
-        public: Let anybody read the repository of push. The card names the models that it was made from as they
-            were given. (default: no)
+        push: Also send the model with its card to the Hugging Face hub: hub:OWNER/NAME. The repository is
+            private. HF_TOKEN must hold a token that may write.
+        public: Let anybody read the repository of push. Its card names the input models as they were given
+            here. (default: no)
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
@@ -887,7 +889,7 @@ def paper(
         retriever: Model to adapt: a catalog name, a folder, a GGUF file, a URI or a hub id. (default:
             e5-mistral)
         pretrained: Model before retrieval training: a catalog name, a folder, a GGUF file, a URI or a hub id.
-            If omitted, what the catalog says of the retriever.
+            If omitted, the model that the catalog names for the retriever.
         corpora: Corpora, separated by commas: names of the catalog, or NAME=SOURCE with any source of `readapt
             ingest`. If omitted, the paper's fourteen. (default:
             msmarco,fever,hotpotqa,nq,quora,arguana,climate-fever,dbpedia-entity,fiqa,nfcorpus,scidocs,scifact,trec-covid,webis-touche2020)
@@ -896,8 +898,8 @@ def paper(
         data: Folder that holds a BEIR folder for each corpus, under its name. If omitted, the corpora are
             downloaded with ir_datasets.
         seeds: Seeds of the adapters, separated by commas. Results are averaged over them. (default: 0)
-        sizes: Numbers of passages of figure2, separated by commas. A corpus leaves out those that it does not
-            have. (default: 1000,10000,100000,1000000)
+        sizes: Numbers of training passages for figure2, separated by commas. Numbers above the size of a corpus
+            are left out. (default: 1000,10000,100000,1000000)
         readapter_scale: Weight of the retriever's change to the pretrained model; 1.0 is the paper's value.
             (default: 1.0)
         knowledge_scale: Weight of the adapter's change to the pretrained model; 0.5 is the paper's value.
@@ -943,17 +945,17 @@ def refresh(
             `python-docs:PACKAGE,...`. If omitted, the source of the previous refresh.
         retriever: Model that makes the vectors: a catalog name, a folder, a GGUF file, a URI or a hub id. If
             omitted, the model of the previous refresh.
-        to: Vector database to keep up to date, as `readapt export --to`. If omitted, the target of the previous
-            refresh, if it had one.
-        serve: YAML file with the options of a server that runs, as `readapt serve --config`. It is updated to
-            the new generation.
+        to: Vector database to keep up to date, as for `readapt export --to`. If omitted, that of the previous
+            refresh, if any.
+        serve: YAML file with the options of a running server, as for `readapt serve --config`. The server is
+            updated to the new generation.
         back: Number of an earlier generation to make the present one again. The source is not read.
         allow_shrink: Accept a source with less than half of the passages that the present generation has.
             Without this it is refused. (default: no)
-        overwrite: Make again all that other options or another model make stale. Without this they are refused.
-            (default: no)
-        loss_sample: Number of new and of kept passages on which the language-model loss of the retriever's
-            adapter is measured; 0 leaves it out. It loads the pretrained model. (default: 64)
+        overwrite: Make all artifacts again that other options or another model make stale. Without this, such
+            options are refused. (default: no)
+        loss_sample: Number of new passages, and of kept ones, on which to measure the language-model loss of
+            the retriever's adapter. This loads the pretrained model. 0 turns it off. (default: 64)
         ingest: Options of ingest. If omitted, the options of the previous refresh; the same holds for the other
             sections.
         embed: Options of embed.
@@ -999,22 +1001,23 @@ def search(
         output: Folder or URI to write the artifact to. (required)
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
-        retriever: Model that made the vectors (or that `bridge` is for, or a model for queries alone that names
-            it): a catalog name, a folder, a URI or a hub id. Give this or domain.
+        retriever: Model that made the vectors, or a model only for queries that was made from it, or the new
+            model of `bridge`: a catalog name, a folder, a URI or a hub id. Give this or domain.
         domain: Factors of a domain, the output of `readapt merge --factors`: vectors and queries equal the
             merged model's. Give this or retriever.
         base: Model before retrieval training that the domain was merged with. If omitted, the one that the
             factors name.
         index: Index to search: the output of `readapt index`. Give this or vectors.
         vectors: Vectors to search exactly: the output of `readapt embed`. Give this or index.
-        root: Root of `readapt refresh`: search the index of its present generation, with its retriever. What is
-            given beside it overrides it.
+        root: Root of `readapt refresh`: search the index of its present generation, with its retriever. Other
+            options that you give override these.
         as_of: Number of the generation of `root` to search. If omitted, the present one.
         bridge: Output of `readapt bridge`, if the vectors were made by an older model: queries are mapped to
             them.
         queries: Queries: a file (BEIR .jsonl, .csv, .tsv, .parquet, .json, .arrow), or a folder of such files.
             (required)
-        qrels: File of judgements: only queries that are judged in it are searched. If omitted, all queries are.
+        qrels: File of judgements: only queries that it judges are searched. If omitted, all queries are
+            searched.
         columns: Columns of queries and qrels, if they are not called as usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.
         mode: Search by vectors, by words, or by both, fused by reciprocal rank. Words need an index that was
@@ -1099,24 +1102,25 @@ def serve(
     Options:
         retriever: Model to serve: a catalog name, a folder, a GGUF file, a URI or a hub id. Required, unless
             `versions` lists several.
-        index: Output folder of `readapt index`, made with this retriever (or `bridge` leads to it). If omitted,
-            there is no search.
+        index: Output folder of `readapt index`, with vectors of this retriever (with `bridge`, of an older
+            model). If omitted, there is no search.
         bridge: Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a
-            version encodes queries alone.
-        new_vectors: Output folder in which `readapt embed` writes the vectors of this retriever, finished or
-            still under way. Passages move from old vectors behind the `bridge` to these as they appear.
+            version encodes only queries.
+        new_vectors: Output folder of `readapt embed` for this retriever, finished or still running. As its
+            files appear, their passages are searched by these vectors, and no longer by old vectors through the
+            `bridge`.
         corpus: Output folder of `readapt ingest`. If omitted, search results have no titles and texts.
-        encoding: JSON file that says how the retriever wants its text. If omitted, the index says it, or the
-            model's folder.
-        dtype: Type that the model computes in. If omitted, the type of the index, or float32. The index accepts
-            no other one.
+        encoding: JSON file with prompts, special tokens, pooling and maximum lengths of the retriever. If
+            omitted, they are read from the index, or from the model's folder.
+        dtype: Data type that the model computes in. It must be the type that the index was made with. If
+            omitted, that type, or float32 without an index.
         batch_tokens: Maximum number of tokens per batch. If omitted, 1,024 on a CPU, and on a GPU by the
             model's size and the free memory. Lower it if a GPU runs out of memory.
         num_replicas: Number of encoder processes; with `max_replicas`, the minimum. Raise it for more requests
             per second. (default: 1)
         max_replicas: Maximum number of encoder processes. Ray Serve starts more while batches wait, and stops
             them again. If omitted, `num_replicas`.
-        num_cpus_per_replica: CPUs that Ray reserves per encoder process. `num_threads` says how many it really
+        num_cpus_per_replica: CPUs that Ray reserves per encoder process. `num_threads` sets how many threads it
             uses. (default: 0.5)
         num_gpus_per_replica: GPUs that Ray reserves per encoder process; 0.25 puts four on one GPU. If omitted,
             1 if the cluster has GPUs, else 0.
@@ -1135,29 +1139,30 @@ def serve(
         batch_wait_s: Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it
             to get larger batches at the cost of latency. While the encoder is busy, texts gather anyway.
             (default: 0.0)
-        max_requests: Maximum number of requests in progress per gateway. Above it the answer is 429. A domain
-            may have half of them, or as many as are free. (default: 256)
+        max_requests: Maximum number of requests in progress per gateway. Above it the answer is 429. One domain
+            may have at most as many as are free, which is half if no other domain is busy. (default: 256)
         max_queued_tokens: Maximum number of tokens that wait per version and gateway. Above it the answer is
-            429. Lower it to refuse early instead of answering late. A domain may have half of them, or as many
-            as are free. (default: 1048576)
+            429. Lower it to refuse early instead of answering late. One domain may have at most as many as are
+            free, which is half if no other is busy. (default: 1048576)
         max_body_bytes: Maximum size of a request in bytes. Above it the answer is 413. (default: 16777216)
         max_inputs: Maximum number of texts per request. (default: 2048)
         truncate: Cut texts that are too long, unless the request says `"truncate": false`. Without it they are
             refused. Set it for clients that cannot ask for it. (default: no)
         accept_token_ids: Accept token ids in place of texts. Only ids of the model's own tokenizer give the
-            right vectors. OpenAI's ids, which LangChain sends by default, give vectors of other texts.
-            (default: no)
+            right vectors. OpenAI's ids, which LangChain sends by default, mean other texts here and give wrong
+            vectors. (default: no)
         knowledge_scale: Range of scales that a request for a domain may ask for by `knowledge_scale`, such as
-            0.0..1.0. If omitted, requests cannot choose, and each domain has the scale that it was merged with.
+            0.0..1.0. If omitted, requests cannot choose, and each domain has the scale that it was merged with,
+            or its own `knowledge_scale`.
         timeout_s: Seconds until a request is given up with 504. A request can ask for less. Raise it if clients
             send many texts per request to a slow encoder. (default: 60.0)
         shadow: Version that also searches, unseen by clients; metrics say how far it agrees. Set it to try a
             version on real traffic.
         shadow_share: Share of searches that the shadow also gets. Lower it if the shadow takes too much of the
             machine. (default: 1.0)
-        recall_probe: Share of searches that are repeated exactly after the answer, one at a time; metrics say
-            how many of the 10 best the index found. The index must hold its float32 vectors (--storage float32;
-            ivf-pq and rabitq with --refine). (default: 0.0)
+        recall_probe: Share of searches that are repeated by exact search after the answer, one at a time.
+            Metrics say how many of the 10 best passages the index had found. The index must hold its float32
+            vectors (--storage float32; ivf-pq and rabitq with --refine). (default: 0.0)
         lost_shards: What to do when a part of the index does not answer: wait for its replacement until the
             request's time is up, answer without it and say so, or return an error. (default: wait)
         shard_timeout_s: Seconds until a part of the index counts as lost. Unused if `lost_shards` is wait.
@@ -1165,17 +1170,18 @@ def serve(
         name: Name of the version for clients. If omitted, the last part of `retriever`.
         versions: YAML file of several versions by name, each with its retriever, index, corpus and so on. The
             file of --config can also hold them as a section.
-        base: Model before retrieval training that the `domains` were merged with. If omitted, the one that the
-            factors name.
+        base: Pretrained model (before retrieval training) that the `domains` were merged with. If omitted, the
+            one that the factors name.
         domains: Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name:
             factors`. Factors are the output of `readapt merge --factors`, all with the same retriever. Give it
-            instead of `retriever`. `index=INDEX`, `corpus=CORPUS` and `knowledge_scale=0` after a domain are
-            its own; in the file, `name: {factors: ..., index: ...}`. At scale 0 the index is of the retriever's
-            own vectors.
-        max_domain_bytes: Memory for the factors of all domains, in bytes, in each encoder process. Those that
-            were used longest ago make room, and are read again when they are needed. (default: 1073741824)
+            instead of `retriever`. Options of a domain follow it, as in
+            `legal=FACTORS,index=INDEX,corpus=CORPUS,knowledge_scale=0`; in the file they are `name: {factors:
+            ..., index: ...}`. At scale 0 the index must have the retriever's own vectors.
+        max_domain_bytes: Memory for the factors of all domains, in bytes, in each encoder process. When it is
+            full, the factors that were not used for longest are dropped, and read again when they are needed.
+            (default: 1073741824)
         default: Version that answers requests that name none. If omitted, the first.
-        split: Weights of versions among the searches that name none, such as base=0.1,adapted=0.9. If omitted,
+        split: Weights that split the searches that name no version, such as base=0.1,adapted=0.9. If omitted,
             the default version answers all of them.
         host: Address to listen on. 0.0.0.0 means all addresses, and needs API keys. (default: 127.0.0.1)
         port: Port to listen on. (default: 8000)
@@ -1185,18 +1191,18 @@ def serve(
             asks. (default: no)
         cors_origins: Origins of web pages that may call this server from a browser, such as
             https://app.example; * for all. If omitted, none.
-        drain_s: Seconds that requests under way may take to end when the server is told to stop. New ones get
-            503 in the meantime. Set it below what your supervisor waits before it kills. (default: 30.0)
+        drain_s: Seconds that requests in progress may still take when the server is told to stop. New ones get
+            503 meanwhile. Set it below the time after which your supervisor kills the process. (default: 30.0)
         num_gateways: Number of processes that speak HTTP and form batches. Raise it if one keeps a CPU core
             busy. (default: 1)
         traces: Send OpenTelemetry traces of requests over OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra
             `traces`. (default: no)
-        update: Bring the server that runs on this Ray to these options without dropping a request, instead of
+        update: Change the server that runs on this Ray to these options, without dropping a request, instead of
             starting one. (default: no)
-        require_report: Output of `readapt evaluate --require`. Serve only if all that it requires holds, and it
-            measured each version.
-        root: Root of `readapt refresh`: serve the retriever, index and corpus of its present generation. What
-            is given beside it overrides it.
+        require_report: Output of `readapt evaluate --require`. The server starts only if all its requirements
+            hold, and if it measured each version.
+        root: Root of `readapt refresh`: serve the retriever, index and corpus of its present generation.
+            `retriever`, `index` and `corpus` override it.
         as_of: Number of the generation of `root` to serve. If omitted, the present one.
         write_config: Write the file that `serve deploy` and KubeRay's RayService read, and start nothing.
 
@@ -1246,21 +1252,21 @@ def synthesize(
             $READAPT_ENDPOINT_KEY. If omitted, the model is loaded by Ray tasks, one per GPU.
         num_passages: Maximum number of passages to write queries for, drawn at random. (default: 4000)
         queries_per_passage: Queries to ask for per passage. (default: 1)
-        vectors: Vectors of the corpus: the output of `readapt embed`. A query is kept only if the retriever
-            that made them finds its passage with it. If omitted, queries are not tried.
-        round_trip_k: The passage must be among so many best results of its query, with vectors. (default: 20)
+        vectors: Vectors of the corpus: the output of `readapt embed`. A query is kept only if a search among
+            them finds its passage. If omitted, queries are not tested by searching.
+        round_trip_k: With vectors: a query's passage must be among this number of best results. (default: 20)
         prompt: Prompt for the model; title and text replace {passage}. (default: Here is a passage: {passage}
             Write one question that a person would type into a search engine and that this passage answers. Use
             other words than the passage where you can. Reply with the question alone.)
         max_passage_chars: Characters of a passage that the model reads; the rest is cut. (default: 2000)
         max_query_tokens: Maximum tokens of an answer. (default: 48)
         temperature: Temperature of the sampling; 0 takes the likeliest token each time. (default: 0.7)
-        budget_tokens: Tokens of prompts and answers after which an endpoint is asked no more; the queries that
-            are there are kept, and the same command with another budget asks for the rest. If omitted, there is
-            no limit.
+        budget_tokens: Maximum tokens of prompts and answers at an endpoint. When they are spent, the queries so
+            far are kept, and the same command with a larger budget asks for the rest. If omitted, there is no
+            limit.
         dtype: Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
             AVX512_BF16, else float32. (default: auto)
-        num_requests: Requests that an endpoint gets at the same time. (default: 8)
+        num_requests: Maximum number of requests to an endpoint at the same time. (default: 8)
         timeout_s: Seconds that one request to an endpoint may take. (default: 120.0)
         seed: Random seed of the choice of passages and of the sampling. (default: 0)
 
@@ -1387,11 +1393,11 @@ def train(
             (required)
         corpus: Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are
             packed first, into OUTPUT-blocks. (required)
-        continue_from: Adapter of an earlier training on the same pretrained model to start from; method, rank,
-            alpha and target modules are its own. Give it passages that it has not seen: with new_since, or a
+        continue_from: Adapter of an earlier training on the same pretrained model to start from; it keeps its
+            method, rank, alpha and target modules. Give it passages that it has not seen: with new_since, or a
             corpus of new passages.
         objective: causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If
-            omitted, what the model has a head for.
+            omitted, the one that the model has a head for.
         batch_size: Blocks per step, over all workers. auto gives each worker at least 16,384 tokens per step,
             but takes at least 500 steps, on fewer workers if the corpus is small. learning_rate is then the
             rate for 4 passages per step: it grows with the square root of the passages per step, at most
@@ -1450,7 +1456,7 @@ def tune(
         queries: Withheld queries: a file or folder. If omitted, the corpus's split dev, else train, but never
             the split that is reported on (test, or the split of the report beside the corpus); else
             pseudo-queries made from the passages.
-        qrels: Judgements of the queries: a file or folder. A document that ingest split has the score of its
+        qrels: Judgements of the queries: a file or folder. A document that ingest split gets the score of its
             best passage.
         columns: Columns of queries and qrels, if they are not called as usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.

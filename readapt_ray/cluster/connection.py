@@ -354,11 +354,3 @@ def has_ended() -> bool:
     """Return whether Ray's server processes (gcs_server, raylet), started by this process, have died."""
     node = getattr(sys.modules.get("ray._private.worker"), "_global_node", None)
     return node is not None and bool({kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"})
-
-
-def disconnect() -> None:
-    """Disconnect from Ray, and stop it if `connect` started it on this machine."""
-    import ray
-
-    with contextlib.suppress(ConnectionError):
-        ray.shutdown()

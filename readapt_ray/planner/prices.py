@@ -50,10 +50,6 @@ class Storage(Config):
 
     usd_per_gb_month: float
     """Price of storing a gigabyte for a month."""
-    usd_per_1000_writes: float
-    """Price of a thousand PUT, COPY or LIST requests."""
-    usd_per_1000_reads: float
-    """Price of a thousand GET requests."""
 
 
 class PriceTable(Config):

@@ -30,7 +30,7 @@ from readapt_ray.retrieval.vector_files import is_usable
 from readapt_ray.weights.dense import DenseHead, load_dense
 from readapt_ray.weights.domain_layers import DomainUse
 from readapt_ray.weights.domain_network import DomainNetwork
-from readapt_ray.weights.loading import in_float32, load_model
+from readapt_ray.weights.loading import in_float32, is_out_of_memory, load_model
 
 logger = logging.getLogger("readapt_ray")
 
@@ -213,7 +213,7 @@ class Encoder:
             try:
                 started.append((batch, self._forward(texts, [uses[index] for index in batch])))
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve_budget(texts)
                 rest = np.concatenate([batch, *pending[::-1]])
@@ -237,8 +237,9 @@ class Encoder:
             return vectors
         again = [rows[index] for index in unusable.tolist()]
         with in_float32(self.network) as is_possible:
-            if is_possible:
-                vectors[unusable] = self.encode_ids(again)
+            if not is_possible:
+                return vectors
+            vectors[unusable] = self.encode_ids(again)
         self.work = replace(self.work, num_again=self.work.num_again + len(again))
         logger.info("encoded again in float32, since their vectors were NaN, infinite or zero: %d texts", len(again))
         return vectors
@@ -336,10 +337,6 @@ def _checked_device(device: str) -> str:
         there = ["cpu", *(f"cuda:{each}" for each in range(torch.cuda.device_count()))]
         raise InputError(f"device = {device!r} is not on this machine; it must be one of {', '.join(there)}") from None
     return device
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:

@@ -65,7 +65,6 @@ REASONS: Final[dict[str, str]] = {
     "not_json": "it is not JSON",
     "not_json_object": "it is not a JSON object",
     "wrong_columns": "it has another number of columns than the first line",
-    "bad_quotes": "its quotes are not valid CSV",
     "bad_relevance": "its relevance is not a whole number",
     "conflicting_judgement": "an earlier row judges the same passage otherwise",
     "not_pdf": "it cannot be read as PDF",

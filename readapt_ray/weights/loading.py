@@ -161,13 +161,20 @@ def in_float32(module: torch.nn.Module) -> Iterator[bool]:
             for parameter, _ in narrow:
                 parameter.data = parameter.data.float()
             is_possible = True
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning("no memory to compute in float32: what overflows is not encoded again")
             is_possible = False
         yield is_possible
     finally:
         for parameter, dtype in narrow:
             parameter.data = parameter.data.to(dtype)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether torch raised an error because an allocation failed, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @torch.no_grad()

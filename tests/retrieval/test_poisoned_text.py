@@ -99,6 +99,21 @@ def test_what_overflows_is_encoded_again_in_float32(poisoned, tmp_path, dtype):
         assert tensor.dtype == before[key].dtype and torch.equal(tensor.nan_to_num(), before[key].nan_to_num()), key
 
 
+def test_without_memory_for_float32_nothing_is_encoded_again_or_counted(poisoned, caplog, monkeypatch):
+    encoder = Encoder.load(open_model(str(poisoned["decoder", POISON])), dtype="bfloat16", packed=True, batch_tokens=4096)
+    huge = torch.zeros(1, dtype=torch.bfloat16).expand(1 << 50)  # 4 PB in float32
+    encoder.network.register_parameter("huge", torch.nn.Parameter(huge, requires_grad=False))
+    texts = [*TEXTS, [POISON, 20, 21]]
+    found = encoder.encode_usable(texts)
+    assert [bool(np.isfinite(each).all()) for each in found] == [True] * 5 + [False]
+    assert encoder.work.num_again == 0
+    assert "no memory to compute in float32" in caplog.text and "encoded again in" not in caplog.text
+    assert {each.dtype for each in encoder.network.parameters()} == {torch.bfloat16}
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        encoder.encode_usable(texts)
+
+
 def _overflowing(network, rows, vectors):
     """On a CPU half the sums are made in float32, so what overflows on a GPU is made NaN by hand."""
     if next(network.parameters()).dtype != torch.float32:

@@ -52,9 +52,6 @@ _TABLE_2: dict[str, dict[str, tuple[float, float, float]]] = {
 }
 _TABLE_2_ARMS = ("unjudged passages", "judged passages", "readapted")
 
-TABLE_3_MEAN_GAINS: dict[str, float] = {"repllama": 0.2, "e5-mistral": 2.0}
-"""Mean gain of the MS MARCO adapter over the base, on the other thirteen corpora, in points of nDCG@10."""
-
 TRAINED_ON: dict[str, frozenset[str]] = {
     "repllama": frozenset({"msmarco"}),
     "e5-mistral": frozenset({"msmarco", "fever", "hotpotqa", "nq", "quora"}),
