@@ -100,7 +100,9 @@ def test_what_overflows_is_encoded_again_in_float32(poisoned, tmp_path, dtype):
 
 
 def test_without_memory_for_float32_nothing_is_encoded_again_or_counted(poisoned, caplog, monkeypatch):
-    encoder = Encoder.load(open_model(str(poisoned["decoder", POISON])), dtype="bfloat16", packed=True, batch_tokens=4096)
+    encoder = Encoder.load(
+        open_model(str(poisoned["decoder", POISON])), dtype="bfloat16", packed=True, batch_tokens=4096
+    )
     huge = torch.zeros(1, dtype=torch.bfloat16).expand(1 << 50)  # 4 PB in float32
     encoder.network.register_parameter("huge", torch.nn.Parameter(huge, requires_grad=False))
     texts = [*TEXTS, [POISON, 20, 21]]
