@@ -6,10 +6,17 @@ Each figure has its command, seed, machine and state. What is not measured is no
 import argparse
 import json
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
 from readapt_ray import artifacts
+from readapt_ray.evaluation.significance import combine
 
 RUN = "bash benchmarks/smollm/run.sh DATA WORK"
 OUTPUT = Path(__file__).parents[1] / "results" / "smollm.json"
@@ -28,6 +35,8 @@ def main() -> None:
     for report in sorted(options.work.glob("*/report-*")):
         if measured := of_report(report):
             found.setdefault("domains", {}).setdefault(report.parent.name, {})[report.name] = measured
+    if combined := over_all(options.work):
+        found["all domains and seeds"] = combined
     for folder in sorted(options.work.glob("*/continuing")):
         if measured := of_continuing(folder):
             found.setdefault("continuing", {})[folder.parent.name] = measured
@@ -86,6 +95,38 @@ def of_report(report: Path) -> dict[str, Any] | None:
         "means": manifest.details["means"],
         "comparisons": manifest.details["comparisons"],
     }
+
+
+def over_all(work: Path) -> dict[str, Any]:
+    """Test RE-adapted against the retriever over all domains and seeds: the mean over a domain's seeds for each query, and
+    domains with equal weight. Also of each domain; `detectable` is the gain that the test finds with 80% power.
+    """
+    found: dict[str, Any] = {}
+    pairs = {"dense": ("adapted-seed{}", "retriever"), "fused with BM25": ("adapted-seed{}-bm25", "retriever-bm25")}
+    for label, (adapted, baseline) in pairs.items():
+        by_domain: dict[str, list[NDArray[np.float64]]] = {}
+        for report in sorted(work.glob("*/report-seed*")):
+            if (report / "per_query.parquet").is_file():
+                run = adapted.format(report.name.removeprefix("report-seed"))
+                by_domain.setdefault(report.parent.name, []).append(
+                    of_queries(report, run) - of_queries(report, baseline)
+                )
+        means = {domain: np.mean(seeds, axis=0) for domain, seeds in by_domain.items()}
+        sets = {domain: [each] for domain, each in means.items()} | {"all": list(means.values())}
+        found[label] = {
+            name: {"seeds": len(by_domain.get(name, ())) or None, **asdict(combine(each))}
+            for name, each in sets.items()
+            if each
+        }
+    return found
+
+
+def of_queries(report: Path, run: str) -> NDArray[np.float64]:
+    """Return nDCG@10 of each query in a run of a report, in the order of the queries' ids."""
+    table = pq.read_table(report / "per_query.parquet")
+    rows = table.filter((pc.field("run") == run) & (pc.field("measure") == "nDCG@10")).sort_by("query_id")
+    values: NDArray[np.float64] = rows["value"].to_numpy()
+    return values
 
 
 def of_continuing(folder: Path) -> dict[str, Any] | None:
