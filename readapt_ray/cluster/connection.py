@@ -154,9 +154,11 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
         if len(nodes) >= wanted and has_cpus:
             return nodes
         if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
+            needed, advice = "tasks need a node with CPUs", "start one"
+            if len(nodes) < wanted:
+                needed, advice = f"READAPT_NUM_NODES asks for {wanted} nodes", "start the others, or ask for fewer"
             raise PlacementError(
-                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {describe_nodes(nodes)}; start the others, "
-                f"or want fewer{launcher.described_failures()}"
+                f"{needed}, and the cluster has {describe_nodes(nodes)}; {advice}{launcher.described_failures()}"
             )
         if time.monotonic() - said_s > _WAIT_LOG_S:
             said_s = time.monotonic()
