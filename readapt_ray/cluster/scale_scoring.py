@@ -117,7 +117,7 @@ class ScaleScoring:
         num_left, num_vain_losses = len(pairs), 0
         with (
             autoscaling.requested(min(self._num_actors, len(pairs)), self._each, least=1),
-            placement.said_when_too_small(1, self._each, who="actors"),
+            placement.warn_while_too_small(1, self._each, who="actors"),
         ):
             while num_left:
                 while waiting and self._idle:

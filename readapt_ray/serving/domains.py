@@ -168,7 +168,7 @@ def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, floa
     return (wanted,) * len(backend.source.scales)
 
 
-def at_scale(
+def index_name_at_scale(
     versions: Mapping[str, Version], name: str, scales: Sequence[float], allowed: frozenset[str] | None
 ) -> str:
     """Return the name under which the index of a domain at these scales is served.
@@ -201,7 +201,7 @@ def at_scale(
     )
 
 
-async def rows_of(
+async def load_and_mark_rows(
     backend: Backend, rows: Sequence[Sequence[int]], scales: tuple[float, ...] | None = None
 ) -> Sequence[Sequence[int]]:
     """Load the factors of a domain, and return the rows with its name; rows for a version are returned unchanged.
@@ -228,7 +228,7 @@ def flow_of(backend: Backend) -> str | None:
     return backend.source.name if isinstance(backend, DomainBackend) else None
 
 
-class Places:
+class RequestSlots:
     """Limits the requests in progress per domain: a domain may hold at most as many places as are free.
 
     So one busy domain takes half of the places, two take a third each, and another domain always finds a free one.
@@ -267,7 +267,7 @@ class Places:
             self._held[name] -= 1
 
 
-def encoded_by(backend: Backend, scales: Sequence[float]) -> str:
+def encoder_fingerprint_at(backend: Backend, scales: Sequence[float]) -> str:
     """Return the fingerprint of the encoder that makes vectors with these scales."""
     return backend.fingerprint_of(scales) if isinstance(backend, DomainBackend) else backend.info.encoder_fingerprint
 

@@ -34,7 +34,7 @@ from readapt_ray.retrieval.parquet_rows import read_rows
 from readapt_ray.retrieval.shard_plan import packed_hashes
 from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of, read_footer
 from readapt_ray.retrieval.vector_index import VectorIndex
-from readapt_ray.serving.index_slice import IndexSlice, holds_vectors_whole
+from readapt_ray.serving.index_slice import IndexSlice, gives_exact_vectors
 from readapt_ray.serving.moving_slice import Located, MovingSlice
 from readapt_ray.serving.options import VersionConfig
 from readapt_ray.serving.version_spec import VersionSpec
@@ -105,7 +105,7 @@ def _encoder_of(files: Sequence[Location]) -> str | None:
 
 def vector_factory(index: VectorIndex) -> str:
     """Return the FAISS factory string for new vectors: Flat (float32) if the index holds exact vectors, else SQfp16."""
-    return "Flat" if all(holds_vectors_whole(each.factory) for each in index.records) else "SQfp16"
+    return "Flat" if all(gives_exact_vectors(each.factory) for each in index.records) else "SQfp16"
 
 
 def follow(

@@ -43,7 +43,7 @@ def test_pods_are_those_that_the_autoscaler_may_start(
 ) -> None:
     cluster = read_cluster(write(tmp_path, pods(**values)), PRICES)
     head, group = cluster.groups
-    assert (group.count, group.num_lasting) == expected
+    assert (group.count, group.num_always_up) == expected
     assert (head.cpus, group.cpus, group.gpus) == (0, 7, 2), "a head of num-cpus 0 takes no task"
     assert cluster.num_cpus == 7 * expected[0]
 
