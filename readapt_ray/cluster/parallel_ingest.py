@@ -309,6 +309,7 @@ class ParallelIngest:
         }
 
     def _drop_duplicates(self, found: dict[str, Any]) -> None:
+        """Write pieces that hold duplicates again without them; log how many doc_ids were changed."""
         if found["num_changed_ids"]:
             logger.info(
                 "ingest: %d doc_ids had white space, which TREC files cannot hold: it is cut off at the ends and encoded "

@@ -155,9 +155,7 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
     while any((free := ray.available_resources()).get(name, 0.0) < amount for name, amount in wanted.items()):
         if time.monotonic() > settled_s:
             have = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
-            logger.warning(
-                "%s each are asked for, and %s free: waiting for what else runs on this cluster", asked, have
-            )
+            logger.warning("%s each are asked for, and %s free: waiting for other jobs to end", asked, have)
             return
         time.sleep(_FREE_POLL_S)
 

@@ -306,8 +306,8 @@ class TrainWorker:
         self._dtype_name = job["dtype"]
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self._dtype_name]
         self.source = models.open_model(name)
-        due = job["inputs"].values()
-        on_worker.check_same_model(name, lambda: self.source.fingerprint, due, driver_node=job["driver_node"])
+        expected = job["inputs"].values()
+        on_worker.check_same_model(name, lambda: self.source.fingerprint, expected, driver_node=job["driver_node"])
         self.shape = adapter_shape(config, target_modules(config, self.source))
         self._model_shape = shape_of(self.source.config, name, objective)
         if config.check_memory:

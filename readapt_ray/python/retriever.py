@@ -166,8 +166,10 @@ class Retriever:
         self._corpus = None if corpus is None else _named(corpus)
         self._passages = None if self._corpus is None else PassageStore.open(self._corpus)
         self._bridge = None if bridge is None else Bridge.open(_named(bridge))
-        asking = query_encoder(open_model(_named(retriever)), opened.artifact, bridge=self._bridge)
-        self._encoder = Encoder(retriever, encoding=asking.encoding, dtype=asking.description["dtype"], device=device)
+        for_queries = query_encoder(open_model(_named(retriever)), opened.artifact, bridge=self._bridge)
+        self._encoder = Encoder(
+            retriever, encoding=for_queries.encoding, dtype=for_queries.description["dtype"], device=device
+        )
         self._shards = merged(opened.shards())
         self._num_vectors = opened.num_vectors
         self._is_split = bool(opened.artifact.manifest.details.get("is_split"))

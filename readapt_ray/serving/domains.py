@@ -105,7 +105,8 @@ class DomainBackend:
         if index is not None:
             if index.encoder_fingerprint != own:
                 raise FingerprintMismatchError(
-                    f"the index of domain {source.name!r} has the vectors of another encoder"
+                    f"the index of domain {source.name!r} has the vectors of another encoder ({index.encoder_fingerprint}) than "
+                    f"the one that serves it ({own}): embed and index its corpus again with this server's encoding and dtype"
                 )
             self.info = index.described(self.info)
 
@@ -229,12 +230,13 @@ def flow_of(backend: Backend) -> str | None:
 
 
 class RequestSlots:
-    """Limits the requests in progress per domain: a domain may hold at most as many places as are free.
+    """Limits the requests in progress per domain: a domain gets another slot only if it holds fewer than are free.
 
-    So one busy domain takes half of the places, two take a third each, and another domain always finds a free one.
+    So one busy domain takes half of the slots, two take a third each in the long run, and a domain without requests is
+    refused only if all slots are taken. That takes at least log2(most + 1) busy domains, such as 10 for 512 slots.
 
     Args:
-        most: maximum number of requests in progress, of all domains together.
+        most: number of slots: maximum number of requests in progress, of all domains together.
     """
 
     def __init__(self, most: int) -> None:
@@ -243,10 +245,10 @@ class RequestSlots:
 
     @contextlib.contextmanager
     def held_by(self, backend: Backend) -> Iterator[None]:
-        """Hold a place of a domain during the block; do nothing for a version that is no domain.
+        """Hold a slot for a domain during the block; do nothing for a version that is no domain.
 
         Raises:
-            RequestError: with status 429: the domain holds as many places as are free.
+            RequestError: with status 429: the domain holds as many slots as are free.
         """
         name = flow_of(backend)
         if name is None:

@@ -192,6 +192,6 @@ async def _persistently(method: Any, *given: Any) -> Any:
             logger.warning("a replica was lost under way, asking another: %s", type(error).__name__)
             await asyncio.sleep(_RETRY_S)
         except DeploymentUnavailableError as error:
-            logger.warning("asked in vain: %s", error)
+            logger.warning("deployment is unavailable: %s", error)
             message = "this version, or a part of it, was removed or cannot be started; try again"
             raise RequestError(message, status=503, code="version_down", retry_after_s=1) from None

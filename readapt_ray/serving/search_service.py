@@ -83,9 +83,8 @@ class SearchService:
             must_be_whole=must_be_whole,
         )
         by_encoder = {id(each.batcher): (name, each) for name, each in reversed(list(self._registry.versions.items()))}
-        self._readiness = CachedCall(
-            functools.partial(check_versions, dict(reversed(by_encoder.values())), self._registry.missing)
-        )
+        down = self._registry.missing
+        self._readiness = CachedCall(functools.partial(check_versions, dict(reversed(by_encoder.values())), down))
 
     def models(self, trace: Trace) -> schema.ModelList:
         """List the versions that the API key of a request may use, the default first."""
@@ -251,7 +250,7 @@ class SearchService:
         """Cancel the block and raise an error (504) at the request's deadline; yield it (on the event loop's clock).
 
         Args:
-            version: the version that answers; a domain holds one of its places meanwhile.
+            version: the version that answers; a domain holds one of its request slots meanwhile.
             wanted_s: timeout in seconds that the request asks for; None for the server's own.
             why_late: returns what is broken, or "" if nothing is; for the error message.
         """
@@ -313,7 +312,7 @@ class SearchService:
             ) from None
         except QueueFullError as error:
             raise RequestError(
-                "too much waits already; try again after the seconds in Retry-After",
+                "the queue is full; try again after the seconds in Retry-After",
                 status=429,
                 code="queue_full",
                 retry_after_s=max(1, round(error.retry_after_s)),
@@ -355,9 +354,8 @@ class SearchService:
             trace.num_items = len(texts)
         else:
             rows = await self._tokenized(version, body.query, "query", trace, param="query", truncate=body.truncate)
-            vectors = await self._encoded(
-                version, await domains.load_and_mark_rows(version.backend, rows), trace, deadline_s
-            )
+            marked = await domains.load_and_mark_rows(version.backend, rows)
+            vectors = await self._encoded(version, marked, trace, deadline_s)
         before_s = time.perf_counter()
         wanted = doc_filter(body, trace.within)
         try:

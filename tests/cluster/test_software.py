@@ -73,7 +73,7 @@ def entered_by_training(tmp_path: Path) -> None:
 
 def loaded_to_embed(tmp_path: Path) -> None:
     encoding = ENCODING
-    options = {"due": "", "driver_node": "", "num_threads": 1, "batch_tokens": None}
+    options = {"expected": "", "driver_node": "", "num_threads": 1, "batch_tokens": None}
     on_worker.load_encoder(str(tmp_path), encoding, "float32", **options)
 
 

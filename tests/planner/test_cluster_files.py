@@ -117,7 +117,7 @@ def test_a_launcher_never_has_more_workers_than_the_whole_cluster_may(
         (launcher(idle_timeout_minutes=True), "idle_timeout_minutes = True: must be a number of 0 or more"),
         (pods(price="cheap"), "group 'gpu': readapt.dev/usd-per-hour = 'cheap': must be a number"),
         (pods(memory="64GiB"), "group 'gpu': '64GiB' is not a Kubernetes quantity"),
-        (pods(memory=None), "group 'gpu' sets no limits for cpu and memory"),
+        (pods(memory=None), "group 'gpu' sets no limit or request of memory for its first container; add"),
         (pods(maxReplicas=-1), "group 'gpu': maxReplicas = -1: must be a number of 0 or more"),
         ({**pods(), "spec": {"workerGroupSpecs": {"a": 1}}}, "workerGroupSpecs must be a list of groups"),
         ([1, 2], "holds no options by name"),
