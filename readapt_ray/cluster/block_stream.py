@@ -142,7 +142,7 @@ def _row(shares: tuple[Share, ...]) -> pa.Table:
     return pa.table({"shares": row})
 
 
-def decoded(rows: pa.Table) -> Iterator[Share]:
+def decode_shares(rows: pa.Table) -> Iterator[Share]:
     """Yield the shares in rows that `rows_of` made."""
     for data in rows["shares"]:
         yield from table_to_shares(pa.ipc.open_stream(data.as_buffer()).read_all())
@@ -174,7 +174,7 @@ def _fetched() -> Iterator[Share]:
     try:
         iterator = ray.train.get_dataset_shard(BlockStream.name)
         for row in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_ROWS_AHEAD):
-            yield from decoded(row)
+            yield from decode_shares(row)
     except ray.exceptions.RayError as error:
         cause = cause_of(error)
         # Keep Ray's error for a lost process or node: then the workers are restarted.

@@ -46,12 +46,12 @@ def with_shape_of(config: Config, adapter: OpenModel) -> Config:
         "lora_alpha": float(there["lora_alpha"]),
         "target_modules": tuple(sorted(targets)),
     }
-    for name, due in shape.items():
+    for name, expected in shape.items():
         given = getattr(config, name)
-        same = tuple(sorted(given)) == due if name == "target_modules" else given == due
+        same = tuple(sorted(given)) == expected if name == "target_modules" else given == expected
         if name in config.model_fields_set and given and not same:
             raise InputError(
-                f"{name} = {given!r}, and continue_from = {adapter.name!r} has {name} = {due!r}; leave {flag(name)} out, or "
+                f"{name} = {given!r}, and continue_from = {adapter.name!r} has {name} = {expected!r}; leave {flag(name)} out, or "
                 f"leave {flag('continue_from')} out to train a new adapter"
             )
     return config.model_copy(update=shape)
@@ -81,7 +81,7 @@ def check_base(adapter: OpenModel, model: OpenModel) -> None:
         )
 
 
-def load(model: Any, name: str, *, due: Collection[str], driver_node: str) -> None:
+def load(model: Any, name: str, *, expected: Collection[str], driver_node: str) -> None:
     """Load the weights of an earlier adapter into the adapters of a model, on a worker.
 
     With ZeRO-3, all workers must call it.
@@ -89,7 +89,7 @@ def load(model: Any, name: str, *, due: Collection[str], driver_node: str) -> No
     Args:
         model: network with new adapters of the same shape.
         name: the earlier adapter, a MODEL.
-        due: expected fingerprints, one of which must match.
+        expected: fingerprints, one of which must match.
         driver_node: `on_worker.this_node` of the driver.
 
     Raises:
@@ -101,5 +101,5 @@ def load(model: Any, name: str, *, due: Collection[str], driver_node: str) -> No
     from readapt_ray.training import dora
 
     adapter = models.open_model(name)
-    on_worker.check_same_model(name, lambda: adapter.fingerprint, due, driver_node=driver_node)
+    on_worker.check_same_model(name, lambda: adapter.fingerprint, expected, driver_node=driver_node)
     dora.load_adapter_state(model, load_file(adapter.folder / ADAPTER_WEIGHTS_NAME), name=name)

@@ -68,20 +68,20 @@ class Matches:
         """Return the row of the earlier vector of each of `num_rows` passages from `first`; -1 for none. int64."""
         return self._read(first, num_rows) >> 1
 
-    def left(self, first: int, num_rows: int) -> NDArray[np.int64]:
+    def without_kept_vector(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return the passages that have no vector in a kept file, as positions from `first`."""
         rows = self._read(first, num_rows)
         own = np.flatnonzero(_has_own(rows))
         in_kept = self.is_kept[np.searchsorted(self.ends, rows[own] >> 1, side="right")]
         return np.setdiff1d(np.arange(num_rows), own[in_kept], assume_unique=True)
 
-    def living(self, first: int, num_rows: int) -> NDArray[np.int64]:
+    def live_rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return the rows of earlier vectors with the same doc_id and content as one of these passages."""
         found = self._read(first, num_rows)
         rows: NDArray[np.int64] = found[_has_own(found)] >> 1
         return rows
 
-    def holders(self, first: int, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def passages_and_files(self, first: int, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the passages with an earlier vector of the same doc_id and content, and the number of its file."""
         found = self._read(first, num_rows)
         own = np.flatnonzero(_has_own(found))
@@ -119,14 +119,14 @@ class Joined:
     earlier_counts: RowCounts
     """Name and number of rows of each file of earlier vectors."""
 
-    def lives(self, passages: ParquetRows) -> NDArray[np.bool_]:
+    def is_live(self, passages: ParquetRows) -> NDArray[np.bool_]:
         """Return for each earlier vector whether a passage still has its doc_id and content."""
         found = np.zeros(sum(count for _, count in self.earlier_counts), bool)
         for first, num_rows in self.matches.pieces(passages.num_rows):
-            found[self.matches.living(first, num_rows)] = True
+            found[self.matches.live_rows(first, num_rows)] = True
         return found
 
-    def keeping(self, names: Set[str]) -> Matches:
+    def with_kept_files(self, names: Set[str]) -> Matches:
         """Return the matches with these earlier files marked as kept."""
         return replace(
             self.matches,
@@ -189,7 +189,7 @@ def _join_whole(
         for rows in (passages, earlier)
         for chunk in plan_shards(rows.counts, max(1, rows.num_rows)) or [DataShard(0, 0, ())]
     )
-    return _counted(now_ids, before_ids), _write_in_order(_matched(now, before), 0, folder, 0, passages.num_rows)
+    return _count_changes(now_ids, before_ids), _write_in_order(_matched(now, before), 0, folder, 0, passages.num_rows)
 
 
 def _matched(now: NDArray[np.void], before: NDArray[np.void]) -> NDArray[np.int64]:
@@ -268,10 +268,10 @@ def _join(
     matches = np.zeros(int(known.sum()), _MATCH)
     matches["row"], matches["earlier"] = now["row"][known], earlier[known]
     write_partitions(_file(folder, "matches", number), matches, matches["row"] // chunk_rows, num_chunks["now"])
-    return _counted(*read("ids", _ID))
+    return _count_changes(*read("ids", _ID))
 
 
-def _counted(now: NDArray[np.void], before: NDArray[np.void]) -> dict[str, int]:
+def _count_changes(now: NDArray[np.void], before: NDArray[np.void]) -> dict[str, int]:
     """Count the changes between two lists of ids with contents."""
     place = matching_rows(now["key"], before["key"])
     known = place >= 0

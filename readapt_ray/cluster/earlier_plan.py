@@ -64,14 +64,14 @@ def planned(
     Returns:
         The shards, kept files first, and the matches for the shards that are encoded.
     """
-    kept = files_to_keep(earlier.rows.counts, earlier.known, _lives(joined, part, earlier.rows), rows_per_shard)
-    matches = joined.keeping({each.name for each in kept})
+    kept = files_to_keep(earlier.rows.counts, earlier.known, _is_live(joined, part, earlier.rows), rows_per_shard)
+    matches = joined.with_kept_files({each.name for each in kept})
     there = _sources(matches, part, digests) if kept else {}
     shards = []
     for number, each in enumerate(kept):
         sources = earlier.origins[each.name].sources if each.name in part.whole else there[each.name]
         shards.append(DataShard(number, 0, (), kept=each, sources=sources))
-    left = ((first, matches.left(first, size)) for first, size in matches.pieces(part.passages.num_rows))
+    left = ((first, matches.without_kept_vector(first, size)) for first, size in matches.pieces(part.passages.num_rows))
     rest = plan_rest(part.passages.counts, rows_per_shard, left, number=len(kept))
     return shards + [replace(each, sources=sources_of(each, digests)) for each in rest], matches
 
@@ -81,14 +81,14 @@ def sources_of(shard: DataShard, digests: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(sorted({digests.get(each.name, "") for each in shard.ranges}))
 
 
-def _lives(joined: Joined, part: ToRead, earlier: ParquetRows) -> NDArray[np.bool_]:
+def _is_live(joined: Joined, part: ToRead, earlier: ParquetRows) -> NDArray[np.bool_]:
     """Return for each earlier vector whether its passage still exists, unchanged."""
     found = np.ones(earlier.num_rows, bool)
     in_read = dict(zip((name for name, _ in part.earlier.counts), _ranges(part.earlier), strict=True))
-    lives = joined.lives(part.passages)
+    is_live = joined.is_live(part.passages)
     for (name, _), rows in zip(earlier.counts, _ranges(earlier), strict=True):
         if name in in_read and name not in part.whole:
-            found[rows] = lives[in_read[name]]
+            found[rows] = is_live[in_read[name]]
     return found
 
 
@@ -102,7 +102,7 @@ def _sources(matches: Matches, part: ToRead, digests: Mapping[str, str]) -> dict
     ends = np.cumsum([count for _, count in part.passages.counts])
     found: dict[str, set[str]] = defaultdict(set)
     for first, size in matches.pieces(part.passages.num_rows):
-        rows, files = matches.holders(first, size)
+        rows, files = matches.passages_and_files(first, size)
         pairs = np.unique(np.stack([np.searchsorted(ends, rows, side="right"), files]), axis=1)
         for passages, vectors in pairs.T.tolist():
             found[part.earlier.counts[vectors][0]].add(digests.get(part.passages.counts[passages][0], ""))

@@ -111,7 +111,7 @@ def task_cpus(plan: ShardPlan, num_rows: int) -> int:
     return max(1, min(largest, shard_cpus(plan.options, plan.dimension, num_rows)))
 
 
-def lay_down_queries(plan: ShardPlan, find: Callable[[], NDArray[np.float32] | None]) -> None:
+def write_recall_queries(plan: ShardPlan, find: Callable[[], NDArray[np.float32] | None]) -> None:
     """Write the query vectors that measure recall, unless an earlier run did.
 
     Args:

@@ -70,9 +70,9 @@ def _measure(job: dict[str, Any], texts: Sequence[str]) -> NDArray[np.float64]:
     from readapt_ray.training import withheld_loss
 
     def opened(role: str) -> OpenModel:
-        name, due = job[role]
+        name, expected = job[role]
         model = models.open_model(name)
-        on_worker.check_same_model(name, lambda: model.fingerprint, {due}, driver_node=job["driver_node"])
+        on_worker.check_same_model(name, lambda: model.fingerprint, {expected}, driver_node=job["driver_node"])
         return model
 
     on_worker.check_node()

@@ -86,7 +86,9 @@ def _open(models: "MergeModels", fingerprints: tuple[str, ...]) -> "Readapter":
     from readapt_ray.weights.merge_plan import plan_merge
 
     plan = plan_merge(models)
-    other = [each.name for each, due in zip(plan.sources, fingerprints, strict=True) if each.fingerprint != due]
+    other = [
+        each.name for each, expected in zip(plan.sources, fingerprints, strict=True) if each.fingerprint != expected
+    ]
     if other:
         raise WeightMismatchError(
             f"a node of the cluster finds another model under {other[0]!r} than the driver; give a URI, a hub id, or a folder "

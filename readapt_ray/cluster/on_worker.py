@@ -87,20 +87,20 @@ def gpu_share() -> float:
     return min(1.0, float(context.get_assigned_resources().get("GPU") or 1.0))
 
 
-def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:
+def check_same_model(name: str, fingerprint: Callable[[], str], expected: Collection[str], *, driver_node: str) -> None:
     """Check that a model name means the same model on this node as on the driver's node.
 
     Args:
         name: name of the model.
         fingerprint: returns the fingerprint of the model on this node; it is called only on other nodes, because it
             reads all weights.
-        due: expected fingerprints, one of which must match.
+        expected: fingerprints, one of which must match.
         driver_node: `this_node` of the driver.
 
     Raises:
         FingerprintMismatchError: the model differs.
     """
-    if this_node() != driver_node and fingerprint() not in due:
+    if this_node() != driver_node and fingerprint() not in expected:
         import ray
 
         raise FingerprintMismatchError(
@@ -115,7 +115,7 @@ def load_encoder(
     dtype: str,
     *,
     base: str = "",
-    due: str,
+    expected: str,
     driver_node: str,
     num_threads: int,
     batch_tokens: int | None,
@@ -127,7 +127,7 @@ def load_encoder(
         encoding: prompts, pooling and so on.
         dtype: data type that the model computes in.
         base: name of the base model of factors, from `base_name`.
-        due: the encoder's fingerprint that the driver found.
+        expected: the encoder's fingerprint that the driver found.
         driver_node: `this_node` of the driver.
         num_threads: number of threads of torch.
         batch_tokens: most tokens per batch; None lets the encoder choose.
@@ -145,7 +145,7 @@ def load_encoder(
     check_node()
     torch.set_num_threads(num_threads)
     model = open_model(name, base=base)
-    check_same_model(name, lambda: encoder_fingerprint(model, encoding, dtype), {due}, driver_node=driver_node)
+    check_same_model(name, lambda: encoder_fingerprint(model, encoding, dtype), {expected}, driver_node=driver_node)
     return Encoder.load(model, encoding=encoding, dtype=dtype, batch_tokens=batch_tokens, gpu_share=gpu_share())
 
 

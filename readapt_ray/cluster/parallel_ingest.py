@@ -97,7 +97,7 @@ class ParallelIngest:
         if not summary.is_file():
             summary.write_text(json.dumps(self._read_and_compare()))
         found = json.loads(summary.read_text())
-        self._take_out(found)
+        self._drop_duplicates(found)
         if self._job.splitting:
             names = (file.name for file in (self._job.output / "passages").files(".parquet"))
             self.split_counts = list(self._tasks(piece_files.split_into_passages, ((name,) for name in names)))
@@ -211,9 +211,9 @@ class ParallelIngest:
             lists["drop-near"] = near["files"]
             contents.append(near)
         self._add_bad_rows(pieces, ids)
-        return self._summed(pieces, contents, lists, lost=[*ids, *contents], num_read=num_read)
+        return self._summarize(pieces, contents, lists, lost=[*ids, *contents], num_read=num_read)
 
-    def _summed(
+    def _summarize(
         self,
         pieces: Sequence[dict[str, Any]],
         contents: Sequence[dict[str, Any]],
@@ -242,7 +242,7 @@ class ParallelIngest:
         return {
             "counts": {"num_passages": num_kept, "num_bytes": num_bytes} | counts,
             "details": {
-                **self._counted(pieces),
+                **self._count_kinds(pieces),
                 "bad_rows": self._bad_rows.summary(),
                 "duplicates": duplicates,
                 "labels": labels,
@@ -253,7 +253,7 @@ class ParallelIngest:
             "num_changed_ids": sum(piece["num_changed_ids"] for piece in pieces),
         }
 
-    def _counted(self, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _count_kinds(self, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Sum up the kinds of passages, and the values that did not fit into kept columns."""
         kinds = sum((Counter(piece["kinds"]) for piece in pieces), Counter[str]())
         unfit = row_checks.merged((number, piece["unfit"]) for number, piece in enumerate(pieces))
@@ -308,7 +308,8 @@ class ParallelIngest:
             "first": [{"doc_id": ids[row], "kept": ids[stays]} for row, stays in first],
         }
 
-    def _take_out(self, found: dict[str, Any]) -> None:
+    def _drop_duplicates(self, found: dict[str, Any]) -> None:
+        """Write pieces that hold duplicates again without them; log how many doc_ids were changed."""
         if found["num_changed_ids"]:
             logger.info(
                 "ingest: %d doc_ids had white space, which TREC files cannot hold: it is cut off at the ends and encoded "

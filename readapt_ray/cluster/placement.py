@@ -103,7 +103,7 @@ def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) 
     if connection.connect().num_gpus:
         resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
         return num_workers or max(1, room_for(resources)), resources
-    most, share = largest_share(num_workers, [int(node["Resources"].get("CPU", 0)) for node in nodes.alive()])
+    most, share = workers_and_cpus(num_workers, [int(node["Resources"].get("CPU", 0)) for node in nodes.alive()])
     resources = {"CPU": float(num_cpus_per_worker or share)}
     return num_workers or max(1, min(most, room_for(resources))), resources
 
@@ -155,14 +155,12 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
     while any((free := ray.available_resources()).get(name, 0.0) < amount for name, amount in wanted.items()):
         if time.monotonic() > settled_s:
             have = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
-            logger.warning(
-                "%s each are asked for, and %s free: waiting for what else runs on this cluster", asked, have
-            )
+            logger.warning("%s each are asked for, and %s free: waiting for other jobs to end", asked, have)
             return
         time.sleep(_FREE_POLL_S)
 
 
-def check_asked(wanted: Placement, *, who: str) -> None:
+def check_user_placement(wanted: Placement, *, who: str) -> None:
     """Check early that the workers that the user's options ask for fit on the cluster, without starting Ray.
 
     The cluster is that of RAY_ADDRESS, or the Ray that this process has joined, else this machine.
@@ -196,7 +194,7 @@ def check_asked(wanted: Placement, *, who: str) -> None:
 
 
 @contextlib.contextmanager
-def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
+def warn_while_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
     """While the block runs, log once per minute if the remaining nodes lack room for the workers that it needs.
 
     Args:
@@ -239,7 +237,7 @@ def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
     return f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
 
 
-def largest_share(num_workers: int | None, cpus: Sequence[int]) -> tuple[int, int]:
+def workers_and_cpus(num_workers: int | None, cpus: Sequence[int]) -> tuple[int, int]:
     """Return the number of workers, and the largest number of CPUs that each of them can have.
 
     Args:

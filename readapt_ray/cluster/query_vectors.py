@@ -120,7 +120,7 @@ def _encoded(
         encoding,
         encoder["dtype"],
         base=base,
-        due=encoder["fingerprint"],
+        expected=encoder["fingerprint"],
         driver_node=driver_node,
         num_threads=num_threads,
         batch_tokens=batch_tokens,

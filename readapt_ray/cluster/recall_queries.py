@@ -40,9 +40,9 @@ def recall_queries(vectors: Artifact) -> NDArray[np.float32] | None:
     from ray.exceptions import RayError
 
     try:
-        asking = query_encoder_of(vectors)
+        encoder = query_encoder_of(vectors)
         texts = recall_texts(corpus_of(vectors))
-        pieces = encode_queries(texts, asking.model, asking.encoding, asking.description)
+        pieces = encode_queries(texts, encoder.model, encoder.encoding, encoder.description)
     except (ReadaptError, RayError, KeyError) as error:
         logger.warning(
             "index: recall is measured with vectors of the index itself, and may be lower for queries: there is no query to "

@@ -41,13 +41,13 @@ def find_passages(
 
     if not texts:
         return np.zeros(0, np.bool_)
-    asking = query_encoder_of(vectors)
+    encoder = query_encoder_of(vectors)
     total = connection.connect()
     num_at_once, on_gpus = max(1, total.num_gpus or total.num_cpus), bool(total.num_gpus)
     contents = vector_pieces(vectors, num_at_once, on_gpus=on_gpus)
     pieces = Pieces(vectors, contents, on_gpus=on_gpus, num_at_once=num_at_once)
     try:
-        encoded = encode_queries(texts, asking.model, asking.encoding, asking.description, progress=progress)
+        encoded = encode_queries(texts, encoder.model, encoder.encoding, encoder.description, progress=progress)
         best = merge_rows(pieces.search(encoded, top_k), len(texts), top_k)
         distinct, codes = np.unique(best.rows, return_inverse=True)
         names = np.array(pieces.names(distinct).to_pylist(), object)

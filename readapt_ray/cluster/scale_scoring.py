@@ -117,7 +117,7 @@ class ScaleScoring:
         num_left, num_vain_losses = len(pairs), 0
         with (
             autoscaling.requested(min(self._num_actors, len(pairs)), self._each, least=1),
-            placement.said_when_too_small(1, self._each, who="actors"),
+            placement.warn_while_too_small(1, self._each, who="actors"),
         ):
             while num_left:
                 while waiting and self._idle:
@@ -222,8 +222,8 @@ class _ScaleScorer:
         self._query_ids = self._encoder.tokenize([each.text for each in queries], "query")
 
     def _same_model(self, name: str) -> models.OpenModel:
-        model, due = models.open_model(self._job.models[name]), {self._job.fingerprints[name]}
-        on_worker.check_same_model(model.name, lambda: model.fingerprint, due, driver_node=self._job.driver_node)
+        model, expected = models.open_model(self._job.models[name]), {self._job.fingerprints[name]}
+        on_worker.check_same_model(model.name, lambda: model.fingerprint, expected, driver_node=self._job.driver_node)
         return model
 
     def score(self, pair: ScalePair) -> tuple[ScalePair, dict[str, float], dict[str, float]]:

@@ -131,7 +131,7 @@ class ShardEncoder:
                 self._job.encoding,
                 self._job.dtype,
                 base=self._job.base_name,
-                due=self._job.encoder["fingerprint"],
+                expected=self._job.encoder["fingerprint"],
                 driver_node=self._job.driver_node,
                 num_threads=self._job.num_threads,
                 batch_tokens=self._job.batch_tokens,

@@ -202,6 +202,8 @@ def _stream(
 def _tell_lowered(found: set[int], told: set[int]) -> None:
     for tokens in sorted(found - told):
         logger.warning(
-            "out of memory: an encoder went on with %d tokens a batch; give --batch-tokens %d next time", tokens, tokens
+            "out of memory: an encoder continued with %d tokens per batch; give --batch-tokens %d next time",
+            tokens,
+            tokens,
         )
     told |= found

@@ -77,7 +77,7 @@ def _read(shard: DataShard, job: EmbedJob) -> pa.Table:
         hashes = _checked_hashes(table)
         cells = {name: table[name].combine_chunks() for name in PASSAGE_COLUMNS}
         return shard_row(shard.number, **cells, hashes=pa.array(hashes.reshape(-1)))
-    rows = job.matches.left(shard.first, shard.num_rows)
+    rows = job.matches.without_kept_vector(shard.first, shard.num_rows)
     earlier = job.matches.rows(shard.first, shard.num_rows)[rows]
     return shard_row(shard.number, **_new_texts(shard, job, rows, earlier), earlier=pa.array(earlier))
 

@@ -66,9 +66,9 @@ def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], T
 
 
 @functools.lru_cache(maxsize=2)
-def _tokenizer(model_name: str, encoding: str, due: str, driver_node: str) -> TextTokenizer:
+def _tokenizer(model_name: str, encoding: str, expected: str, driver_node: str) -> TextTokenizer:
     """Load a tokenizer, without weights, and check that it is the driver's."""
     on_worker.check_node()
     model = open_model(model_name, with_weights=False)
-    on_worker.check_same_model(model_name, lambda: model.tokenizer_fingerprint, {due}, driver_node=driver_node)
+    on_worker.check_same_model(model_name, lambda: model.tokenizer_fingerprint, {expected}, driver_node=driver_node)
     return TextTokenizer(model.tokenizer, Encoding.model_validate_json(encoding))

@@ -51,7 +51,7 @@ class StepPoster:
         self._monitor = monitor
         self._folder = output / _PARTS_NAME
         self._unposted: list[dict[str, Any]] = []
-        self._unkept: list[dict[str, Any]] = []
+        self._unwritten: list[dict[str, Any]] = []
         self._last_s = 0.0
         self._last_part_s = 0.0
 
@@ -59,7 +59,7 @@ class StepPoster:
         """Take the report of a finished step."""
         row = dataclasses.asdict(report)
         self._unposted.append(row)
-        self._unkept.append(row)
+        self._unwritten.append(row)
         if time.monotonic() - self._last_s > _POLL_S or report.step == report.num_steps:
             self._last_s = time.monotonic()
             self._monitor.post.remote(self._unposted)
@@ -71,17 +71,17 @@ class StepPoster:
             self._last_part_s = time.monotonic()
             self._monitor.post_part.remote(dataclasses.asdict(report))
 
-    def keep(self, step: int) -> None:
+    def write_until(self, step: int) -> None:
         """Write the metrics of all steps since the last call to a file; called before the checkpoint of `step`."""
-        if self._unkept:
-            first = self._unkept[0]["step"]
-            (self._folder / f"step-{first:09d}-{step:09d}.jsonl").write_text(_lines(self._unkept))
-            self._unkept = []
+        if self._unwritten:
+            first = self._unwritten[0]["step"]
+            (self._folder / f"step-{first:09d}-{step:09d}.jsonl").write_text(_lines(self._unwritten))
+            self._unwritten = []
         self._monitor.keep.remote(step)
 
 
 @contextlib.contextmanager
-def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Iterator[None]:
+def showing_metrics(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Iterator[None]:
     """Show the monitor's metrics once per second while the block runs, on the terminal and in trackers.
 
     Raises:
@@ -215,13 +215,13 @@ def join(location: Location) -> list[dict[str, Any]]:
     return ordered
 
 
-def kept_steps(location: Location) -> int:
+def last_written_step(location: Location) -> int:
     """Return the last step whose metrics worker 0 has written so far; 0 for none."""
     files = _parts(location)
     return int(files[-1].name.removesuffix(".jsonl").rsplit("-", 1)[-1]) if files else 0
 
 
-def kept_peak_bytes(location: Location, *, after_step: int) -> int:
+def written_peak_bytes(location: Location, *, after_step: int) -> int:
     """Return the peak memory that worker 0 reported in its latest file, of steps after `after_step`; 0 for none."""
     files = _parts(location)
     rows = [json.loads(line) for file in files[-1:] for line in file.read_text().splitlines()]

@@ -102,8 +102,8 @@ def run_workers(
     try:
         with (
             autoscaling.requested(num_workers, resources, least=least, patience_s=autoscaling.PATIENCE_S),
-            step_metrics.followed(monitor, workspace, config.trackers),
-            placement.said_when_too_small(least, resources, who="workers"),
+            step_metrics.showing_metrics(monitor, workspace, config.trackers),
+            placement.warn_while_too_small(least, resources, who="workers"),
         ):
             _fit(new_trainer, monitor, config.max_failures)
         if (ended := ray.get(monitor.error.remote())) is not None:
@@ -161,7 +161,7 @@ def _new_trainer(
     storage = str(output.local_path) if output.is_local else output.uri
     controllers.clear()
     made = TorchTrainer(
-        _entered,
+        _run_worker,
         train_loop_config=loop,
         datasets={} if stream is None else {stream.name: stream.no_dataset},
         dataset_config=stream,
@@ -239,7 +239,7 @@ def _release_failed_start(error: Exception, monitor: Any) -> None:
         remove_placement_group(held)
 
 
-def _entered(config: dict[str, Any]) -> None:
+def _run_worker(config: dict[str, Any]) -> None:
     """Use as many threads as the worker has CPUs, then run the work.
 
     A ReadaptError would be raised again at every restart. So it is left on the monitor, and a worker that finds one
@@ -306,8 +306,8 @@ class TrainWorker:
         self._dtype_name = job["dtype"]
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self._dtype_name]
         self.source = models.open_model(name)
-        due = job["inputs"].values()
-        on_worker.check_same_model(name, lambda: self.source.fingerprint, due, driver_node=job["driver_node"])
+        expected = job["inputs"].values()
+        on_worker.check_same_model(name, lambda: self.source.fingerprint, expected, driver_node=job["driver_node"])
         self.shape = adapter_shape(config, target_modules(config, self.source))
         self._model_shape = shape_of(self.source.config, name, objective)
         if config.check_memory:
@@ -347,13 +347,13 @@ class TrainWorker:
         plain = memory.estimate_memory(self._model_shape, setup)
         file = self.output / _MEMORY_NAME
         before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"correction": 1.0}
-        measured = step_metrics.kept_peak_bytes(self.output, after_step=before.get("step", 0))
+        measured = step_metrics.written_peak_bytes(self.output, after_step=before.get("step", 0))
         correction = before["correction"]
         if measured and "parts" in before:
             correction = memory.MemoryEstimate(before["parts"], {}).corrected(measured)
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:
-            step = step_metrics.kept_steps(self.output)
+            step = step_metrics.last_written_step(self.output)
             file.write_text(json.dumps({"parts": plain.parts, "correction": correction, "step": step}) + "\n")
         free = memory.free_bytes(self.device, ray.train.get_context().get_local_world_size())
         memory.check_fits(self._model_shape, setup, free_bytes=free, correction=correction)

@@ -226,7 +226,7 @@ def _by_passage(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    states = [layout.spread(each.to(value.dtype).squeeze(0).transpose(0, 1)) for each in (query, key, value)]
+    states = [layout.to_slots(each.to(value.dtype).squeeze(0).transpose(0, 1)) for each in (query, key, value)]
     outputs = []
     masks = _masks(layout, causal=causal, window=window)
     for mask, query_NHTD, key_NHTD, value_NHTD in zip(masks, *states, strict=True):
@@ -241,7 +241,7 @@ def _by_passage(
                 scale=scaling,
             )
         outputs.append(output_NHTD.transpose(1, 2).flatten(0, 1))
-    return layout.gather(torch.cat(outputs)).to(value.dtype).unsqueeze(0)
+    return layout.to_tokens(torch.cat(outputs)).to(value.dtype).unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -287,9 +287,9 @@ class Layout:
     empty_slots: Tensor
     """Numbers of the empty slots, int64."""
 
-    def spread(self, row_THD: Tensor) -> list[Tensor]:
+    def to_slots(self, row_THD: Tensor) -> list[Tensor]:
         """Copy tokens [T, H, D] to the slots of each group, [N, H, width, D]; on CPUs in float32, the fastest there."""
-        slots_SHD: Tensor = _Spread.apply(row_THD, self)  # type: ignore[no-untyped-call]
+        slots_SHD: Tensor = _ToSlots.apply(row_THD, self)  # type: ignore[no-untyped-call]
         parts = torch.split(slots_SHD, [group.num_slots for group in self.groups])
         dtype = torch.float32 if slots_SHD.device.type == "cpu" and slots_SHD.dtype.itemsize < 4 else slots_SHD.dtype
         return [
@@ -297,12 +297,12 @@ class Layout:
             for part, group in zip(parts, self.groups, strict=True)
         ]
 
-    def gather(self, slots_SHD: Tensor) -> Tensor:
+    def to_tokens(self, slots_SHD: Tensor) -> Tensor:
         """Copy the values of slots [S, H, D] back to the tokens [T, H, D]."""
-        return _Gather.apply(slots_SHD, self)  # type: ignore[no-untyped-call, no-any-return]
+        return _ToTokens.apply(slots_SHD, self)  # type: ignore[no-untyped-call, no-any-return]
 
 
-class _Spread(torch.autograd.Function):
+class _ToSlots(torch.autograd.Function):
     """Copies each token to its slot. The gradient is a copy too: torch's gradient of indexing is ten times slower."""
 
     @staticmethod
@@ -316,8 +316,8 @@ class _Spread(torch.autograd.Function):
         return gradients[0].index_select(0, ctx.layout.slot_of_token), None
 
 
-class _Gather(torch.autograd.Function):
-    """Copies the values of slots back to the tokens: the inverse of `_Spread`."""
+class _ToTokens(torch.autograd.Function):
+    """Copies the values of slots back to the tokens: the inverse of `_ToSlots`."""
 
     @staticmethod
     def forward(ctx: Any, slots: Tensor, layout: Layout) -> Tensor:

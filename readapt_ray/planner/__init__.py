@@ -98,7 +98,7 @@ class Plan:
         rated = {each.stage for each in self.stages if each.needs_gpus and not each.rate.is_measured}
         lines = [rates.describe_gpu_share(stage) for stage in sorted(rated)]
         lines += [f"weights are read at {estimates.LOAD_BYTES_PER_S / 1e9:g} GB/s, each model once per node"]
-        if cluster.growing_usd_per_hour:
+        if cluster.autoscaled_usd_per_hour:
             lines += [
                 f"GPU nodes start in {START_S / 60:.0f} minutes, all at once, and end after {cluster.idle_timeout_s / 60:g} idle "
                 f"minutes; their prices run from the start",

@@ -362,12 +362,15 @@ def _resources(pod: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the resources of the first container of a pod: its limits, else its requests.
 
     Raises:
-        InputError: the container sets no cpu or no memory.
+        InputError: the container sets neither a limit nor a request of cpu or of memory.
     """
     containers = pod.get("containers")
     first = containers[0] if isinstance(containers, list) and containers else {}
     resources = _section(first if isinstance(first, dict) else {}, "resources", where)
     asked = {**_section(resources, "requests", where), **_section(resources, "limits", where)}
-    if asked.get("cpu") is None or asked.get("memory") is None:
-        raise InputError(f"{where} sets no limits for cpu and memory of its first container; set both")
+    if missing := [name for name in ("cpu", "memory") if asked.get(name) is None]:
+        raise InputError(
+            f"{where} sets no limit or request of {' and '.join(missing)} for its first container; add it to "
+            f"resources.limits"
+        )
     return asked

@@ -63,7 +63,7 @@ class Corpus:
         pieces = math.ceil(total_bytes / MIN_PIECE_BYTES)
         return pieces if self.num_parts is None else min(pieces, self.num_parts)
 
-    def of(self, num_passages: int) -> "Corpus":
+    def with_num_passages(self, num_passages: int) -> "Corpus":
         """Return the same corpus with another number of passages."""
         return replace(self, num_passages=num_passages)
 

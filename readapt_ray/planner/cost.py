@@ -49,33 +49,34 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
     """
     idle_s = cluster.idle_timeout_s
     total_s = working_s = waiting_s = 0.0  # working_s: seconds that all GPU nodes work; half of them count half
-    let_go_s: float | None = None
+    gpu_stage_end_s: float | None = None
     """End of the last stage with GPUs, in seconds from the start of the run."""
     for each in rounds(stages):
         gpu_s = max(_gpu_seconds(stage, duration) for stage in each)
         if gpu_s:
-            gap_s = float("inf") if let_go_s is None else total_s - let_go_s
-            waiting_s += gap_s if gap_s <= idle_s else START_S + (0.0 if let_go_s is None else idle_s)
-            if gap_s > idle_s and cluster.growing_usd_per_hour:
+            gap_s = float("inf") if gpu_stage_end_s is None else total_s - gpu_stage_end_s
+            waiting_s += gap_s if gap_s <= idle_s else START_S + (0.0 if gpu_stage_end_s is None else idle_s)
+            if gap_s > idle_s and cluster.autoscaled_usd_per_hour:
                 total_s += START_S
         if gpu_s:
             working_s += gpu_s * max(_share_up(stage, cluster) for stage in each)
-            let_go_s = total_s + gpu_s
+            gpu_stage_end_s = total_s + gpu_s
         total_s += max(duration(stage) for stage in each)
-    waiting_s += 0.0 if let_go_s is None else idle_s
-    waiting_usd = cluster.growing_usd_per_hour * waiting_s / 3600
+    waiting_s += 0.0 if gpu_stage_end_s is None else idle_s
+    waiting_usd = cluster.autoscaled_usd_per_hour * waiting_s / 3600
     return Cost(
         seconds=total_s,
-        usd=(cluster.lasting_usd_per_hour * total_s + cluster.growing_usd_per_hour * working_s) / 3600 + waiting_usd,
+        usd=(cluster.always_up_usd_per_hour * total_s + cluster.autoscaled_usd_per_hour * working_s) / 3600
+        + waiting_usd,
         waiting_usd=waiting_usd,
     )
 
 
 def stage_usd(stage: StageEstimate, cluster: Cluster) -> float:
     """Return the cost in USD of the nodes that work while a stage runs, without nodes that start or are idle."""
-    growing = cluster.growing_usd_per_hour * _share_up(stage, cluster)
+    autoscaled = cluster.autoscaled_usd_per_hour * _share_up(stage, cluster)
     gpu_s = _gpu_seconds(stage, lambda each: each.seconds)
-    return (stage.seconds * cluster.lasting_usd_per_hour + gpu_s * growing) / 3600
+    return (stage.seconds * cluster.always_up_usd_per_hour + gpu_s * autoscaled) / 3600
 
 
 def _gpu_seconds(stage: StageEstimate, duration: Duration) -> float:

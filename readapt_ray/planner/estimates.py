@@ -137,4 +137,4 @@ def timed(
 
 def cpu_rate(setting: Setting, stage: str) -> Rate:
     """Return the rate of one CPU for a stage."""
-    return setting.rates.of(stage, CPU, 0, is_low=False)
+    return setting.rates.rate_of(stage, CPU, 0, is_16_bit=False)

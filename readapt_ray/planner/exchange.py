@@ -54,7 +54,7 @@ def waiting_s(config: Any, shape: ModelShape, cluster: Cluster, steps: Steps) ->
     s_per_byte: float = (num_nodes - 1) / num_nodes / (_USABLE_SHARE * gbit * 1e9 / 8)
     scattered_s = 4 * steps.num_trained * s_per_byte
     if config.zero_stage == 3:
-        fetched_s = shape.num_parameters * (2 if cluster.computes_low(config.dtype) else 4) * s_per_byte
+        fetched_s = shape.num_parameters * (2 if cluster.computes_in_16_bits(config.dtype) else 4) * s_per_byte
         num_forward = 2 if config.gradient_checkpointing else 1
         waited_s: float = num_forward * max(0.0, fetched_s - forward_s)
         waited_s += max(0.0, fetched_s + scattered_s - (pass_s - forward_s))

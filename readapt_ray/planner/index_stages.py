@@ -39,7 +39,7 @@ def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
 
 def index_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
     """Estimate the stage index. Its tasks run on nodes that are up without GPU work; larger shards get more CPUs."""
-    corpus, group, dimension = setting.corpus, setting.cluster.largest_lasting, setting.dimension
+    corpus, group, dimension = setting.corpus, setting.cluster.largest_always_up, setting.dimension
     problem = ""
     try:
         options = index_options(config, corpus.num_passages, dimension, setting.vector_dtype)
@@ -52,7 +52,7 @@ def index_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
     if not (spec.is_exact and spec.factory in UNTRAINED):
         cpus = max(1, min(group.cpus, shard_cpus(options, dimension, rows)))
     size = 4.0 * corpus.num_passages * dimension
-    workers = max(1, min(setting.cluster.num_lasting_cpus // cpus, math.ceil(corpus.num_passages / rows)))
+    workers = max(1, min(setting.cluster.num_always_up_cpus // cpus, math.ceil(corpus.num_passages / rows)))
     taken = "time and bytes" if options.factory else "time"
     return timed(
         name,
@@ -76,10 +76,10 @@ def search_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
     encoders, encode_s = _query_encoders(setting)
     device, peak = device_of(cluster)
     if config.vectors and cluster.num_gpus:  # vectors are compared on GPUs, an index is searched on CPUs
-        workers, rate = cluster.num_gpus, setting.rates.of("search", device, peak, is_low=True)
+        workers, rate = cluster.num_gpus, setting.rates.rate_of("search", device, peak, is_16_bit=True)
     else:
         pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / SHARD_BYTES)
-        workers, rate = max(1, min(cluster.num_lasting_cpus, pieces)), cpu_rate(setting, "search")
+        workers, rate = max(1, min(cluster.num_always_up_cpus, pieces)), cpu_rate(setting, "search")
         device = CPU
     found = timed(
         name,
@@ -106,7 +106,7 @@ def _query_encoders(setting: Setting) -> tuple[int, float]:
     if not cluster.num_gpus:
         return 0, 0.0
     device, peak = device_of(cluster)
-    rate = setting.rates.of("embed", device, peak, is_low=True)
+    rate = setting.rates.rate_of("embed", device, peak, is_16_bit=True)
     encoders = max(1, min(cluster.num_gpus, math.ceil(num_queries / QUERIES_A_PIECE)))
     work = num_queries * _QUERY_TOKENS * setting.retriever.forward_flops(_QUERY_TOKENS)
     return encoders, work / (encoders * rate.value)

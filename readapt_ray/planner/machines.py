@@ -49,7 +49,7 @@ class NodeGroup:
     """Data types in which encoding keeps a packed copy of the weights; both if the CPUs are unknown."""
 
     @property
-    def num_lasting(self) -> int:
+    def num_always_up(self) -> int:
         """Return the number of nodes that are up for the whole run; only groups with GPUs are scaled down."""
         return self.count if self.min_count is None or not self.gpus else min(self.count, self.min_count)
 
@@ -80,9 +80,9 @@ class Cluster:
         return sum(group.count * group.cpus for group in self.groups)
 
     @property
-    def num_lasting_cpus(self) -> int:
+    def num_always_up_cpus(self) -> int:
         """Return the number of CPUs of the nodes that are up while no stage needs GPUs; all CPUs if there are none."""
-        return sum(group.num_lasting * group.cpus for group in self.groups) or self.num_cpus
+        return sum(group.num_always_up * group.cpus for group in self.groups) or self.num_cpus
 
     @property
     def num_nodes(self) -> int:
@@ -100,9 +100,9 @@ class Cluster:
         return sum(group.count * group.usd_per_hour for group in self.groups)
 
     @property
-    def lasting_usd_per_hour(self) -> float:
+    def always_up_usd_per_hour(self) -> float:
         """Return the price in USD per hour of the nodes that are up for the whole run."""
-        return sum(group.num_lasting * group.usd_per_hour for group in self.groups)
+        return sum(group.num_always_up * group.usd_per_hour for group in self.groups)
 
     @property
     def has_spot(self) -> bool:
@@ -120,13 +120,13 @@ class Cluster:
         return replace(self, groups=tuple(groups))
 
     @property
-    def growing_usd_per_hour(self) -> float:
+    def autoscaled_usd_per_hour(self) -> float:
         """Return the price in USD per hour of the nodes that are up only while GPUs are needed."""
-        return self.usd_per_hour - self.lasting_usd_per_hour
+        return self.usd_per_hour - self.always_up_usd_per_hour
 
     def usd_per_hour_of(self, stage: str) -> float:
         """Return the price in USD per hour of the nodes that are up while a stage runs."""
-        return self.lasting_usd_per_hour + (self.growing_usd_per_hour if stage in _GPU_STAGES else 0.0)
+        return self.always_up_usd_per_hour + (self.autoscaled_usd_per_hour if stage in _GPU_STAGES else 0.0)
 
     @property
     def gpu_groups(self) -> tuple[NodeGroup, ...]:
@@ -139,13 +139,13 @@ class Cluster:
         return max(self.groups, key=lambda group: (group.cpus > 0, group.memory_bytes))
 
     @property
-    def largest_lasting(self) -> NodeGroup:
+    def largest_always_up(self) -> NodeGroup:
         """Return the group whose nodes have the most memory, among groups that are up while no stage needs GPUs."""
         return max(
-            self.groups, key=lambda group: (group.num_lasting * group.cpus > 0, group.cpus > 0, group.memory_bytes)
+            self.groups, key=lambda group: (group.num_always_up * group.cpus > 0, group.cpus > 0, group.memory_bytes)
         )
 
-    def computes_low(self, dtype: str) -> bool:
+    def computes_in_16_bits(self, dtype: str) -> bool:
         """Return whether a model computes in bfloat16 or float16; `auto` does on GPUs, and on CPUs known to be fast."""
         if dtype == "auto":
             return bool(self.num_gpus) or all(group.has_bfloat16_units for group in self.groups)
@@ -172,7 +172,7 @@ class Cluster:
         parts = []
         for group in self.groups:
             gpus = f", {group.gpus} x {group.gpu}" if group.gpus else ""
-            count = f"{group.num_lasting} to {group.count}" if group.num_lasting < group.count else f"{group.count}"
+            count = f"{group.num_always_up} to {group.count}" if group.num_always_up < group.count else f"{group.count}"
             parts.append(
                 f"{count} x {group.name} ({group.cpus} CPUs, {group.memory_bytes / _GB:.0f} GB{gpus}, {group.usd_per_hour:.2f} USD/h)"
             )

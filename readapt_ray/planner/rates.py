@@ -109,14 +109,14 @@ class Rates:
             for (stage, device), (value, source) in sorted(self._measured.items())
         ]
 
-    def of(self, stage: str, device: str, peak_flops: float, *, is_low: bool) -> Rate:
+    def rate_of(self, stage: str, device: str, peak_flops: float, *, is_16_bit: bool) -> Rate:
         """Return the rate of a stage on one GPU or CPU.
 
         Args:
             stage: the stage.
             device: `CPU`, or a kind of GPU; a rate that was measured on an A100 is also used for an A100-80GB.
             peak_flops: peak FLOP per second of the GPU; unused for CPUs.
-            is_low: whether products are in bfloat16 or float16, which is faster on CPUs with matrix units.
+            is_16_bit: whether products are in bfloat16 or float16, which is faster on CPUs with matrix units.
         """
         parts = device.split("-")
         for kind in ("-".join(parts[:length]) for length in range(len(parts), 0, -1)):
@@ -127,7 +127,7 @@ class Rates:
             share, slower, faster = _GPU_SHARE[stage]
             return Rate(peak_flops * share, slower, faster, "table")
         value, slower, faster = _CPU_RATES[stage]
-        if stage in ("train", "embed") and not is_low:
+        if stage in ("train", "embed") and not is_16_bit:
             value /= 2.5
         return Rate(value, slower, faster, "table")
 

@@ -98,7 +98,7 @@ def grid(steps: Sequence[tuple[str, Step]], setting: Setting) -> dict[int, dict[
 
 def _cell(steps: Sequence[tuple[str, Step]], setting: Setting, num_passages: int, workers: int) -> Cell:
     cluster = scaled(setting.cluster, workers)
-    found = estimates(steps, replace(setting, cluster=cluster, corpus=setting.corpus.of(num_passages)))
+    found = estimates(steps, replace(setting, cluster=cluster, corpus=setting.corpus.with_num_passages(num_passages)))
     cost = cost_of(found, cluster, lambda stage: stage.seconds)
     return Cell(cost.seconds, cost.usd)
 
@@ -107,10 +107,10 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
     """Return what breaks as the corpus grows, in ascending order of passages."""
     configs = by_stage(step for _, step in steps)
     train, corpus, cluster = configs["train"], setting.corpus, setting.cluster
-    rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
+    rate = setting.rates.rate_of("ingest", "CPU", 0, is_16_bit=False).value
     id_bytes = _ID_BYTES[configs["ingest"].deduplicate]
     is_split = corpus.num_parts != 1
-    readers = stages.ingest_workers(corpus.of(_MANY_PASSAGES), cluster)
+    readers = stages.ingest_workers(corpus.with_num_passages(_MANY_PASSAGES), cluster)
     head_bytes = _head(cluster).memory_bytes
     rows = stages.embed_rows(configs["embed"], replace(setting, corpus=replace(corpus, num_passages=_MANY_PASSAGES)))
     limits = [
@@ -146,7 +146,9 @@ def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None
     """
 
     def is_long(num_passages: float) -> bool:
-        found = stages.estimate_stage(step, name, replace(setting, corpus=setting.corpus.of(round(num_passages))))
+        found = stages.estimate_stage(
+            step, name, replace(setting, corpus=setting.corpus.with_num_passages(round(num_passages)))
+        )
         return found is not None and found.seconds > 7 * _DAY_S
 
     low, high = 1.0, 2.0

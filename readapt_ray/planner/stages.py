@@ -44,7 +44,7 @@ def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | N
 
 def ingest_workers(corpus: Corpus, cluster: Cluster) -> int:
     """Return the number of CPUs that read the source at the same time."""
-    return min(cluster.num_lasting_cpus, corpus.num_pieces)
+    return min(cluster.num_always_up_cpus, corpus.num_pieces)
 
 
 def embed_rows(config: Any, setting: Setting) -> int:
@@ -108,7 +108,7 @@ def _ingest(_: Any, name: str, setting: Setting) -> StageEstimate:
 def _pack(_: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     work = corpus.num_passages * corpus.train_tokens
-    workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(corpus.num_passages / ROWS_PER_FILE)))
+    workers = max(1, min(setting.cluster.num_always_up_cpus, math.ceil(corpus.num_passages / ROWS_PER_FILE)))
     rate = cpu_rate(setting, "pack")
     return timed(name, "pack", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=2.2 * work)
 
@@ -134,7 +134,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     )
     each = config.num_cpus_per_worker or max(1, cluster.num_cpus // max(1, workers))
     units = busy if cluster.num_gpus else min(cluster.num_cpus, busy * each)
-    rate = setting.rates.of("train", device, peak, is_low=cluster.computes_low(config.dtype))
+    rate = setting.rates.rate_of("train", device, peak, is_16_bit=cluster.computes_in_16_bits(config.dtype))
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
     advice = BATCH_ADVICE.format(num_workers=workers, batch_size=busy)
     work_s = work / (units * rate.value)
@@ -182,11 +182,11 @@ def _merge(config: Any, name: str, setting: Setting) -> StageEstimate:
 def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.retriever
     workers = embed_workers(config, setting)
-    is_low = cluster.computes_low(config.dtype)
+    is_16_bit = cluster.computes_in_16_bits(config.dtype)
     device, peak = device_of(cluster)
-    rate = setting.rates.of("embed", device, peak if is_low else peak / 8, is_low=is_low)
+    rate = setting.rates.rate_of("embed", device, peak if is_16_bit else peak / 8, is_16_bit=is_16_bit)
     number_bytes, more_bytes = _VECTOR_BYTES[config.vector_dtype]
-    units = _embed_units(config, setting, workers, rate, is_low=is_low)
+    units = _embed_units(config, setting, workers, rate, is_16_bit=is_16_bit)
     token_flops = shape.forward_flops(corpus.embed_tokens)
     tokenizing_s, waiting_note = _tokenizing(setting, units * rate.value / token_flops)
     return timed(
@@ -200,7 +200,7 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
         device=device,
         error=corpus.error,
         out_bytes=corpus.num_passages * (number_bytes * setting.dimension + more_bytes + 30.0),
-        fixed_s=shape.num_parameters * (2 if is_low else 4) / LOAD_BYTES_PER_S,
+        fixed_s=shape.num_parameters * (2 if is_16_bit else 4) / LOAD_BYTES_PER_S,
         needs=embed_memory(config, shape, cluster),
         note="; ".join(filter(None, [_float32_note(config, cluster), waiting_note])),
     )
@@ -224,7 +224,7 @@ def _tokenizing(setting: Setting, encoded: float) -> tuple[float, str]:
     return seconds, f"{figures}; more CPUs make it faster" if tokenized < encoded else figures
 
 
-def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_low: bool) -> float:
+def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_16_bit: bool) -> float:
     """Return the sum of all workers' speeds as a multiple of `rate`.
 
     Speeds of different GPUs add up, because an idle worker takes the next shard.
@@ -234,14 +234,16 @@ def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_
         return float(min(cluster.num_cpus, workers * (config.num_cpus_per_worker or 1)))
     speeds = []
     for group in cluster.gpu_groups:
-        peak = group.gpu_flops if is_low else group.gpu_flops / 8
-        speeds += [setting.rates.of("embed", group.gpu, peak, is_low=is_low).value] * (group.count * group.gpus)
+        peak = group.gpu_flops if is_16_bit else group.gpu_flops / 8
+        speeds += [setting.rates.rate_of("embed", group.gpu, peak, is_16_bit=is_16_bit).value] * (
+            group.count * group.gpus
+        )
     return sum(sorted(speeds, reverse=True)[:workers]) / rate.value
 
 
 def _float32_note(config: Any, cluster: Cluster) -> str:
     """Return a note if dtype `auto` was planned as float32, the slower type; else an empty text."""
-    if config.dtype != "auto" or cluster.computes_low("auto"):
+    if config.dtype != "auto" or cluster.computes_in_16_bits("auto"):
         return ""
     return "in float32, as dtype auto is on CPUs without bfloat16 units"
 

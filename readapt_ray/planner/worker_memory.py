@@ -77,13 +77,13 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
 
     from readapt_ray.training import memory
 
-    is_low = cluster.computes_low(config.dtype)
+    is_16_bit = cluster.computes_in_16_bits(config.dtype)
     setup = worker_setup(
         config,
         train_adapter(config, shape),
         num_workers=num_workers,
         micro_batch_tokens=max(config.micro_batch_tokens, config.block_tokens),
-        dtype=torch.bfloat16 if is_low else torch.float32,
+        dtype=torch.bfloat16 if is_16_bit else torch.float32,
         device_type="cuda" if cluster.num_gpus else "cpu",
     )
     cpus = config.num_cpus_per_worker or (1 if cluster.num_gpus else max(1, cluster.num_cpus // max(1, num_workers)))
@@ -116,17 +116,17 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
     """
     from readapt_ray.training.memory import process_bytes
 
-    is_low = cluster.computes_low(config.dtype)
-    width = 2 if is_low else 4
+    is_16_bit = cluster.computes_in_16_bits(config.dtype)
+    width = 2 if is_16_bit else 4
     available, where = cluster.room(config.num_cpus_per_worker or 1, config.num_workers)
     share = gpu_share(config, shape, cluster)
     if 0 < share < 1:
         available, where = available * share, f"{share:.2g} of {where}"
     packed_dtypes = set() if cluster.num_gpus else {name for group in cluster.groups for name in group.packed_dtypes}
-    weights, copies = map(float, resident_bytes(shape, config.dtype, is_low=is_low, packed_dtypes=packed_dtypes))
+    weights, copies = map(float, resident_bytes(shape, config.dtype, is_16_bit=is_16_bit, packed_dtypes=packed_dtypes))
     if cluster.num_gpus:
         free = free_for_batches(available, weights)
-        tokens = config.batch_tokens or gpu_batch_tokens(shape, free, width=width, is_packed=is_low)
+        tokens = config.batch_tokens or gpu_batch_tokens(shape, free, width=width, is_packed=is_16_bit)
     else:
         tokens = config.batch_tokens or CPU_BATCH_TOKENS
     return Memory(

@@ -134,7 +134,7 @@ def _live_rows(uris: pa.Table) -> pa.Table:
     return dead_rows.read_table(Location(uris["item"][0].as_py()))
 
 
-def of(artifact: artifacts.Artifact) -> Artifact:
+def for_notebook(artifact: artifacts.Artifact) -> Artifact:
     """Convert an artifact to the class for notebooks."""
     return Artifact(**{each.name: getattr(artifact, each.name) for each in dataclasses.fields(artifact)})
 
@@ -149,7 +149,7 @@ def open_artifact(uri: str | Path, stage: str = "") -> Artifact:
     Raises:
         ArtifactMissingError: there is no artifact, it is unfinished, or another stage made it.
     """
-    return of(artifacts.open_artifact(str(uri), stage))
+    return for_notebook(artifacts.open_artifact(str(uri), stage))
 
 
 class Results:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from readapt_ray import artifacts, log_output
 from readapt_ray.config import Config
 from readapt_ray.errors import UNREADABLE, InputError, unreadable
-from readapt_ray.python.artifact import Artifact, Results, of
+from readapt_ray.python.artifact import Artifact, Results, for_notebook
 from readapt_ray.python.signatures import docstring_of, signature_of
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.stages import STAGES
@@ -87,7 +87,7 @@ def function_of(name: str) -> Callable[..., Any]:
     config_class: type[Config] = _found(work.config)
 
     def call(*given: Any, **options: Any) -> Any:
-        with _as_told():
+        with _user_errors_and_progress():
             config = _config(name, config_class, given, options)
             return _presented(name, _found(work.function)(config), config)
 
@@ -122,7 +122,7 @@ def _config(name: str, config_class: type[Config], given: tuple[Any, ...], optio
 def _presented(name: str, result: Any, config: Any) -> Any:
     """Wrap artifacts and tables so that they print well in a notebook."""
     if isinstance(result, artifacts.Artifact):
-        return of(result)
+        return for_notebook(result)
     return Results(*_TABLES[name](result, config)) if name in _TABLES else None
 
 
@@ -163,7 +163,7 @@ _TABLES: dict[str, Callable[[Any, Any], tuple[list[dict[str, Any]], str]]] = {
 
 
 @contextlib.contextmanager
-def _as_told() -> Iterator[None]:
+def _user_errors_and_progress() -> Iterator[None]:
     """Show progress, and replace errors about unreadable paths by an InputError, while the block runs.
 
     Raises:
@@ -205,7 +205,7 @@ def run(
     from readapt_ray.recipes import run_file, running
     from readapt_ray.recipes.problems import Problems
 
-    with _as_told():
+    with _user_errors_and_progress():
         problems = Problems()
         changes = {**(overrides or {}), **({} if root is None else {"root": root})}
         if not isinstance(config, RunConfig):
@@ -213,7 +213,7 @@ def run(
         elif changes:
             config = run_file.changed(config.model_dump(exclude_unset=True), changes, problems, where="ra.run")
         made = running.run(config, overwrite=overwrite, from_stage=from_stage, problems=problems)
-        return {name: of(each) for name, each in made.items()}
+        return {name: for_notebook(each) for name, each in made.items()}
 
 
 def status(root: str | Path) -> Results:
@@ -227,7 +227,7 @@ def status(root: str | Path) -> Results:
     """
     from readapt_ray import root_status
 
-    with _as_told():
+    with _user_errors_and_progress():
         rows = root_status.rows(Location(str(root)))
         return Results(rows, root_status.as_table(rows, str(root)))
 

@@ -17,7 +17,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError
 from readapt_ray.hardware import limit_threads
 from readapt_ray.progress import amount
-from readapt_ray.python.signatures import refusing_in_our_words
+from readapt_ray.python.signatures import check_arguments
 from readapt_ray.records import Passage, ScoredDoc
 from readapt_ray.sources.splitting import parent_of
 
@@ -68,7 +68,7 @@ class Encoder:
         InputError: the model cannot be found or loaded, or its encoding is not known.
     """
 
-    @refusing_in_our_words
+    @check_arguments
     def __init__(
         self,
         retriever: Place,
@@ -105,7 +105,7 @@ class Encoder:
         """Return the hash of everything that decides a vector: model, encoding and dtype."""
         return self._encoder.fingerprint
 
-    @refusing_in_our_words
+    @check_arguments
     def encode(
         self, texts: str | Sequence[str], kind: Kind, *, titles: Sequence[str] | None = None
     ) -> NDArray[np.float32]:
@@ -146,7 +146,7 @@ class Retriever:
         InputError: an input cannot be found, or the index was made with another model.
     """
 
-    @refusing_in_our_words
+    @check_arguments
     def __init__(
         self,
         *,
@@ -166,14 +166,16 @@ class Retriever:
         self._corpus = None if corpus is None else _named(corpus)
         self._passages = None if self._corpus is None else PassageStore.open(self._corpus)
         self._bridge = None if bridge is None else Bridge.open(_named(bridge))
-        asking = query_encoder(open_model(_named(retriever)), opened.artifact, bridge=self._bridge)
-        self._encoder = Encoder(retriever, encoding=asking.encoding, dtype=asking.description["dtype"], device=device)
+        for_queries = query_encoder(open_model(_named(retriever)), opened.artifact, bridge=self._bridge)
+        self._encoder = Encoder(
+            retriever, encoding=for_queries.encoding, dtype=for_queries.description["dtype"], device=device
+        )
         self._shards = merged(opened.shards())
         self._num_vectors = opened.num_vectors
         self._is_split = bool(opened.artifact.manifest.details.get("is_split"))
         self._index = _named(index)
 
-    @refusing_in_our_words
+    @check_arguments
     def search(self, query: str, top_k: int = 10, *, filter: Mapping[str, Any] | None = None) -> list[Hit]:
         """Return the best passages for a query, best first.
 
@@ -188,7 +190,7 @@ class Retriever:
         """
         return self.search_all([query], top_k, filter=filter)[0]
 
-    @refusing_in_our_words
+    @check_arguments
     def search_all(
         self, queries: Sequence[str], top_k: int = 10, *, filter: Mapping[str, Any] | None = None
     ) -> list[list[Hit]]:

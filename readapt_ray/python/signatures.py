@@ -60,7 +60,7 @@ def docstring_of(summary: str, config_class: type[Config], returns: str) -> str:
     return "\n\n".join([f"{summary[0].upper()}{summary[1:]}.", how, options_text(config_class), returns, raises])
 
 
-def refusing_in_our_words(function: Callable[P, R]) -> Callable[P, R]:
+def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function to check its arguments: an unknown, missing or wrongly typed one raises an InputError.
 
     The message suggests the nearest spelling of an unknown name.
@@ -95,8 +95,8 @@ def refusing_in_our_words(function: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function as a member of `readapt_ray`, with checked arguments (see `refusing_in_our_words`)."""
-    call = refusing_in_our_words(function)
+    """Return a function as a member of `readapt_ray`, with checked arguments (see `check_arguments`)."""
+    call = check_arguments(function)
     call.__module__ = "readapt_ray"
     return call
 

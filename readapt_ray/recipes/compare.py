@@ -122,8 +122,8 @@ def _costs_of_vectors(candidate: Candidate, texts: list[str]) -> dict[str, Any]:
 
     vectors = open_artifact(candidate.embed.config.output, "embed")
     bridge = Bridge.open(candidate.bridge.config.output) if candidate.bridge else None
-    asking = query_encoder(models.open_model(candidate.model), vectors, bridge=bridge)
-    encoder = Encoder.load(asking.model, encoding=asking.encoding, dtype=asking.description["dtype"])
+    for_queries = query_encoder(models.open_model(candidate.model), vectors, bridge=bridge)
+    encoder = Encoder.load(for_queries.model, encoding=for_queries.encoding, dtype=for_queries.description["dtype"])
     doc_ids, matrix = _in_memory(vectors)
     latency = query_latency(encoder, texts, doc_ids, matrix, query_map=bridge.query_map if bridge else None)
     return {

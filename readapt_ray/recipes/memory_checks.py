@@ -136,7 +136,7 @@ def _place() -> _Place | None:
     return _Place("cpu", (here,), "this machine has")
 
 
-def _is_low(dtype: str, place: _Place) -> bool:
+def _is_16_bit(dtype: str, place: _Place) -> bool:
     return dtype in ("bfloat16", "float16") or (
         dtype == "auto" and (place.device_type == "cuda" or hardware.has_bfloat16_units())
     )
@@ -154,7 +154,7 @@ def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: 
 
     _, options = resolve(options, pretrained)
     on_gpu = place.device_type == "cuda"
-    num_workers, share = placement.largest_share(options.num_workers, [node.num_cpus for node in place.nodes])
+    num_workers, share = placement.workers_and_cpus(options.num_workers, [node.num_cpus for node in place.nodes])
     if on_gpu:
         num_workers = options.num_workers or torch.cuda.device_count()
     setup = worker_setup(
@@ -162,7 +162,7 @@ def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: 
         adapter_shape(options, options.target_modules),
         num_workers=num_workers,
         micro_batch_tokens=max(options.micro_batch_tokens, block_tokens),
-        dtype=torch.bfloat16 if _is_low(options.dtype, place) else torch.float32,
+        dtype=torch.bfloat16 if _is_16_bit(options.dtype, place) else torch.float32,
         device_type=place.device_type,
     )
     shape = shape_of(pretrained.config, pretrained.name, options.objective)
@@ -198,8 +198,8 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
     from readapt_ray.nn import packed_linear
 
     packed_dtypes = packed_linear.faster_dtypes() if place.device_type == "cpu" else ()
-    is_low = _is_low(options.dtype, place)
-    weights, copies = resident_bytes(shape, options.dtype, is_low=is_low, packed_dtypes=packed_dtypes)
+    is_16_bit = _is_16_bit(options.dtype, place)
+    weights, copies = resident_bytes(shape, options.dtype, is_16_bit=is_16_bit, packed_dtypes=packed_dtypes)
     fewer = "lower embed.num_workers" if num_workers > 1 else "set embed.dtype to bfloat16"
     place.refuse(
         f"embed (the {shape.num_parameters:,} weights of {retriever.name!r} in each worker)",

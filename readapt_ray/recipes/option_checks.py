@@ -113,7 +113,7 @@ def _check_workers(stage: str, config: Any) -> None:
     num_workers = config.num_workers and (1 if stage == "merge" else config.num_workers)
     if num_workers == 0:
         return
-    placement.check_asked(
+    placement.check_user_placement(
         placement.Placement(num_workers, config.num_cpus_per_worker), who=f"workers of section {stage!r}"
     )
 

@@ -112,21 +112,21 @@ def activation_bytes(shape: ModelShape, width: int) -> int:
 
 
 def resident_bytes(
-    shape: ModelShape, dtype: str, *, is_low: bool, packed_dtypes: Collection[str] = ()
+    shape: ModelShape, dtype: str, *, is_16_bit: bool, packed_dtypes: Collection[str] = ()
 ) -> tuple[int, int]:
     """Return the bytes of an encoder's weights, and of the packed copies of its linear layers that make CPUs faster.
 
     Args:
         shape: shape of the encoder.
         dtype: the option: "auto", "float32", "bfloat16" or "float16".
-        is_low: whether that option means 16 bits on the device of the encoder.
+        is_16_bit: whether that option means 16 bits on the device of the encoder.
         packed_dtypes: dtypes in which the encoder's CPU is faster with packed weights, see `packed_linear`; empty on a
             GPU.
     """
     from readapt_ray.nn import packed_linear
 
     low = "float16" if dtype == "float16" else "bfloat16"
-    name, width = (low, 2) if is_low else ("float32", 4)
+    name, width = (low, 2) if is_16_bit else ("float32", 4)
     copies = packed_linear.copy_bytes(width * shape.num_linear_parameters) if name in packed_dtypes else 0
     return width * shape.num_parameters, copies
 

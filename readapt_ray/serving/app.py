@@ -141,15 +141,15 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
     index = open_artifact(config.index, "index") if config.index else None
     corpus = open_artifact(config.corpus, "ingest") if config.corpus else None
     bridge = _bridge_of(config)
-    asked_by = _asked_by(config, index, bridge)
-    recorded = Encoding.parse(asked_by["encoding"], where=str(config.index)) if asked_by else None
+    required = _required_query_encoder(config, index, bridge)
+    recorded = Encoding.parse(required["encoding"], where=str(config.index)) if required else None
     folder = own_folder(config.retriever)
     return VersionSpec(
         name=name,
         retriever=str(folder) if folder is not None else config.retriever,
         encoding=config.encoding or recorded,
-        dtype=config.dtype or asked_by.get("dtype", "float32"),
-        encoder_fingerprint=asked_by.get("fingerprint"),
+        dtype=config.dtype or required.get("dtype", "float32"),
+        encoder_fingerprint=required.get("fingerprint"),
         bridge=on_worker.absolute(bridge.artifact.location).uri if bridge else None,
         bridge_fingerprint=bridge.artifact.fingerprint if bridge else None,
         new_vectors=on_worker.absolute(Location(config.new_vectors)).uri if config.new_vectors else None,
@@ -172,7 +172,7 @@ def _bridge_of(config: VersionConfig) -> Bridge | None:
     return Bridge.open(config.bridge) if config.bridge else None
 
 
-def _asked_by(config: VersionConfig, index: Artifact | None, bridge: Bridge | None) -> dict[str, Any]:
+def _required_query_encoder(config: VersionConfig, index: Artifact | None, bridge: Bridge | None) -> dict[str, Any]:
     """Return the description of the query encoder: of the bridge, a model for queries, or the index; else {}."""
     if bridge is not None:
         return bridge.new_encoder
@@ -317,7 +317,7 @@ def check_version(name: str, config: VersionConfig) -> str:
     TextTokenizer(model.tokenizer, encoding)
     encoder = encoder_fingerprint(model, encoding, spec.dtype)
     if spec.encoder_fingerprint not in (None, encoder):
-        recorded = _asked_by(config, open_artifact(str(config.index), "index"), _bridge_of(config))
+        recorded = _required_query_encoder(config, open_artifact(str(config.index), "index"), _bridge_of(config))
         raise _mismatch(model, encoding, spec.dtype, config, recorded)
     if config.index:
         bridge = _bridge_of(config)
@@ -335,11 +335,11 @@ def check_probe(config: ServeConfig) -> None:
         ArtifactMissingError: an index is not complete.
     """
     from readapt_ray.retrieval.vector_index import VectorIndex
-    from readapt_ray.serving.index_slice import holds_vectors_whole
+    from readapt_ray.serving.index_slice import gives_exact_vectors
 
     for name, each in config.each_version().items() if config.recall_probe else ():
         for record in VectorIndex.open(each.index).records if each.index else ():
-            if record.measured is not None and not holds_vectors_whole(record.factory):  # an exact index misses nothing
+            if record.measured is not None and not gives_exact_vectors(record.factory):  # an exact index misses nothing
                 raise InputError(
                     f"recall_probe = {config.recall_probe:g}, but the index of version {name!r} ({record.factory}) does not hold "
                     f"its vectors as they were, so what it misses cannot be told; leave recall_probe out, or serve an index of "

@@ -105,7 +105,8 @@ class DomainBackend:
         if index is not None:
             if index.encoder_fingerprint != own:
                 raise FingerprintMismatchError(
-                    f"the index of domain {source.name!r} has the vectors of another encoder"
+                    f"the index of domain {source.name!r} has the vectors of another encoder ({index.encoder_fingerprint}) than "
+                    f"the one that serves it ({own}): embed and index its corpus again with this server's encoding and dtype"
                 )
             self.info = index.described(self.info)
 
@@ -168,7 +169,7 @@ def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, floa
     return (wanted,) * len(backend.source.scales)
 
 
-def at_scale(
+def index_name_at_scale(
     versions: Mapping[str, Version], name: str, scales: Sequence[float], allowed: frozenset[str] | None
 ) -> str:
     """Return the name under which the index of a domain at these scales is served.
@@ -201,7 +202,7 @@ def at_scale(
     )
 
 
-async def rows_of(
+async def load_and_mark_rows(
     backend: Backend, rows: Sequence[Sequence[int]], scales: tuple[float, ...] | None = None
 ) -> Sequence[Sequence[int]]:
     """Load the factors of a domain, and return the rows with its name; rows for a version are returned unchanged.
@@ -228,13 +229,14 @@ def flow_of(backend: Backend) -> str | None:
     return backend.source.name if isinstance(backend, DomainBackend) else None
 
 
-class Places:
-    """Limits the requests in progress per domain: a domain may hold at most as many places as are free.
+class RequestSlots:
+    """Limits the requests in progress per domain: a domain gets another slot only if it holds fewer than are free.
 
-    So one busy domain takes half of the places, two take a third each, and another domain always finds a free one.
+    So one busy domain takes half of the slots, two take a third each in the long run, and a domain without requests is
+    refused only if all slots are taken. That takes at least log2(most + 1) busy domains, such as 10 for 512 slots.
 
     Args:
-        most: maximum number of requests in progress, of all domains together.
+        most: number of slots: maximum number of requests in progress, of all domains together.
     """
 
     def __init__(self, most: int) -> None:
@@ -243,10 +245,10 @@ class Places:
 
     @contextlib.contextmanager
     def held_by(self, backend: Backend) -> Iterator[None]:
-        """Hold a place of a domain during the block; do nothing for a version that is no domain.
+        """Hold a slot for a domain during the block; do nothing for a version that is no domain.
 
         Raises:
-            RequestError: with status 429: the domain holds as many places as are free.
+            RequestError: with status 429: the domain holds as many slots as are free.
         """
         name = flow_of(backend)
         if name is None:
@@ -267,7 +269,7 @@ class Places:
             self._held[name] -= 1
 
 
-def encoded_by(backend: Backend, scales: Sequence[float]) -> str:
+def encoder_fingerprint_at(backend: Backend, scales: Sequence[float]) -> str:
     """Return the fingerprint of the encoder that makes vectors with these scales."""
     return backend.fingerprint_of(scales) if isinstance(backend, DomainBackend) else backend.info.encoder_fingerprint
 

@@ -26,7 +26,7 @@ from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.ray_backend import RayBackend
-from readapt_ray.serving.readiness import Recent
+from readapt_ray.serving.readiness import CachedCall
 from readapt_ray.serving.routes import build_api
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
@@ -102,7 +102,7 @@ class Gateway:
 
             spans = RequestSpans()
         guard = self._guard = Guard(
-            build_api(self._service, Recent(gather_metrics).result),
+            build_api(self._service, CachedCall(gather_metrics).result),
             keys=KeyRing(self._setup.keys, share=1 / self._setup.num_gateways),
             allow_anonymous=self._setup.allow_anonymous,
             sees_clients=_sees_clients(),

@@ -36,7 +36,7 @@ READ_AT_ONCE = 4
 _BLOCK_ROWS = 16384
 _SCANNED_ROWS = 32768
 """Maximum number of rows of a shard that a filtered search compares one by one."""
-_WHOLE = re.compile(r"((IVF|HNSW|NSG)\w*,)?Flat|HNSW\d*|.+,(RFlat|Refine\(Flat\))")
+_EXACT_FACTORY = re.compile(r"((IVF|HNSW|NSG)\w*,)?Flat|HNSW\d*|.+,(RFlat|Refine\(Flat\))")
 
 
 @dataclass(frozen=True)
@@ -185,13 +185,13 @@ def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     return vectors
 
 
-def holds_vectors_whole(factory: str) -> bool:
+def gives_exact_vectors(factory: str) -> bool:
     """Return whether the exact vectors can be read back from a FAISS index with this factory string.
 
     They can from inverted lists and graphs over flat vectors, and from indexes that rerank by flat vectors. Codes,
     quantized numbers and projections give back only the approximate vectors that the index searches by.
     """
-    return _WHOLE.fullmatch(factory) is not None
+    return _EXACT_FACTORY.fullmatch(factory) is not None
 
 
 def _searchable(shards: Sequence[IndexShard], corpus: Sequence[Location], *, is_split: bool) -> list[SearchableShard]:

@@ -273,8 +273,8 @@ def _located(number: int, shard: _MovingShard, doc_ids: pa.Array, hashes: bytes)
     places = pc.index_in(doc_ids, value_set=among)
     there = np.flatnonzero(places.is_valid().to_numpy(zero_copy_only=False))
     rows = shard.old.order[first + places.drop_null().to_numpy()]
-    is_due = shard.new_rows[rows] == _OLD
-    rows, there = rows[is_due], there[is_due]
+    is_still_old = shard.new_rows[rows] == _OLD
+    rows, there = rows[is_still_old], there[is_still_old]
     is_same = _same(shard.old.shard.hashes, rows, hashes, there)
     rows, there = rows[is_same], there[is_same]
     _, once = np.unique(rows, return_index=True)

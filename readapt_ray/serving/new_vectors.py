@@ -34,7 +34,7 @@ from readapt_ray.retrieval.parquet_rows import read_rows
 from readapt_ray.retrieval.shard_plan import packed_hashes
 from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of, read_footer
 from readapt_ray.retrieval.vector_index import VectorIndex
-from readapt_ray.serving.index_slice import IndexSlice, holds_vectors_whole
+from readapt_ray.serving.index_slice import IndexSlice, gives_exact_vectors
 from readapt_ray.serving.moving_slice import Located, MovingSlice
 from readapt_ray.serving.options import VersionConfig
 from readapt_ray.serving.version_spec import VersionSpec
@@ -68,7 +68,7 @@ def check_new_vectors(name: str, config: VersionConfig) -> None:
         )
     bridge, output = Bridge.open(config.bridge), Location(config.new_vectors)
     bridge.check_calibrated()
-    due = bridge.new_encoder
+    expected = bridge.new_encoder
     if (output / MANIFEST_NAME).is_file():
         made = open_artifact(config.new_vectors, "embed")
         there = made.manifest.details["encoder"]["fingerprint"]
@@ -87,10 +87,10 @@ def check_new_vectors(name: str, config: VersionConfig) -> None:
                 f"--retriever {config.retriever} --output {config.new_vectors}` first"
             )
         there = _encoder_of(files)
-    if there not in (None, due["fingerprint"]):
+    if there not in (None, expected["fingerprint"]):
         raise FingerprintMismatchError(
             f"new_vectors = {config.new_vectors!r} has vectors of another encoder ({there}) than the bridge "
-            f"{config.bridge!r} is for ({due['fingerprint']}, {due['model']!r}); give what `readapt embed --retriever "
+            f"{config.bridge!r} is for ({expected['fingerprint']}, {expected['model']!r}); give what `readapt embed --retriever "
             f"{config.retriever}` writes, with the same encoding and dtype"
         )
 
@@ -105,7 +105,7 @@ def _encoder_of(files: Sequence[Location]) -> str | None:
 
 def vector_factory(index: VectorIndex) -> str:
     """Return the FAISS factory string for new vectors: Flat (float32) if the index holds exact vectors, else SQfp16."""
-    return "Flat" if all(holds_vectors_whole(each.factory) for each in index.records) else "SQfp16"
+    return "Flat" if all(gives_exact_vectors(each.factory) for each in index.records) else "SQfp16"
 
 
 def follow(
@@ -194,7 +194,7 @@ class Follower:
     def poll(self) -> None:
         """Read the files that are new or changed, and move their passages; log failures and try them again later."""
         before, files = self._moving.num_reembedded, 0
-        for name in self._attempt("", self._due) or ():
+        for name in self._attempt("", self._new_or_changed) or ():
             files += bool(self._attempt(name, functools.partial(self._take, name)))
         num_moved, size = self._moving.num_reembedded, self._moving.num_vectors
         self._share.set(num_moved / max(1, size), self._tags)
@@ -224,7 +224,7 @@ class Follower:
         self._failures.pop(name, None)
         return done
 
-    def _due(self) -> list[str]:
+    def _new_or_changed(self) -> list[str]:
         """List the folder, and return the files that are new or changed and may be tried now."""
         self._listed = {name: (info.size, info.mtime_ns) for name, info in self._folder.listing(".parquet")}
         return [name for name, state in self._listed.items() if self._done.get(name) != state and self._may_try(name)]

@@ -15,7 +15,15 @@ from readapt_ray.serving.domains import DomainUnavailableError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.readiness import without_folders
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.versions import Found, LossPolicy, PartsDownError, Ranked, VersionInfo, aside, merged
+from readapt_ray.serving.versions import (
+    Found,
+    LossPolicy,
+    PartsDownError,
+    Ranked,
+    VersionInfo,
+    in_thread_if_large,
+    merge_ranked,
+)
 from readapt_ray.weights.domain_sources import DomainSource
 
 logger = logging.getLogger("ray.serve")
@@ -93,7 +101,7 @@ class RayBackend:
             raise RequestError(message, status=503, code="index_incomplete", retry_after_s=1)
         parts = [answer for answer in answers if answer is not None]
         num_hits = len(queries) * top_k * len(parts)
-        return Found(await aside(num_hits, merged, parts, len(queries), top_k), missing)
+        return Found(await in_thread_if_large(num_hits, merge_ranked, parts, len(queries), top_k), missing)
 
     async def _search_slice(
         self, name: str, method: str, queries: Any, top_k: int, wanted: DocFilter | None
@@ -184,6 +192,6 @@ async def _persistently(method: Any, *given: Any) -> Any:
             logger.warning("a replica was lost under way, asking another: %s", type(error).__name__)
             await asyncio.sleep(_RETRY_S)
         except DeploymentUnavailableError as error:
-            logger.warning("asked in vain: %s", error)
+            logger.warning("deployment is unavailable: %s", error)
             message = "this version, or a part of it, was removed or cannot be started; try again"
             raise RequestError(message, status=503, code="version_down", retry_after_s=1) from None

@@ -37,7 +37,7 @@ class Readiness(BaseModel):
     versions: dict[str, CheckResult]
 
 
-class Recent(Generic[R]):
+class CachedCall(Generic[R]):
     """Caches the result of an async function for one second; callers share a call that is still running.
 
     Args:
@@ -62,7 +62,7 @@ class Recent(Generic[R]):
             self._made_s = time.monotonic()
 
 
-async def checked(versions: Mapping[str, Version], missing: Mapping[str, str]) -> Readiness:
+async def check_versions(versions: Mapping[str, Version], missing: Mapping[str, str]) -> Readiness:
     """Test each version by encoding and searching, and return the results.
 
     Args:

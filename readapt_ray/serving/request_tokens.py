@@ -48,8 +48,8 @@ class InputTokenizer:
         self._limits: dict[Kind, int] = {"query": query, "passage": passage, "raw": max(query, passage)}
         self._most = {kind: _CHARACTERS_PER_TOKEN * limit + _SPARE_CHARACTERS for kind, limit in self._limits.items()}
         unlimited = {"max_query_tokens": _NO_LIMIT_TOKENS, "max_passage_tokens": _NO_LIMIT_TOKENS}
-        self._whole = _KindTokenizer(tokenizer, encoding.model_copy(update=unlimited))
-        self._cut = _KindTokenizer(tokenizer, encoding)
+        self._unlimited = _KindTokenizer(tokenizer, encoding.model_copy(update=unlimited))
+        self._truncating = _KindTokenizer(tokenizer, encoding)
 
     def blocks(
         self, given: str | Sequence[Any], kind: Kind, *, param: str, truncate: bool, max_inputs: int
@@ -83,7 +83,7 @@ class InputTokenizer:
         """Return the maximum length of a text of this kind, in tokens."""
         return self._limits[kind]
 
-    def whole(self, text: str, kind: Kind, *, param: str) -> list[int]:
+    def all_ids(self, text: str, kind: Kind, *, param: str) -> list[int]:
         """Return all token ids of a text, even if they are more than the limit.
 
         Raises:
@@ -94,7 +94,7 @@ class InputTokenizer:
         if not text.strip():
             raise RequestError(f"'{param}' is empty", param=param, code="empty")
         try:
-            return self._whole.ids([text], kind)[0]
+            return self._unlimited.ids([text], kind)[0]
         except InputError:
             raise invalid(f"'{param}' holds text that is not valid Unicode", param) from None
 
@@ -113,7 +113,7 @@ class InputTokenizer:
                 raise RequestError(f"{name} is empty; leave it out", param=param, code="empty")
             texts.append(text)
         try:
-            rows = (self._cut if truncate else self._whole).ids(texts, kind)
+            rows = (self._truncating if truncate else self._unlimited).ids(texts, kind)
             for name, item, text in cut:
                 self._check_cut(name, item, text, kind, param)
         except InputError:
@@ -127,7 +127,7 @@ class InputTokenizer:
 
     def _check_cut(self, name: str, item: Item, text: str, kind: Kind, param: str) -> None:
         """Refuse a text if cutting its characters may have changed a token within the limit."""
-        whole, template = self._whole.ids([text, ""], kind)
+        whole, template = self._unlimited.ids([text, ""], kind)
         num_tokens = len(whole) - len(template)
         if num_tokens < self._limits[kind] + _CUT_TOKENS:
             message = f"{name} has {_size(item)}, and the first {self._most[kind]:,} make only {num_tokens:,} tokens"

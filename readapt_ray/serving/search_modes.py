@@ -10,7 +10,7 @@ from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.parents import first_of_each
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.schema import MAX_HITS, Mode, RequestError, invalid
-from readapt_ray.serving.versions import Backend, Found, Ranked, aside
+from readapt_ray.serving.versions import Backend, Found, Ranked, in_thread_if_large
 from readapt_ray.sources.splitting import parent_of
 
 _PASSAGES_A_DOCUMENT = 3
@@ -131,7 +131,7 @@ async def search_by_mode(
     depth = max(top_k, DEPTH)
     both = await asyncio.gather(backend.search(vectors, depth, wanted), backend.search_words(texts, depth, wanted))
     fused = _fused_documents if backend.info.is_split else _fused
-    ranked = await aside(len(vectors) * depth, fused, [each.ranked for each in both], top_k)
+    ranked = await in_thread_if_large(len(vectors) * depth, fused, [each.ranked for each in both], top_k)
     return Found(ranked, sorted({name for each in both for name in each.missing}))
 
 

@@ -27,11 +27,11 @@ from readapt_ray.serving.batching import QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
 from readapt_ray.serving.hit_texts import texts_of
 from readapt_ray.serving.options import Limits
-from readapt_ray.serving.readiness import Readiness, Recent, checked
+from readapt_ray.serving.readiness import CachedCall, Readiness, check_versions
 from readapt_ray.serving.schema import RequestError, invalid
 from readapt_ray.serving.search_modes import check_mode, search_documents, word_queries
 from readapt_ray.serving.shadow_and_probe import SideSearches
-from readapt_ray.serving.takeover import taken_over
+from readapt_ray.serving.takeover import next_registry
 from readapt_ray.serving.telemetry import Telemetry, Trace
 from readapt_ray.serving.versions import INLINE_HITS, Backend, Found, Registry, Routing, Version
 
@@ -57,9 +57,9 @@ class SearchService:
     def __init__(self, limits: Limits, telemetry: Telemetry) -> None:
         self.limits = limits
         self._telemetry = telemetry
-        self._places = domains.Places(limits.max_requests)
+        self._request_slots = domains.RequestSlots(limits.max_requests)
         self._registry = Registry()
-        self._readiness = Recent(functools.partial(checked, {}, {}))
+        self._readiness = CachedCall(functools.partial(check_versions, {}, {}))
         self.side_searches = SideSearches(self._searched, limits.timeout_s, telemetry)
         # A separate small pool: long texts must not delay the threads that read passages and metrics.
         self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
@@ -72,8 +72,8 @@ class SearchService:
         *,
         must_be_whole: bool = False,
     ) -> None:
-        """Serve these versions with this routing, from the next request on (see `taken_over`)."""
-        self._registry = await taken_over(
+        """Serve these versions with this routing, from the next request on (see `next_registry`)."""
+        self._registry = await next_registry(
             self._registry,
             backends,
             routing,
@@ -83,9 +83,8 @@ class SearchService:
             must_be_whole=must_be_whole,
         )
         by_encoder = {id(each.batcher): (name, each) for name, each in reversed(list(self._registry.versions.items()))}
-        self._readiness = Recent(
-            functools.partial(checked, dict(reversed(by_encoder.values())), self._registry.missing)
-        )
+        down = self._registry.missing
+        self._readiness = CachedCall(functools.partial(check_versions, dict(reversed(by_encoder.values())), down))
 
     def models(self, trace: Trace) -> schema.ModelList:
         """List the versions that the API key of a request may use, the default first."""
@@ -154,7 +153,7 @@ class SearchService:
         )
 
     async def _embedded(self, body: schema.EmbeddingsRequest, trace: Trace, *, param: str) -> _Embedded:
-        name, version, kind_of_model = self._registry.named(body.model, trace.domains)
+        name, version, kind_of_model = self._registry.resolve_model(body.model, trace.domains)
         trace.version = name
         info = version.info
         scales = domains.scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
@@ -175,13 +174,13 @@ class SearchService:
             rows: Sequence[Sequence[int]] = await self._tokenized(
                 version, body.input, kind, trace, param=param, truncate=truncate
             )
-            rows = await domains.rows_of(version.backend, rows, scales)
+            rows = await domains.load_and_mark_rows(version.backend, rows, scales)
             vectors = await self._encoded(version, rows, trace, deadline_s)
         if dimensions < info.dimension:
             vectors = vectors[:, :dimensions]
             if info.encoding.normalize:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return _Embedded(vectors, domains.encoded_by(version.backend, scales))
+        return _Embedded(vectors, domains.encoder_fingerprint_at(version.backend, scales))
 
     def _check_token_ids(self, body: schema.EmbeddingsRequest, encoder_fingerprint: str) -> None:
         """Refuse token ids that may come from another tokenizer: they would mean a different text here."""
@@ -201,10 +200,10 @@ class SearchService:
         Raises:
             RequestError: there is no such model, the text is empty or not valid Unicode, or the deadline passed.
         """
-        name, version, kind_of_model = self._registry.named(body.model, trace.domains)
+        name, version, kind_of_model = self._registry.resolve_model(body.model, trace.domains)
         trace.version = name
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
-        tokenize = functools.partial(version.tokenizer.whole, body.prompt, kind, param="prompt")
+        tokenize = functools.partial(version.tokenizer.all_ids, body.prompt, kind, param="prompt")
         async with self._deadline(version, body.timeout_s):
             ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenize)
         limit = version.tokenizer.max_tokens(kind)
@@ -220,7 +219,7 @@ class SearchService:
         name, version = registry.for_search(body, trace.domains)
         if body.knowledge_scale is not None:
             scales = domains.scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
-            name = domains.at_scale(registry.versions, name, scales, trace.domains)
+            name = domains.index_name_at_scale(registry.versions, name, scales, trace.domains)
             version = registry.versions[name]
         trace.version = name
         if not version.info.slices:
@@ -251,7 +250,7 @@ class SearchService:
         """Cancel the block and raise an error (504) at the request's deadline; yield it (on the event loop's clock).
 
         Args:
-            version: the version that answers; a domain holds one of its places meanwhile.
+            version: the version that answers; a domain holds one of its request slots meanwhile.
             wanted_s: timeout in seconds that the request asks for; None for the server's own.
             why_late: returns what is broken, or "" if nothing is; for the error message.
         """
@@ -259,7 +258,7 @@ class SearchService:
         try:
             deadline_s = asyncio.get_running_loop().time() + seconds
             async with asyncio.timeout_at(deadline_s):
-                with self._places.held_by(version.backend):
+                with self._request_slots.held_by(version.backend):
                     yield deadline_s
         except TimeoutError:
             broken = await why_late() if why_late else ""
@@ -313,7 +312,7 @@ class SearchService:
             ) from None
         except QueueFullError as error:
             raise RequestError(
-                "too much waits already; try again after the seconds in Retry-After",
+                "the queue is full; try again after the seconds in Retry-After",
                 status=429,
                 code="queue_full",
                 retry_after_s=max(1, round(error.retry_after_s)),
@@ -355,7 +354,8 @@ class SearchService:
             trace.num_items = len(texts)
         else:
             rows = await self._tokenized(version, body.query, "query", trace, param="query", truncate=body.truncate)
-            vectors = await self._encoded(version, await domains.rows_of(version.backend, rows), trace, deadline_s)
+            marked = await domains.load_and_mark_rows(version.backend, rows)
+            vectors = await self._encoded(version, marked, trace, deadline_s)
         before_s = time.perf_counter()
         wanted = doc_filter(body, trace.within)
         try:

@@ -50,7 +50,7 @@ class SideSearches:
 
         Not every search is repeated: only a share, only searches by text, and none while the shadow version is busy.
         """
-        shadow = registry.routing.shadow_of(name)
+        shadow = registry.routing.draw_shadow(name)
         if shadow is None or body.query is None or len(self.tasks) >= _MAX_SEARCHES:
             return
         if not registry.versions[shadow].batcher.queued_tokens:
@@ -76,7 +76,7 @@ class SideSearches:
             or doc_filter(body, within)
             or found.missing
             or self._probing
-            or not registry.routing.probes()
+            or not registry.routing.draw_probe()
         ):
             return
         self._probing = True

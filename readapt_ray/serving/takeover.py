@@ -20,7 +20,7 @@ from readapt_ray.serving.versions import Backend, Registry, Routing, Version
 logger = logging.getLogger("ray.serve")
 
 
-async def taken_over(
+async def next_registry(
     registry: Registry,
     backends: Mapping[str, Backend],
     routing: Routing,

@@ -55,10 +55,10 @@ class Telemetry:
         self._recall_found = Counter(
             "readapt_recall_found", "Passages of the 10 best that the index found.", by_version
         )
-        self._recall_due = Counter("readapt_recall_due", "Passages of the 10 best.", by_version)
+        self._recall_expected = Counter("readapt_recall_due", "Passages of the 10 best.", by_version)
         both = ("version", "shadow")
         self._shadow_shared = Counter("readapt_shadow_shared", "Passages of the first 10 that both found.", both)
-        self._shadow_due = Counter("readapt_shadow_due", "Passages of the first 10.", both)
+        self._shadow_expected = Counter("readapt_shadow_due", "Passages of the first 10.", both)
         self._difference = Histogram(
             "readapt_shadow_score_difference", "Between the best scores of the two, without sign.", _DIFFERENCES, both
         )
@@ -98,16 +98,16 @@ class Telemetry:
         """Count a search that was answered without a part of the index."""
         self._partial.inc(1, {"version": version})
 
-    def probed(self, version: str, num_found: int, num_due: int) -> None:
+    def probed(self, version: str, num_found: int, num_expected: int) -> None:
         """Count a search that was repeated exactly: how many of the best passages the index found, of how many."""
         _add(self._recall_found, num_found, {"version": version})
-        _add(self._recall_due, num_due, {"version": version})
+        _add(self._recall_expected, num_expected, {"version": version})
 
-    def compared(self, version: str, shadow: str, num_shared: int, num_due: int, score_difference: float) -> None:
+    def compared(self, version: str, shadow: str, num_shared: int, num_expected: int, score_difference: float) -> None:
         """Count a search of the shadow version: how many of the first 10 passages both versions found, of how many."""
         tags = {"version": version, "shadow": shadow}
         _add(self._shadow_shared, num_shared, tags)
-        _add(self._shadow_due, num_due, tags)
+        _add(self._shadow_expected, num_expected, tags)
         self._difference.observe(abs(score_difference), tags)
 
 

@@ -196,7 +196,7 @@ class Routing(SideOptions):
         split = {name: weight for name, weight in self.split.items() if name in names and weight}
         return self.model_copy(update={"split": split, "shadow": self.shadow if self.shadow in names else ""})
 
-    def of_search(self, user: str | None) -> str:
+    def choose_version(self, user: str | None) -> str:
         """Choose the version for a search that names none: always the same per user; without a user at random."""
         if not self.split:
             return self.default
@@ -208,11 +208,11 @@ class Routing(SideOptions):
                 return name
         return max(self.split, key=self.split.__getitem__)
 
-    def probes(self) -> bool:
+    def draw_probe(self) -> bool:
         """Decide at random whether a search is repeated by exact search, to measure recall."""
         return random.random() < self.recall_probe
 
-    def shadow_of(self, answered_by: str) -> str | None:
+    def draw_shadow(self, answered_by: str) -> str | None:
         """Decide at random whether the shadow version repeats a search; return its name, or None."""
         if self.shadow and self.shadow != answered_by and random.random() < self.shadow_share:
             return self.shadow
@@ -276,7 +276,7 @@ class Registry:
         Raises:
             RequestError: no version has this name, it is not in `allowed`, or it is not up.
         """
-        name, _, kind = self.named(model, allowed)
+        name, _, kind = self.resolve_model(model, allowed)
         return self._described(name, kind)
 
     def _described(self, name: str, kind: schema.Kind) -> schema.ServedModel:
@@ -299,7 +299,9 @@ class Registry:
             **{each: getattr(info.encoding, each) for each in schema.SHOWN_OF_ENCODING},
         )
 
-    def named(self, model: str | None, allowed: frozenset[str] | None = None) -> tuple[str, Version, schema.Kind]:
+    def resolve_model(
+        self, model: str | None, allowed: frozenset[str] | None = None
+    ) -> tuple[str, Version, schema.Kind]:
         """Return the name, the version and the kind of text that a model name of a request means.
 
         Args:
@@ -340,14 +342,14 @@ class Registry:
             RequestError: there is no such version, it is not in `allowed`, or its encoder did not make the vectors.
         """
         if body.vector is None:
-            return self.named(body.model or self._chosen(body.user, allowed), allowed)[:2]
+            return self.resolve_model(body.model or self._chosen(body.user, allowed), allowed)[:2]
         made_by = [
             name
             for name, each in self.versions.items()
             if each.info.encoder_fingerprint == body.fingerprint and (allowed is None or name in allowed)
         ]
         if body.model:
-            name, *_ = self.named(body.model, allowed)
+            name, *_ = self.resolve_model(body.model, allowed)
             made_by = [each for each in made_by if each == name]
         if not made_by:
             raise RequestError(
@@ -356,13 +358,13 @@ class Registry:
                 param="fingerprint",
                 code="fingerprint_mismatch",
             )
-        chosen = self.routing.among(made_by).of_search(body.user)
-        return self.named(chosen if chosen in made_by else made_by[0])[:2]
+        chosen = self.routing.among(made_by).choose_version(body.user)
+        return self.resolve_model(chosen if chosen in made_by else made_by[0])[:2]
 
     def _chosen(self, user: str | None, allowed: frozenset[str] | None) -> str | None:
         """Return the version that the split chooses among `allowed`; None if the default is not in it."""
         routing = self.routing if allowed is None else self.routing.among(allowed)
-        name = routing.of_search(user)
+        name = routing.choose_version(user)
         return name if allowed is None or name in allowed else None
 
 
@@ -380,12 +382,12 @@ def _modes(info: VersionInfo) -> list[schema.Mode]:
     return ["dense", "bm25", "hybrid"] if info.has_words else ["dense"]
 
 
-async def aside(num_hits: int, function: Callable[..., R], *given: Any) -> R:
+async def in_thread_if_large(num_hits: int, function: Callable[..., R], *given: Any) -> R:
     """Call a function; in a thread if it handles many hits, which would block the event loop."""
     return function(*given) if num_hits <= INLINE_HITS else await asyncio.to_thread(function, *given)
 
 
-def merged(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k: int) -> list[list[Ranked]]:
+def merge_ranked(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k: int) -> list[list[Ranked]]:
     """Merge the results of all parts of an index into the k best per query, best first, ties by doc_id."""
     return [
         list(itertools.islice(heapq.merge(*(part[query] for part in parts), key=_best_first), top_k))

@@ -58,11 +58,11 @@ class EncoderReplica:
         slices: handles of the deployments that hold its index. They are bound here so that they start and stop with it.
     """
 
-    def __init__(self, spec: VersionSpec, *_: Any) -> None:
+    def __init__(self, spec: VersionSpec, *_slices: Any) -> None:
         import_for_models(freeze=True)
         on_worker.check_gpus()
         self._spec = spec
-        self._model = open_model(spec.retriever) if not spec.base else open_any(spec.bundles)
+        self._model = open_model(spec.retriever) if not spec.base else open_first_readable(spec.bundles)
         self._compute = ComputeThread(
             functools.partial(set_torch_threads, spec.num_threads or cores_per_process(spec.num_slots))
         )
@@ -317,7 +317,7 @@ def _domain_encoder(spec: VersionSpec, bundle: OpenModel) -> DomainEncoder:
     )
 
 
-def open_any(bundles: Sequence[str]) -> OpenModel:
+def open_first_readable(bundles: Sequence[str]) -> OpenModel:
     """Open the first bundle that can be opened, and log why the ones before it cannot.
 
     Raises:

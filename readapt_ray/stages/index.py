@@ -33,10 +33,10 @@ from readapt_ray.cluster.index_shards import (
     ShardPlan,
     build_shards,
     cut_shards,
-    lay_down_queries,
     measured_with_vectors,
     task_cpus,
     train_once,
+    write_recall_queries,
 )
 from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
 from readapt_ray.config import StageConfig, UsedWith
@@ -269,7 +269,7 @@ def _prepared(
         return plan
     plan = replace(plan, num_cpus=task_cpus(plan, min(num_rows, rows_per_shard)))
     if not plan.spec.is_exact:
-        lay_down_queries(plan, lambda: recall_queries(source))
+        write_recall_queries(plan, lambda: recall_queries(source))
     train_once(replace(everything, plan=plan))
     return plan
 

@@ -163,7 +163,7 @@ def search(config: SearchConfig) -> Artifact:
     )
     model = config.open_retriever()
     bridge = Bridge.open(config.bridge) if config.bridge else None
-    asking = query_encoder(model, source.artifact, encoding=config.encoding, bridge=bridge)
+    for_queries = query_encoder(model, source.artifact, encoding=config.encoding, bridge=bridge)
     if config.mode != "dense" and not source.words:
         raise InputError(
             f"mode = {config.mode!r}, but index {config.index!r} was built without BM25; build it with --bm25"
@@ -173,18 +173,21 @@ def search(config: SearchConfig) -> Artifact:
     def work(workspace: Workspace) -> None:
         if bridge is not None:
             bridge.warn_if_not_worth_it()
-        num_results = _run(config, source, asking, queries, workspace=workspace)
+        num_results = _run(config, source, for_queries, queries, workspace=workspace)
         workspace.counts |= {"num_queries": len(queries), "num_results": num_results}
         workspace.details |= {"encoder": source.encoder, "num_vectors": source.num_vectors, **source.truncation}
-        if asking.fingerprint != source.encoder["fingerprint"]:
-            workspace.details["query_encoder"] = {**asking.description, "query_fingerprint": asking.fingerprint}
+        if for_queries.fingerprint != source.encoder["fingerprint"]:
+            workspace.details["query_encoder"] = {
+                **for_queries.description,
+                "query_fingerprint": for_queries.fingerprint,
+            }
 
     return produce(
         "search",
         config,
         inputs={
             "retriever": model.fingerprint,
-            "encoding": fingerprint(asking.encoding.model_dump(mode="json")),
+            "encoding": fingerprint(for_queries.encoding.model_dump(mode="json")),
             **({"bridge": bridge.artifact.fingerprint} if bridge else {}),
             "index" if config.index else "vectors": source.artifact.fingerprint,
             "queries": fingerprint([list(query) for query in queries]),
@@ -210,7 +213,7 @@ def _read_queries(config: SearchConfig) -> list[Query]:
 def _run(
     config: SearchConfig,
     source: _Source,
-    asking: QueryEncoder,
+    for_queries: QueryEncoder,
     queries: Sequence[Query],
     *,
     workspace: Workspace,
@@ -234,14 +237,14 @@ def _run(
         for begin in range(0, len(queries), at_once):
             some = queries[begin : begin + at_once]
             progress = functools.partial(_tell_encoded, workspace, begin, len(queries))
-            pieces = [] if config.mode == "bm25" else _encoded(config, asking, some, progress)
+            pieces = [] if config.mode == "bm25" else _encoded(config, for_queries, some, progress)
             for first in range(0, len(some), step):
                 vectors = pieces[first // size : (first + step) // size]
                 table = _found(config, source, searched, vectors, some[first : first + step])
                 num_results += len(table)
                 yield table
 
-    tag = asking.model.name.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
+    tag = for_queries.model.name.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
     try:
         write_tables(workspace.location.uri, tables(), tag=tag)
     except RayError as error:
@@ -254,14 +257,14 @@ def _tell_encoded(workspace: Workspace, before: int, total: int, done: int, _: i
 
 
 def _encoded(
-    config: SearchConfig, asking: QueryEncoder, queries: Sequence[Query], progress: Callable[[int, int], None]
+    config: SearchConfig, for_queries: QueryEncoder, queries: Sequence[Query], progress: Callable[[int, int], None]
 ) -> list[Any]:
     return encode_queries(
         [query.text for query in queries],
-        asking.model,
-        asking.encoding,
-        asking.description,
-        bridge=asking.bridge,
+        for_queries.model,
+        for_queries.encoding,
+        for_queries.description,
+        bridge=for_queries.bridge,
         batch_tokens=config.batch_tokens,
         progress=progress,
     )

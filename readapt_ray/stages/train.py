@@ -237,8 +237,8 @@ def _work(job: dict[str, Any]) -> None:
         job, config, config.pretrained, objective=config.objective, micro_batch_tokens=longest_pass
     )
     if config.continue_from is not None:
-        due, node = job["inputs"].values(), job["driver_node"]
-        continued_adapter.load(worker.model, config.continue_from, due=due, driver_node=node)
+        expected, node = job["inputs"].values(), job["driver_node"]
+        continued_adapter.load(worker.model, config.continue_from, expected=expected, driver_node=node)
     objective = LanguageModelling(
         model=worker.model,
         data_order=job["data_order"],

@@ -114,16 +114,16 @@ def send_file(job: ExportJob, lookups: Lookups, number: int) -> Done:
         stored = read_rows(job.vectors.folder / name, 0, count, (*VECTOR_COLUMNS, "content_hash"))
         rows = _rows(job, lookups, stored, name)
         digests = _digests(rows, stored)
-        is_due, is_new = np.ones(count, bool), np.ones(count, bool)
+        needs_sending, is_new = np.ones(count, bool), np.ones(count, bool)
         if lookups.before is not None:
             there, known = lookups.before.find(rows["doc_id"].to_pylist())
-            is_due, is_new = ~known | (there != digests), ~known
-        due = rows.filter(pa.array(is_due))
+            needs_sending, is_new = ~known | (there != digests), ~known
+        to_send = rows.filter(pa.array(needs_sending))
         part = f"{whole_name(name).removesuffix('.parquet')}-{job.fingerprint[:8]}"
-        if due.num_rows:
-            batches = [due.slice(at, job.batch_rows) for at in range(0, due.num_rows, job.batch_rows)]
-            _insist(job, lambda target: target.write(part, iter(batches)))
-        done = Done(count, due.num_rows, 0, int(is_new.sum()))
+        if to_send.num_rows:
+            batches = [to_send.slice(at, job.batch_rows) for at in range(0, to_send.num_rows, job.batch_rows)]
+            _with_retries(job, lambda target: target.write(part, iter(batches)))
+        done = Done(count, to_send.num_rows, 0, int(is_new.sum()))
         _write_ledger(ledger, pa.table({"doc_id": rows["doc_id"], "digest": digests}), done)
     return _read_ledger(ledger)
 
@@ -142,7 +142,7 @@ def delete_lost(job: ExportJob, lookups: Lookups, number: int) -> Done:
         lost = doc_ids.filter(pa.array(~lookups.now.find(doc_ids.to_pylist())[1]))
         batches = [lost.slice(at, job.batch_rows).to_pylist() for at in range(0, len(lost), job.batch_rows)]
         if batches:
-            _insist(job, functools.partial(_delete, batches=batches))
+            _with_retries(job, functools.partial(_delete, batches=batches))
         _write_ledger(ledger, pa.table({"doc_id": lost}), Done(0, 0, len(lost), 0))
     return _read_ledger(ledger)
 
@@ -183,7 +183,7 @@ def _digests(rows: pa.Table, stored: pa.Table) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(each.digest() for each in parts), np.uint64)
 
 
-def _insist(job: ExportJob, work: Callable[[Target], None]) -> None:
+def _with_retries(job: ExportJob, work: Callable[[Target], None]) -> None:
     """Call `work` with the target; retry up to 3 times, which is safe: writing the same rows again changes nothing."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:

@@ -120,7 +120,7 @@ class Reporter(Protocol):
     def __call__(self, report: StepReport) -> None:
         """Take the report of a finished step."""
 
-    def keep(self, step: int) -> None:
+    def write_until(self, step: int) -> None:
         """Store all reports up to this step permanently; called before the step's checkpoint is written."""
 
 
@@ -266,7 +266,7 @@ def _save(engine: DeepSpeedEngine, step: int, reporter: Reporter, writer: Checkp
         return
     state = engine.state()
     if engine.worker_rank == 0:
-        reporter.keep(step)
+        reporter.write_until(step)
         writer.save(step, state)
 
 

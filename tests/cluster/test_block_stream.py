@@ -40,7 +40,7 @@ class Consumer:
 
     def read(self, iterator: Any) -> list[Share]:
         rows = iterator.iter_batches(batch_size=None, batch_format="pyarrow")
-        return [share for row in rows for share in block_stream.decoded(row)]
+        return [share for row in rows for share in block_stream.decode_shares(row)]
 
 
 def streamed(stream: BlockStream, num_workers: int) -> list[list[Share]]:
@@ -88,7 +88,7 @@ def test_a_worker_gets_an_nth_of_the_bytes_and_blocks_are_read_once_for_all(
         tokens = [0] * num_workers
         for piece in blocks.pieces(row_groups, data_order, 0):
             for row in block_stream.rows_of(row_groups, piece, data_order.batch_size, CUTTING, num_workers):
-                for share in block_stream.decoded(row):
+                for share in block_stream.decode_shares(row):
                     tokens[share.worker_rank] += sum(part.input_ids.shape[1] for part, _ in share.parts)
         return tokens
 

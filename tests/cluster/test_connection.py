@@ -77,10 +77,10 @@ def test_what_a_run_waits_for_after_a_node_was_lost_is_said(
     monkeypatch.setattr(placement, "_ROOM_SAID_S", 0.04)
     monkeypatch.setattr(placement, "_ROOM_LOG_S", 60.0)
     with caplog.at_level(logging.WARNING, "readapt_ray"):
-        with placement.said_when_too_small(1, {"CPU": 1}, who="workers"):
+        with placement.warn_while_too_small(1, {"CPU": 1}, who="workers"):
             time.sleep(0.2)
         assert not caplog.records
-        with placement.said_when_too_small(2, {"CPU": 1}, who="workers"):
+        with placement.warn_while_too_small(2, {"CPU": 1}, who="workers"):
             time.sleep(0.2)
     (record,) = caplog.records
     assert (
@@ -102,7 +102,7 @@ def test_what_a_run_waits_for_after_a_node_was_lost_is_said(
 def test_workers_get_the_most_cpus_that_so_many_can_have(
     cpus: list[int], num_workers: int | None, expected: tuple[int, int]
 ) -> None:
-    assert placement.largest_share(num_workers, cpus) == expected
+    assert placement.workers_and_cpus(num_workers, cpus) == expected
 
 
 FOUR_SMALL = [{"CPU": 4.0}] * 4
@@ -366,6 +366,6 @@ def test_a_stage_that_ends_does_not_wait_for_an_answer_about_nodes(monkeypatch: 
     monkeypatch.setattr(placement, "_ROOM_POLL_S", 0.01)
     monkeypatch.setattr(placement, "_ROOM_JOIN_S", 0.2)
     began_s = time.monotonic()
-    with placement.said_when_too_small(1, {"CPU": 1}, who="workers"):
+    with placement.warn_while_too_small(1, {"CPU": 1}, who="workers"):
         assert asked.wait(5)
     assert time.monotonic() - began_s < 10

@@ -125,7 +125,7 @@ def test_a_worker_begins_where_the_adapter_ended(
     ids = torch.tensor([[0, 9, 12, 5]])
     with torch.no_grad():
         before = model(ids).logits
-        continued_adapter.load(model, adapter.name, due={adapter.fingerprint}, driver_node="the driver's")
+        continued_adapter.load(model, adapter.name, expected={adapter.fingerprint}, driver_node="the driver's")
         found = model(ids).logits
         plain = AutoModelForCausalLM.from_pretrained(folder / "base")
         expected = peft.PeftModel.from_pretrained(plain, adapter.name).eval()(ids).logits
@@ -133,7 +133,7 @@ def test_a_worker_begins_where_the_adapter_ended(
     assert not torch.allclose(found, before, atol=1e-2)
     with pytest.raises(FingerprintMismatchError, match="has other weights on node"):
         monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.1")
-        continued_adapter.load(model, adapter.name, due={"another"}, driver_node="the driver's")
+        continued_adapter.load(model, adapter.name, expected={"another"}, driver_node="the driver's")
     state = dora.adapter_state(model)
     with pytest.raises(ModelError, match="was not trained on the same layers"):
         dora.load_adapter_state(model, dict(list(state.items())[1:]), name="a")

@@ -54,10 +54,10 @@ def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatc
     assert joined.matches.rows(50, 40).tolist() == expected[50:90]
     assert joined.matches.rows(60, 171).tolist() == expected[60:231]
     same = [rows[text] for doc_id, text in now.items() if before.get(doc_id) == text]
-    assert joined.matches.living(0, len(now)).tolist() == same
+    assert joined.matches.live_rows(0, len(now)).tolist() == same
     keeps_all = replace(joined.matches, ends=np.array([len(before)]), is_kept=np.array([True]))
     own = [before.get(doc_id) == text for doc_id, text in now.items()]
-    assert keeps_all.left(30, 201).tolist() == [place for place, each in enumerate(own[30:]) if not each]
+    assert keeps_all.without_kept_vector(30, 201).tolist() == [place for place, each in enumerate(own[30:]) if not each]
     bounds = digest_join.bin_bounds(len(now))
     assert joined.num_to_encode.tolist() == [expected[a:b].count(-1) for a, b in itertools.pairwise(bounds.tolist())]
     assert joined.num_to_encode.sum() == 50

@@ -68,12 +68,12 @@ def test_code_from_a_working_directory_has_no_version_and_is_the_drivers() -> No
 def entered_by_training(tmp_path: Path) -> None:
     """Start a training worker, which leaves its error on the monitor and raises it."""
     monitor = SimpleNamespace(error=SimpleNamespace(remote=lambda: None), fail=SimpleNamespace(remote=lambda _: None))
-    train_workers._entered({"work": lambda _: pytest.fail("it worked"), "job": {"monitor": monitor}})
+    train_workers._run_worker({"work": lambda _: pytest.fail("it worked"), "job": {"monitor": monitor}})
 
 
 def loaded_to_embed(tmp_path: Path) -> None:
     encoding = ENCODING
-    options = {"due": "", "driver_node": "", "num_threads": 1, "batch_tokens": None}
+    options = {"expected": "", "driver_node": "", "num_threads": 1, "batch_tokens": None}
     on_worker.load_encoder(str(tmp_path), encoding, "float32", **options)
 
 

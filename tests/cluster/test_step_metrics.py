@@ -45,7 +45,7 @@ def test_joining_removes_the_kept_lines_and_nothing_else(tmp_path: Path) -> None
     (folder / "step-000000001-000000001.jsonl").write_text('{"step": 1}\n')
     (folder / "notes.jsonl").write_text("precious")
     (folder / "deep").mkdir()
-    assert step_metrics.kept_steps(Location(str(tmp_path))) == 1
+    assert step_metrics.last_written_step(Location(str(tmp_path))) == 1
     assert step_metrics.join(Location(str(tmp_path))) == [{"step": 1}]
     assert sorted(path.name for path in folder.iterdir()) == ["deep", "notes.jsonl"]
 
@@ -123,7 +123,7 @@ def test_a_warning_of_workers_reaches_the_drivers_log_once(
     in_worker = logging.Logger("readapt_ray")
     in_worker.addHandler(run_monitor.WarningPoster(monitor))
     workspace = Workspace(Location(str(tmp_path)), "", ProgressReporter("train"))
-    with caplog.at_level(logging.INFO, "readapt_ray"), step_metrics.followed(monitor, workspace, ()):
+    with caplog.at_level(logging.INFO, "readapt_ray"), step_metrics.showing_metrics(monitor, workspace, ()):
         for _ in range(2):  # two workers
             in_worker.warning("layers are not compiled: %s", "no compiler")
         in_worker.info("not for the terminal")

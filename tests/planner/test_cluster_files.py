@@ -43,7 +43,7 @@ def test_pods_are_those_that_the_autoscaler_may_start(
 ) -> None:
     cluster = read_cluster(write(tmp_path, pods(**values)), PRICES)
     head, group = cluster.groups
-    assert (group.count, group.num_lasting) == expected
+    assert (group.count, group.num_always_up) == expected
     assert (head.cpus, group.cpus, group.gpus) == (0, 7, 2), "a head of num-cpus 0 takes no task"
     assert cluster.num_cpus == 7 * expected[0]
 
@@ -117,7 +117,7 @@ def test_a_launcher_never_has_more_workers_than_the_whole_cluster_may(
         (launcher(idle_timeout_minutes=True), "idle_timeout_minutes = True: must be a number of 0 or more"),
         (pods(price="cheap"), "group 'gpu': readapt.dev/usd-per-hour = 'cheap': must be a number"),
         (pods(memory="64GiB"), "group 'gpu': '64GiB' is not a Kubernetes quantity"),
-        (pods(memory=None), "group 'gpu' sets no limits for cpu and memory"),
+        (pods(memory=None), "group 'gpu' sets no limit or request of memory for its first container; add"),
         (pods(maxReplicas=-1), "group 'gpu': maxReplicas = -1: must be a number of 0 or more"),
         ({**pods(), "spec": {"workerGroupSpecs": {"a": 1}}}, "workerGroupSpecs must be a list of groups"),
         ([1, 2], "holds no options by name"),

@@ -105,13 +105,13 @@ def test_a_plan_and_the_check_before_training_count_the_same_bytes(options: dict
     num_workers = options.get("num_workers", 1)
     planned = worker_memory.train_memory(config, shape, cluster, num_workers).parts
     adapter = worker_memory.train_adapter(config, shape)
-    is_low = cluster.computes_low(config.dtype)
+    is_16_bit = cluster.computes_in_16_bits(config.dtype)
     demand = memory.WorkerSetup(
         adapter=adapter,
         num_workers=num_workers,
         zero_stage=config.zero_stage,
         micro_batch_tokens=max(config.micro_batch_tokens, config.block_tokens),
-        dtype=torch.bfloat16 if is_low else torch.float32,
+        dtype=torch.bfloat16 if is_16_bit else torch.float32,
         gradient_checkpointing=config.gradient_checkpointing,
         device_type="cuda" if gpus else "cpu",
         base_dtype=config.base_dtype,
@@ -126,7 +126,7 @@ def test_a_plan_and_the_check_before_training_count_the_same_bytes(options: dict
     assert bool(layers) == (config.base_dtype != "auto")
     stored = sum(each.nbytes for layer in layers for each in layer.buffers())
     decoded = max((layer.in_features * layer.out_features for layer in layers), default=0)
-    width = 2 if is_low else 4
+    width = 2 if is_16_bit else 4
     assert planned["frozen weights"] == ((frozen + decoded) * width + stored) // (num_workers if stage >= 3 else 1)
 
 

@@ -80,7 +80,7 @@ def test_gpus_wait_for_the_cpus_that_tokenise(run_file: Path, cpus: int, told: s
     cluster = write(run_file, {"nodes": [{"name": "head", "cpus": 4, "memory_gb": 16}, gpu]}, "few.yaml")
     found = make_plan(run_file, cluster=cluster, num_passages=100_000_000)
     corpus, embed, num_cpus = found.setting.corpus, stage(found, "embed"), 4 + 4 * cpus
-    per_cpu = found.setting.rates.of("pack", "CPU", 0, is_low=False).value
+    per_cpu = found.setting.rates.rate_of("pack", "CPU", 0, is_16_bit=False).value
     assert embed.seconds > corpus.num_passages * corpus.embed_tokens / (num_cpus * per_cpu)
     assert told in embed.note and (f"{num_cpus} CPUs tokenise" in embed.note) == bool(told)
 
@@ -159,7 +159,7 @@ def test_auto_is_float32_on_cpus_that_may_lack_units_for_less(run_file: Path) ->
 @pytest.mark.parametrize("has_units", [False, True])
 def test_of_this_machine_it_is_known(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
     monkeypatch.setattr("readapt_ray.hardware.has_bfloat16_units", lambda: has_units)
-    assert read_cluster("local", PRICES).computes_low("auto") is has_units
+    assert read_cluster("local", PRICES).computes_in_16_bits("auto") is has_units
 
 
 def test_limits_come_in_the_order_in_which_they_are_met(run_file: Path) -> None:
@@ -253,8 +253,8 @@ def test_tables_are_read_on_all_cpus_that_last_and_other_sources_by_one_process(
     assert [stage(each, "ingest").workers for each in (split, packed, near, notes)] == [20, 3, 20, 1]
     per_byte = [(stage(each, "ingest").seconds - 1) / each.setting.corpus.text_bytes for each in (split, notes)]
     assert per_byte[0] == pytest.approx(per_byte[1] / 20)
-    assert split.setting.corpus.of(8_000_000).num_pieces == 191
-    assert split.setting.corpus.of(600_000).num_pieces == 1, "less than 64 MiB"
+    assert split.setting.corpus.with_num_passages(8_000_000).num_pieces == 191
+    assert split.setting.corpus.with_num_passages(600_000).num_pieces == 1, "less than 64 MiB"
     said = [plan_report.text(each) for each in (split, notes)]
     assert "ingest takes over a day on 20 CPUs; more CPU nodes" in said[0] and "ingest holds" not in said[0]
     assert "ingest is one process: over a day" in said[1] and "ingest holds 4096 bytes" in said[1]

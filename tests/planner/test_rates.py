@@ -55,8 +55,8 @@ def test_measured_rates_are_used_for_the_device_that_they_were_measured_on(run_f
     root = finished(tmp_path, run_file, seconds=1008.0, gpus={"H100": 4})
     found = make_plan(run_file, measured=(root,))
     expected = 80_000_000 * shape.forward_flops(80) / (4 * 1000)
-    assert found.setting.rates.of("embed", "H100", 989e12, is_low=True).value == pytest.approx(expected)
-    assert found.setting.rates.of("embed", "L4", 121e12, is_low=True).source == "table"
+    assert found.setting.rates.rate_of("embed", "H100", 989e12, is_16_bit=True).value == pytest.approx(expected)
+    assert found.setting.rates.rate_of("embed", "L4", 121e12, is_16_bit=True).source == "table"
     assert "measured in vectors" in plan_report.text(found)
 
 
@@ -64,10 +64,10 @@ def test_a_rate_is_not_that_of_a_gpu_whose_name_only_begins_alike() -> None:
     measured = rates.Rates(
         {("embed", "L4"): (1.0, "l4"), ("embed", "A100"): (2.0, "a"), ("embed", "A100-80GB"): (3.0, "b")}
     )
-    sources = {name: measured.of("embed", name, 1e14, is_low=True).source for name in ("L4", "L40S", rates.CPU)}
+    sources = {name: measured.rate_of("embed", name, 1e14, is_16_bit=True).source for name in ("L4", "L40S", rates.CPU)}
     assert sources == {"L4": "l4", "L40S": "table", rates.CPU: "table"}
-    assert measured.of("embed", "A100-80GB", 1e14, is_low=True).source == "b"
-    assert measured.of("embed", "A100-40GB", 1e14, is_low=True).source == "a"
+    assert measured.rate_of("embed", "A100-80GB", 1e14, is_16_bit=True).source == "b"
+    assert measured.rate_of("embed", "A100-40GB", 1e14, is_16_bit=True).source == "a"
 
 
 @pytest.mark.parametrize("gpus", [{"H100": 4}, {}])
@@ -77,7 +77,7 @@ def test_a_short_stage_that_counted_its_work_tells_a_rate(run_file: Path, tmp_pa
     measured = rates.measure([root], read_cluster("local", PRICES))
     device = "H100" if gpus else rates.CPU
     expected = 80_000_000 * model_shape(str(run_file / "retriever")).forward_flops(80) / (40 if gpus else 80)
-    assert measured.of("embed", device, 989e12, is_low=True).value == pytest.approx(expected)
+    assert measured.rate_of("embed", device, 989e12, is_16_bit=True).value == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("counted", "waiting"), [(0.0, 0.0), (7.9, 0.0), (0.1, 1.0)])
@@ -108,7 +108,7 @@ def test_a_rate_measured_on_a_part_predicts_the_whole(run_file: Path, tmp_path: 
     (tmp_path / "measured-108/vectors/manifest.json").write_text(json.dumps(small))
     measured = rates.measure([str(tmp_path / "measured-108")], cluster)
     work = rates.work_of(artifacts.read_manifest(finished(tmp_path, run_file, seconds=1008.0, gpus={}) + "/vectors"))
-    predicted = rates.FIXED_S["embed"] + work / (8 * measured.of("embed", rates.CPU, 0, is_low=False).value)
+    predicted = rates.FIXED_S["embed"] + work / (8 * measured.rate_of("embed", rates.CPU, 0, is_16_bit=False).value)
     assert predicted == pytest.approx(1008.0, rel=0.3)
 
 
@@ -226,5 +226,7 @@ def test_an_ingest_on_many_cpus_gives_the_rate_of_one(tmp_path: Path, num_pieces
     )
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
-    rate = rates.measure([str(tmp_path)], read_cluster("local", PRICES)).of("ingest", rates.CPU, 0, is_low=False)
+    rate = rates.measure([str(tmp_path)], read_cluster("local", PRICES)).rate_of(
+        "ingest", rates.CPU, 0, is_16_bit=False
+    )
     assert rate.value == pytest.approx(80_000_000 / cpus)

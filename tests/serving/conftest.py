@@ -38,7 +38,7 @@ from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.spans import RequestSpans
 from readapt_ray.serving.telemetry import Telemetry
-from readapt_ray.serving.versions import Found, Ranked, Routing, VersionInfo, merged
+from readapt_ray.serving.versions import Found, Ranked, Routing, VersionInfo, merge_ranked
 from readapt_ray.stages.bridge import BridgeConfig
 from tests.chaos.nodes import free_port
 from tests.factories import full_retriever, ingest_artifact, small_corpus, tiny_decoder, write_contract
@@ -191,14 +191,14 @@ class LocalVersion:
         for each in self.slices.values():
             hits = each.search(vectors, top_k, wanted)
             parts.append([[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(q, "")] for q in range(len(vectors))])
-        return Found(merged(parts, len(vectors), top_k), [])
+        return Found(merge_ranked(parts, len(vectors), top_k), [])
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
         parts = []
         for each in self.slices.values():
             *_, hits = each.search_words(texts, top_k, wanted)
             parts.append([[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(q, "")] for q in range(len(texts))])
-        return Found(merged(parts, len(texts), top_k), [])
+        return Found(merge_ranked(parts, len(texts), top_k), [])
 
     async def check(self) -> float:
         await self.encode([[1, 2, 3]])

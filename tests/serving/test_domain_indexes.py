@@ -21,7 +21,7 @@ from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.serving.server import serve, stop
-from readapt_ray.serving.versions import Found, Ranked, merged
+from readapt_ray.serving.versions import Found, Ranked, merge_ranked
 from readapt_ray.weights.domain_sources import read_domains
 from tests import factories
 from tests.chaos.nodes import free_port
@@ -72,12 +72,12 @@ class Searcher:
     async def search(self, vectors, top_k, wanted):
         self.num_searches += 1
         parts = [self._ranked(each.search(vectors, top_k, wanted), len(vectors)) for each in self.slices]
-        return Found(merged(parts, len(vectors), top_k), [])
+        return Found(merge_ranked(parts, len(vectors), top_k), [])
 
     async def search_words(self, texts, top_k, wanted):
         self.num_searches += 1
         parts = [self._ranked([*each.search_words(texts, top_k, wanted)][-1], len(texts)) for each in self.slices]
-        return Found(merged(parts, len(texts), top_k), [])
+        return Found(merge_ranked(parts, len(texts), top_k), [])
 
 
 def with_before(folder, shared, searchers):

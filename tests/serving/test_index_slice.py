@@ -14,8 +14,8 @@ from readapt_ray.retrieval.index_shard import DELETED, IndexShard, build_shard
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.serving import index_slice
 from readapt_ray.serving.doc_filter import DocFilter
-from readapt_ray.serving.index_slice import IndexSlice, holds_vectors_whole, is_mapped
-from readapt_ray.serving.versions import Ranked, merged
+from readapt_ray.serving.index_slice import IndexSlice, gives_exact_vectors, is_mapped
+from readapt_ray.serving.versions import Ranked, merge_ranked
 from readapt_ray.storage import Location
 
 IDS = [
@@ -98,7 +98,7 @@ def test_parts_merge_to_what_one_index_finds(world):
         hits = IndexSlice(index.folder, [record]).search(queries, 9)
         parts.append([[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(query, "")] for query in range(2)])
     whole = index.search(queries, 9)
-    for query, ranked in enumerate(merged(parts, 2, 9)):
+    for query, ranked in enumerate(merge_ranked(parts, 2, 9)):
         assert [(hit.doc_id, hit.score) for hit in ranked] == [
             (doc.doc_id, doc.score) for doc in whole.of_query(query, "")
         ]
@@ -150,7 +150,7 @@ def test_a_slice_without_vectors_on_a_device_finds_nothing():
 
 def test_ties_between_parts_go_by_doc_id():
     parts = [[[Ranked("b", 1.0), Ranked("d", 0.5)]], [[Ranked("a", 1.0), Ranked("c", 0.5)]]]
-    assert merged(parts, 1, 3) == [[Ranked("a", 1.0), Ranked("b", 1.0), Ranked("c", 0.5)]]
+    assert merge_ranked(parts, 1, 3) == [[Ranked("a", 1.0), Ranked("b", 1.0), Ranked("c", 0.5)]]
 
 
 @pytest.mark.parametrize("kind", ["flat", "ivf-flat", "hnsw", "ivf-pq", "rabitq"])
@@ -209,7 +209,7 @@ def test_which_index_gives_its_vectors_back_as_they_were(factory, is_whole):
     shard = build_shard(factory, 16, [([str(row) for row in range(500)], vectors)])
     given_back = index_slice._vectors(index_slice.SearchableShard(shard).shard.index, np.arange(500))
     assert np.array_equal(given_back, vectors) == is_whole
-    assert holds_vectors_whole(factory) == is_whole
+    assert gives_exact_vectors(factory) == is_whole
 
 
 @pytest.fixture(scope="module")

@@ -47,11 +47,11 @@ def test_metrics_are_gathered_once_for_all_who_ask(monkeypatch):
             await asyncio.sleep(0.05)
             return f"page {len(asked)}"
 
-        recent = readiness.Recent(gather)
-        assert set(await asyncio.gather(*(recent.result() for _ in range(50)))) == {"page 1"}
-        assert await recent.result() == "page 1"
+        cached = readiness.CachedCall(gather)
+        assert set(await asyncio.gather(*(cached.result() for _ in range(50)))) == {"page 1"}
+        assert await cached.result() == "page 1"
         monkeypatch.setattr(readiness, "_RECENT_S", 0.0)
-        assert await recent.result() == "page 2"
+        assert await cached.result() == "page 2"
 
     asyncio.run(run())
 

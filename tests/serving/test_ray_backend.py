@@ -12,7 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from readapt_ray.serving import ray_backend
 from readapt_ray.serving.ray_backend import RayBackend
-from readapt_ray.serving.readiness import checked
+from readapt_ray.serving.readiness import check_versions
 from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.versions import LossPolicy, Ranked
 
@@ -38,7 +38,7 @@ def readiness(encoder, slices):
     info = SimpleNamespace(fingerprint="f", slices={"index-0": 25, "index-1": 15}, num_vectors=40, is_moving=False)
     backend = RayBackend(info, Handle(encoder), {name: Handle(each) for name, each in slices.items()}, LossPolicy())
     versions = {"tiny": SimpleNamespace(backend=backend, info=info)}
-    return asyncio.run(checked(versions, {})).versions["tiny"]
+    return asyncio.run(check_versions(versions, {})).versions["tiny"]
 
 
 @pytest.fixture(autouse=True)

@@ -60,7 +60,7 @@ BOTH = {
 def test_a_text_that_is_cut_first_gives_the_tokens_of_the_whole(which, kind, text, request):
     tokenizer = request.getfixturevalue(which)
     assert len(text) > MOST
-    whole = tokenizer._cut.ids([text, "array"], kind)
+    whole = tokenizer._truncating.ids([text, "array"], kind)
     assert len(whole[0]) == tokenizer._limits[kind]
     assert tokenize(tokenizer, [text, "array"], kind) == [whole]
 
@@ -106,7 +106,7 @@ def test_many_texts_go_in_blocks_and_keep_their_order_and_names(bytewise):
     texts = [f"array {number} " * 200 for number in range(300)]
     blocks = tokenize(bytewise, texts)
     assert len(blocks) > 2
-    whole = bytewise._cut.ids(texts, "query")
+    whole = bytewise._truncating.ids(texts, "query")
     assert [row for block in blocks for row in block] == whole
     with pytest.raises(RequestError, match=r"'input\[300\]' is empty"):
         tokenize(bytewise, [*texts, " "])

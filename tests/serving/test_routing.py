@@ -8,27 +8,27 @@ from readapt_ray.serving.versions import Routing, parse_split
 
 def test_without_a_split_the_default_searches():
     routing = Routing(default="base")
-    assert {routing.of_search(user) for user in (None, "a", "b")} == {"base"}
-    assert routing.shadow_of("base") is None
+    assert {routing.choose_version(user) for user in (None, "a", "b")} == {"base"}
+    assert routing.draw_shadow("base") is None
 
 
 def test_a_split_gives_each_version_its_share_and_a_user_always_the_same():
     routing = Routing(default="base", split={"base": 1, "adapted": 3})
-    by_lot = collections.Counter(routing.of_search(None) for _ in range(4000))
-    by_user = collections.Counter(routing.of_search(f"user {number}") for number in range(4000))
+    by_lot = collections.Counter(routing.choose_version(None) for _ in range(4000))
+    by_user = collections.Counter(routing.choose_version(f"user {number}") for number in range(4000))
     for counts in (by_lot, by_user):
         assert counts["adapted"] / 4000 == pytest.approx(0.75, abs=0.04)
-    assert len({routing.of_search("alice") for _ in range(50)}) == 1
+    assert len({routing.choose_version("alice") for _ in range(50)}) == 1
     only = Routing(default="base", split={"base": 0, "adapted": 2})
-    assert {only.of_search(None) for _ in range(200)} == {"adapted"}
+    assert {only.choose_version(None) for _ in range(200)} == {"adapted"}
 
 
 def test_a_shadow_gets_its_share_and_never_its_own_searches():
     routing = Routing(default="base", shadow="adapted", shadow_share=0.25)
-    asked = collections.Counter(routing.shadow_of("base") for _ in range(4000))
+    asked = collections.Counter(routing.draw_shadow("base") for _ in range(4000))
     assert set(asked) == {None, "adapted"}
     assert asked["adapted"] / 4000 == pytest.approx(0.25, abs=0.04)
-    assert {routing.shadow_of("adapted") for _ in range(100)} == {None}
+    assert {routing.draw_shadow("adapted") for _ in range(100)} == {None}
 
 
 def test_what_is_not_served_or_not_a_share_is_refused():

@@ -84,10 +84,10 @@ def test_a_shadow_searches_along_and_is_compared(fresh, world):
 
     mine, its = asyncio.run(run())
     assert len(compared) == len(TEXTS)
-    for left, right, (base, shadow, num_shared, num_due, difference) in zip(mine, its, compared, strict=True):
+    for left, right, (base, shadow, num_shared, num_expected, difference) in zip(mine, its, compared, strict=True):
         ids = [{hit["doc_id"] for hit in each["hits"]} for each in (left, right)]
         assert (base, shadow) == ("base", "adapted")
-        assert (num_shared, num_due) == (len(ids[0] & ids[1]), 10)
+        assert (num_shared, num_expected) == (len(ids[0] & ids[1]), 10)
         assert difference == pytest.approx(right["hits"][0]["score"] - left["hits"][0]["score"], abs=1e-6)
 
 

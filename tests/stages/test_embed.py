@@ -684,7 +684,7 @@ def test_another_node_must_have_the_models_own_weights(world, ray_session):
     encoding = model.encoding
     due = encoder_fingerprint(model, encoding, "float32")
     load = functools.partial(
-        on_worker.load_encoder, encoding=encoding, dtype="float32", due=due, num_threads=1, batch_tokens=None
+        on_worker.load_encoder, encoding=encoding, dtype="float32", expected=due, num_threads=1, batch_tokens=None
     )
     assert load(str(root / "model"), driver_node="another").fingerprint == due
     with pytest.raises(FingerprintMismatchError, match=r"other' has other weights on node .* put the same files"):

@@ -66,8 +66,8 @@ def test_a_merge_for_queries_has_the_same_weights_and_names_the_retriever(world)
 def test_it_is_accepted_with_vectors_of_its_passages_model_and_with_no_others(world):
     root, *_ = world
     model, vectors = open_model(str(root / "for-queries")), _vectors(root, "retriever")
-    asking = query_encoder(model, vectors)
-    assert asking.fingerprint == encoder_fingerprint(model, model.encoding, "float32")
+    encoder = query_encoder(model, vectors)
+    assert encoder.fingerprint == encoder_fingerprint(model, model.encoding, "float32")
     with pytest.raises(FingerprintMismatchError, match=r"for queries over vectors of .*retriever.*was made by .*other"):
         query_encoder(model, _vectors(root, "other"))
     with pytest.raises(FingerprintMismatchError, match=r"was not made by .*merged"):

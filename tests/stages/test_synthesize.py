@@ -280,9 +280,9 @@ def test_what_is_found_is_what_the_products_say(corpus, vectors):
     from readapt_ray.cluster.recall_queries import query_encoder_of
     from readapt_ray.retrieval.encoder import Encoder
 
-    asking = query_encoder_of(vectors)
+    encoder = query_encoder_of(vectors)
     texts = [f"what of {word}" for word in ("river", "engine", "market", "wing")]
-    queries = Encoder.load(asking.model, encoding=asking.encoding, dtype="float32").encode(texts, "query")
+    queries = Encoder.load(encoder.model, encoding=encoder.encoding, dtype="float32").encode(texts, "query")
     table = pq.read_table(vectors.location.local_path / "vectors")
     doc_ids, matrix = table["doc_id"].to_pylist(), np.array(table["vector"].to_pylist(), np.float32)
     order = np.argsort(-(queries @ matrix.T), axis=1)

@@ -174,7 +174,7 @@ class _Reporter:
     def part(self, report: PartReport) -> None:
         pass
 
-    def keep(self, step: int) -> None:
+    def write_until(self, step: int) -> None:
         pass
 
 

@@ -14,7 +14,7 @@ from readapt_ray import environment
 from readapt_ray.cluster import autoscaling, connection, launcher, nodes, on_worker, software
 from readapt_ray.cluster.doctor.findings import Check, Finding, failed, run_checks
 from readapt_ray.cluster.doctor.inspector import Inspector
-from readapt_ray.cluster.doctor.machine import Orders
+from readapt_ray.cluster.doctor.machine import CheckOptions
 from readapt_ray.cluster.doctor.network import check_clock, check_network
 from readapt_ray.cluster.doctor.report import Report
 from readapt_ray.cluster.doctor.root import Probe
@@ -86,7 +86,7 @@ def _check_nodes(root: str | None, models: tuple[str, ...], report: Report) -> N
     probe = None if root is None else Probe(on_worker.absolute(Location(root)))
     actors: list[Any] = []
     try:
-        orders = _orders(probe, models, report)
+        options = _check_options(probe, models, report)
         usable = _alike(up, read_versions(), nodes.answers(versions, timeout_s=STARTS_S), report)
         inspectors = {name: _start(node) for name, node in usable.items()}
         actors += inspectors.values()
@@ -98,7 +98,7 @@ def _check_nodes(root: str | None, models: tuple[str, ...], report: Report) -> N
         actors += gpu_workers.values()
         for worker in (gpu_workers or inspectors).values():
             worker.load_torch.remote()
-        answering = _examine(inspectors, usable, orders, report)
+        answering = _examine(inspectors, usable, options, report)
         report.together.update(check_network(answering, gpu_workers))
     finally:
         for actor in actors:
@@ -107,21 +107,21 @@ def _check_nodes(root: str | None, models: tuple[str, ...], report: Report) -> N
             probe.remove()
 
 
-def _orders(probe: Probe | None, models: tuple[str, ...], report: Report) -> Orders:
+def _check_options(probe: Probe | None, models: tuple[str, ...], report: Report) -> CheckOptions:
     """Write the driver's probe file into the root; return what each node is to check.
 
     If the driver cannot write into a local root, the nodes skip the check of the root.
     """
-    orders = Orders(root=None, models=models, limit_s=CHECKS_S)
+    options = CheckOptions(root=None, models=models, limit_s=CHECKS_S)
     if probe is None:
-        return orders
+        return options
     hangs = f"{probe.root} hangs: look at its mount, or at the network to its store"
     found = run_checks([Check("root", probe.place, hangs)], limit_s=CHECKS_S)
     if found["root"].problems:
         report.add(DRIVER, found)
     if probe.name is None and probe.root.is_local:
-        return orders
-    return dataclasses.replace(orders, root=str(probe.root), probe_name=probe.name)
+        return options
+    return dataclasses.replace(options, root=str(probe.root), probe_name=probe.name)
 
 
 def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: Report) -> Nodes:
@@ -158,12 +158,12 @@ def _start(node: Mapping[str, Any], num_gpus: int = 0) -> Any:
     return ray.remote(**options)(Inspector).remote()
 
 
-def _examine(inspectors: Mapping[str, Any], up: Nodes, orders: Orders, report: Report) -> dict[str, Any]:
+def _examine(inspectors: Mapping[str, Any], up: Nodes, options: CheckOptions, report: Report) -> dict[str, Any]:
     """Check every node; return the inspectors of the nodes that answered."""
     started = {}
     for name, inspector in inspectors.items():
         store_bytes = int(up[name]["Resources"].get("object_store_memory", 0))
-        own = dataclasses.replace(orders, num_gpus=_gpus(up[name]), store_bytes=store_bytes)
+        own = dataclasses.replace(options, num_gpus=_gpus(up[name]), store_bytes=store_bytes)
         started[name] = inspector.examine.remote(own)
     answering = {}
     for name, said in nodes.answers(started, timeout_s=STARTS_S + CHECKS_S).items():

@@ -35,7 +35,7 @@ class Check:
     """Column of the table."""
     look: Callable[[], Finding]
     """Runs the check; an error that it raises becomes a problem."""
-    if_silent: str
+    advice_on_timeout: str
     """What the user should do if the check does not end in time."""
 
 
@@ -64,7 +64,7 @@ def run_checks(checks: Sequence[Check], *, limit_s: float) -> dict[str, Finding]
     deadline_s = time.monotonic() + limit_s
     for thread in threads.values():
         thread.join(max(0.0, deadline_s - time.monotonic()))
-    silent = {check.name: failed(f"no answer within {limit_s:g} s; {check.if_silent}") for check in checks}
+    silent = {check.name: failed(f"no answer within {limit_s:g} s; {check.advice_on_timeout}") for check in checks}
     return {check.name: found.get(check.name, silent[check.name]) for check in checks}
 
 

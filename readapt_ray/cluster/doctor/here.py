@@ -2,12 +2,12 @@
 
 import platform
 
-from readapt_ray.cluster.doctor.machine import Orders, check_machine
+from readapt_ray.cluster.doctor.machine import CheckOptions, check_machine
 from readapt_ray.cluster.doctor.report import Report
 
 
 def check_here(root: str | None, models: tuple[str, ...]) -> Report:
     """Check this machine, without Ray; see `check_cluster` for the arguments."""
     report = Report()
-    report.add(platform.node() or "this machine", check_machine(Orders(root=root, models=models)))
+    report.add(platform.node() or "this machine", check_machine(CheckOptions(root=root, models=models)))
     return report

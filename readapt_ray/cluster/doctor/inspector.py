@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 from readapt_ray.cluster.doctor.findings import Finding
-from readapt_ray.cluster.doctor.machine import Orders, check_machine
+from readapt_ray.cluster.doctor.machine import CheckOptions, check_machine
 from readapt_ray.errors import WorkerError
 from readapt_ray.progress import amount
 
@@ -37,12 +37,12 @@ class Inspector:
         self._listening: Any = None
         self._store: Any = None
 
-    def examine(self, orders: Orders) -> dict[str, Finding]:
+    def examine(self, options: CheckOptions) -> dict[str, Finding]:
         """Run the checks of this node; return their findings by column of the report."""
         import ray
 
         session = ray._private.worker._global_node.get_session_dir_path()
-        return check_machine(dataclasses.replace(orders, ray_folder=session))
+        return check_machine(dataclasses.replace(options, ray_folder=session))
 
     def load_torch(self) -> None:
         """Import what `all_reduce` needs while other checks run: imports may take longer than the all-reduce."""

@@ -26,7 +26,7 @@ _PROVIDER_MODULES = {"aws": "boto3", "gcp": "googleapiclient"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orders:
+class CheckOptions:
     """The checks to run on a machine, with their inputs."""
 
     root: str | None
@@ -45,29 +45,29 @@ class Orders:
     """Seconds that all checks together may take."""
 
 
-def check_machine(orders: Orders) -> dict[str, Finding]:
+def check_machine(options: CheckOptions) -> dict[str, Finding]:
     """Run the checks of a machine; return their findings by column of the report."""
-    return run_checks(_checks(orders), limit_s=orders.limit_s)
+    return run_checks(_checks(options), limit_s=options.limit_s)
 
 
-def _checks(orders: Orders) -> list[Check]:
-    num_gpus = orders.num_gpus or 0
-    folders = disks.working_folders(orders.ray_folder)
+def _checks(options: CheckOptions) -> list[Check]:
+    num_gpus = options.num_gpus or 0
+    folders = disks.working_folders(options.ray_folder)
     driver_hangs = "the driver hangs: look with nvidia-smi and dmesg, and restart this machine"
     disk_hangs = "a disk hangs: look with df and dmesg, and mount it again or leave this node out"
-    root_hangs = f"{orders.root} hangs: look at its mount, or at the network to its store"
+    root_hangs = f"{options.root} hangs: look at its mount, or at the network to its store"
     no_way = "give it a way to the hub (HF_ENDPOINT, HTTPS_PROXY), or give models as folders or URIs"
     checks = [
         Check("packages", check_packages, disk_hangs),
-        Check("GPUs", lambda: gpus.check_gpus(orders.num_gpus), driver_hangs),
-        Check("shared memory", lambda: disks.check_shared_memory(orders.store_bytes, num_gpus), disk_hangs),
+        Check("GPUs", lambda: gpus.check_gpus(options.num_gpus), driver_hangs),
+        Check("shared memory", lambda: disks.check_shared_memory(options.store_bytes, num_gpus), disk_hangs),
         Check("disk", lambda: disks.check_disks(folders), disk_hangs),
     ]
-    if orders.root is not None:
-        place = Location(orders.root)
-        checks.append(Check("root", lambda: root.check_root(place, orders.probe_name), root_hangs))
-    if orders.models:
-        checks.append(Check("models", lambda: check_models(orders.models, orders.limit_s - 1), no_way))
+    if options.root is not None:
+        place = Location(options.root)
+        checks.append(Check("root", lambda: root.check_root(place, options.probe_name), root_hangs))
+    if options.models:
+        checks.append(Check("models", lambda: check_models(options.models, options.limit_s - 1), no_way))
     return checks
 
 

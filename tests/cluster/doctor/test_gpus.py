@@ -150,7 +150,7 @@ def test_encoders_are_loaded_with_their_share_of_a_gpu(monkeypatch: pytest.Monke
         monkeypatch.setattr(on_worker, name, lambda *_, **__: None)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
     monkeypatch.setattr("readapt_ray.retrieval.encoder.Encoder.load", note)
-    options: dict[str, Any] = {"due": "", "driver_node": "", "num_threads": 1, "batch_tokens": None}
+    options: dict[str, Any] = {"expected": "", "driver_node": "", "num_threads": 1, "batch_tokens": None}
     on_worker.load_encoder("x", Encoding(pooling="mean", add_bos=True, add_eos=True), "float32", **options)
     spec: Any = SimpleNamespace(encoding=None, dtype="float32", batch_tokens=None, base="b", max_domain_bytes=1)
     workers._encoder(spec, spec)

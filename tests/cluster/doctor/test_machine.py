@@ -13,7 +13,7 @@ import pytest
 from readapt_ray import cli
 from readapt_ray.cluster import software
 from readapt_ray.cluster.doctor import disks, machine
-from readapt_ray.cluster.doctor.machine import Orders, check_machine
+from readapt_ray.cluster.doctor.machine import CheckOptions, check_machine
 from readapt_ray.cluster.doctor.root import Probe, check_root
 from readapt_ray.errors import StorageError
 from readapt_ray.storage import Location
@@ -145,8 +145,8 @@ def test_a_head_that_lacks_what_its_autoscaler_imports(monkeypatch: pytest.Monke
 
 
 def test_all_checks_of_a_machine_by_their_columns(tmp_path: Path) -> None:
-    orders = Orders(root=str(tmp_path), models=("quickstart-retriever",), limit_s=60.0)
-    found = check_machine(orders)
+    options = CheckOptions(root=str(tmp_path), models=("quickstart-retriever",), limit_s=60.0)
+    found = check_machine(options)
     assert list(found) == ["packages", "GPUs", "shared memory", "disk", "root", "models"]
 
 

@@ -136,8 +136,8 @@ def test_a_root_that_hangs_on_the_driver_is_a_line_and_no_node_looks_at_it(
     monkeypatch.setattr(cluster, "CHECKS_S", 0.2)
     monkeypatch.setattr(Probe, "place", lambda self: hang.wait())
     report = Report()
-    orders = cluster._orders(Probe(Location(str(tmp_path))), (), report)
-    assert orders.root is None
+    options = cluster._check_options(Probe(Location(str(tmp_path))), (), report)
+    assert options.root is None
     assert f"the driver: root: no answer within 0.2 s; {tmp_path} hangs: look at its mount" in report.text()
     hang.set()
 
