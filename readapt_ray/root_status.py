@@ -66,7 +66,7 @@ def _note_stale(found: dict[str, dict[str, Any]], record: Mapping[str, Any]) -> 
         return
     try:
         config = RunConfig.parse(record["config"])
-        steps = unlabelled.fitted(config, plan_run(config))
+        steps = unlabelled.steps_for_corpus(config, plan_run(config))
         standings = standing.standings(steps, record["steps"], reads_models=False)
     except (ReadaptError, KeyError):
         return  # another release wrote run.json

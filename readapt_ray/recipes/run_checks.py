@@ -43,7 +43,7 @@ def check_run(
     """
     found: list[Standing] = []
     if "root" not in problems.left_out:
-        with problems.noted():
+        with problems.collecting():
             found = standing.standings(_with_inputs(config, steps, problems), noted, reads_models=True)
         _check_root(config, steps, found, problems)
     done = {each.step.name for each in found if each.is_complete and not each.is_stale}
@@ -51,16 +51,16 @@ def check_run(
     due = by_stage(step for step in steps if step.name not in done)
     for step in steps:
         if step.stage == "ingest" and step.name not in done and "source" not in problems.left_out:
-            with problems.noted():
+            with problems.collecting():
                 _check_source(step.config)
     labels = {(search.queries, search.qrels): search for search in _searches(config, steps, done)}
     for search in labels.values():
-        with problems.noted():
+        with problems.collecting():
             _check_labels(search)
     opened = dict(_opened(config, problems))
     _check_models(config, opened, every, problems)
     for step in steps:
-        with problems.noted():
+        with problems.collecting():
             _check_files(config, step)
     corpora = {name: artifacts.read_manifest(Location(config.root) / name) for name in done if name in _CORPORA}
     corpus = corpora.get("corpus")
@@ -68,11 +68,11 @@ def check_run(
     dimension = option_checks.check_options(due, every, opened.get("retriever"), num_passages, problems)
     if "root" not in problems.left_out:
         left = [step for step in steps if step.name not in done]
-        with problems.noted():
+        with problems.collecting():
             room_checks.check_disk(config.root, left, opened.get("pretrained"), dimension, corpora)
-    with problems.noted():
+    with problems.collecting():
         room_checks.check_batch(due.get("train"))
-    with problems.noted():
+    with problems.collecting():
         memory_checks.check_memory(due, every, opened, problems, dimension=dimension, num_passages=num_passages)
     problems.raise_them()
     return [each for each in found if each.is_stale]
@@ -105,7 +105,7 @@ def _check_labels(search: Any) -> None:
 def _opened(config: RunConfig, problems: Problems) -> Iterator[tuple[str, OpenModel]]:
     """Yield the models that can be opened, each with the option that names it: pretrained, retriever."""
     for option in sorted({"pretrained", "retriever"} - problems.left_out):
-        with problems.noted():
+        with problems.collecting():
             yield option, models.open_model(getattr(config, option))
 
 
@@ -115,14 +115,14 @@ def _check_models(
     """Check that the two models fit the stages that use them, and that they belong together."""
     pretrained, retriever = opened.get("pretrained"), opened.get("retriever")
     if retriever is not None and "encoding" not in problems.left_out:
-        with problems.noted():
+        with problems.collecting():
             _check_encoding(config, retriever)
     for stage, check in (("train", _check_layers), ("pack", _check_positions)):
         if pretrained is not None and stage in configs:
-            with problems.noted():
+            with problems.collecting():
                 check(pretrained, configs[stage])
     if pretrained is not None and retriever is not None and "merge" in configs:
-        with problems.noted():
+        with problems.collecting():
             _check_pair(pretrained, retriever, configs["merge"])
 
 
@@ -214,13 +214,13 @@ def _check_files(config: RunConfig, step: Step) -> None:
 def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standing], problems: Problems) -> None:
     """Check all outputs: each must be free, or up to date, or allowed to be overwritten."""
     for step in steps:
-        with problems.noted():
+        with problems.collecting():
             _check_output(step)
     stale = [each for each in found if each.is_stale]
     refused = [each for each in stale if not each.step.config.overwrite]
     if refused and not problems.left_out:  # if an option is unknown, everything may seem stale
         first = "train" if refused[0].step.stage == "pack" else refused[0].step.stage
-        with problems.noted():
+        with problems.collecting():
             raise ArtifactConflictError(
                 f"outputs under {config.root!r} were made with other options or inputs: {standing.summary(stale)}. Make these again, and only "
                 f"these, with --overwrite (or --from {first}), or give another --root"

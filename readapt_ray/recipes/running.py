@@ -62,16 +62,16 @@ def run(
     problems = Problems() if problems is None else problems
     root = Location(config.root)
     if "root" not in problems.left_out:
-        with problems.noted("root"):
+        with problems.collecting("root"):
             room_checks.check_root(config.root)
     planned = plan_steps(config, problems)
-    with problems.noted("from_stage"):
+    with problems.collecting("from_stage"):
         planned = _with_overwriting(planned, overwrite=overwrite, from_stage=from_stage)
     steps, before = planned, {}
     if "root" not in problems.left_out:
-        with problems.noted():
-            steps = unlabelled.fitted(config, planned)
-        with problems.noted():
+        with problems.collecting():
+            steps = unlabelled.steps_for_corpus(config, planned)
+        with problems.collecting():
             outputs.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
         before = read_record(root)
     stale = run_checks.check_run(config, steps, before.get("steps", []), problems)
@@ -191,7 +191,7 @@ def _run_steps(
         made: takes the artifacts, by name of their step.
         outline: shows how many stages are done.
     """
-    steps = unlabelled.fitted(config, planned)
+    steps = unlabelled.steps_for_corpus(config, planned)
     number = 0
     beside: tuple[Step, Future[Artifact]] | None = None
     while number < len(steps):
@@ -215,10 +215,10 @@ def _run_steps(
             record.note(beside[0], made[beside[0].name])
             beside = None
         if step.name == "corpus":
-            steps = unlabelled.fitted(config, planned)
+            steps = unlabelled.steps_for_corpus(config, planned)
             record.keep(steps)
             if steps[-1].stage == "drift":
-                unlabelled.tell(config)
+                unlabelled.log_missing_queries(config)
         if step.is_general and step.stage == "ingest":
             unlabelled.check_general(config, steps)
         record.note(step, made[step.name])

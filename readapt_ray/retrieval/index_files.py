@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from readapt_ray.dead_rows import read_rows, write_rows
+from readapt_ray.dead_rows import read_row_numbers, write_row_numbers
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.bm25 import WordIndex
 from readapt_ray.retrieval.cached_files import near
@@ -151,7 +151,7 @@ def carry_over(
         )
     dead = np.flatnonzero(~kept)
     if len(dead):
-        write_rows(_dead_file(target, record.name), dead)
+        write_row_numbers(_dead_file(target, record.name), dead)
     for name in names:
         share(source / name, target / name)
     carried = replace(record, num_deleted=len(dead), num_dead=len(dead))
@@ -188,7 +188,7 @@ def deleted_rows(folder: Location, record: ShardRecord, table: pa.Table) -> NDAr
     deleted = table["doc_id"].is_null().to_numpy()
     if record.num_dead:
         deleted = deleted.copy()
-        deleted[read_rows(_dead_file(folder, record.name))] = True
+        deleted[read_row_numbers(_dead_file(folder, record.name))] = True
     return np.asarray(deleted, bool)
 
 
@@ -204,7 +204,7 @@ def read_ids(folder: Location, record: ShardRecord, *, is_kept: bool = False) ->
     table = read_id_table(folder, record, is_kept=is_kept)
     doc_ids = np.array([doc_id or DELETED for doc_id in table["doc_id"].to_pylist()], dtype=object)
     if record.num_dead:
-        doc_ids[read_rows(_dead_file(folder, record.name))] = DELETED
+        doc_ids[read_row_numbers(_dead_file(folder, record.name))] = DELETED
     return doc_ids, packed_hashes(table["content_hash"].to_pylist())
 
 

@@ -65,7 +65,7 @@ class TextSource(Source):
         if not documents.has_pdf_reader():
             suffixes = tuple(each for each in suffixes if each not in documents.PDF_SUFFIXES)
         found = listed(self._location, suffixes, hidden=TEXT_HIDDEN)
-        found.say(self._location)
+        found.log_not_read(self._location)
         is_pdf = any(plain_name(file.label).endswith(documents.PDF_SUFFIXES) for file in found.files)
         if (".pdf" in found.not_read or is_pdf) and not documents.has_pdf_reader():
             if not found.files or is_pdf:

@@ -176,7 +176,7 @@ def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncode
         "num_searched": len(parts.pool),
         "not_worth_it": objection(measured[told_by]),
     }
-    _tell(workspace.details)
+    _log_result(workspace.details)
 
 
 def _written(workspace: Workspace, name: str, content: bytes) -> str:
@@ -274,7 +274,7 @@ def _asked(corpus: Artifact, old: Artifact, new: NewEncoder, seed: int) -> "Aske
     return Asked(vectors, kept)
 
 
-def _tell(details: Mapping[str, Any]) -> None:
+def _log_result(details: Mapping[str, Any]) -> None:
     for name, mean in details["recall_of_maps"].items():
         logger.info("bridge: %s: recall@10 %.3f on passages that chose the map", name, mean)
     for what, measured in details["recall_at_10"].items():

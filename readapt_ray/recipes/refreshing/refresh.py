@@ -82,7 +82,7 @@ def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], l
     if made is None:
         logger.info("refresh: the files of %s changed, and no passage or judgement in them", settings["source"])
         return _seen(root, there, settings, fingerprint, lock)
-    _tell(root, [*there, made])
+    _log_result(root, [*there, made])
     return publish(root, there, made, lock)
 
 
@@ -124,7 +124,7 @@ def _refusal(root: Location, reasons: Mapping[str, str], present: Generation | N
     )
 
 
-def _tell(root: Location, there: list[Generation]) -> None:
+def _log_result(root: Location, there: list[Generation]) -> None:
     made = there[-1]
     counted = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
     logger.info("refresh: generation %d: %s, in %s", made.number, counted, duration(made.seconds))
