@@ -150,7 +150,7 @@ def _overview() -> str:
         + "\n".join(lines)
         + "\n\n`readapt COMMAND --help` shows the options of a command, `readapt --completion bash|zsh|fish` a script that\n"
         "completes them with the Tab key. Exit code 0 on success, 2 on bad input, 1 on a "
-        "failure,\n130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more (`readapt ... | head`);\n"
+        "failure,\n130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of the output has closed it (`readapt ... | head`);\n"
         "a server that is told to stop ends with 0."
     )
 

@@ -100,8 +100,8 @@ def read_record(root: Location) -> dict[str, Any]:
     if not is_ours:
         return {}
     failed = values.pop("failed", None)
-    is_told = isinstance(failed, dict) and {"output", "error", "host"} <= failed.keys()
-    return values | ({"failed": failed} if is_told and isinstance(failed.get("time"), int | float) else {})
+    is_failure = isinstance(failed, dict) and {"output", "error", "host"} <= failed.keys()
+    return values | ({"failed": failed} if is_failure and isinstance(failed.get("time"), int | float) else {})
 
 
 class _Record:
@@ -128,13 +128,13 @@ class _Record:
         self._values |= changes
         self._file.write_text(json.dumps({**self._values, "steps": list(self._steps.values())}, indent=2) + "\n")
 
-    def keep(self, steps: Sequence[Step]) -> None:
+    def replace_steps(self, steps: Sequence[Step]) -> None:
         """Replace the recorded steps with these. What is known of each step is kept."""
         self._steps = {
             step.name: {**self._steps.get(step.name, {}), "stage": step.stage, "output": step.name} for step in steps
         }
 
-    def note(self, step: Step, artifact: Artifact) -> None:
+    def record_artifact(self, step: Step, artifact: Artifact) -> None:
         """Record the fingerprint of a finished artifact and the options that the run asked for."""
         self._steps[step.name].pop("replaces", None)
         self._steps[step.name] |= {"fingerprint": artifact.fingerprint, "options": step.config.identity()}
@@ -212,16 +212,16 @@ def _run_steps(
         if beside is not None:
             record.current = beside[0]
             made[beside[0].name] = beside[1].result()
-            record.note(beside[0], made[beside[0].name])
+            record.record_artifact(beside[0], made[beside[0].name])
             beside = None
         if step.name == "corpus":
             steps = unlabelled.steps_for_corpus(config, planned)
-            record.keep(steps)
+            record.replace_steps(steps)
             if steps[-1].stage == "drift":
                 unlabelled.log_missing_queries(config)
         if step.is_general and step.stage == "ingest":
             unlabelled.check_general(config, steps)
-        record.note(step, made[step.name])
+        record.record_artifact(step, made[step.name])
 
 
 def _leaves_gpus_idle(step: Step) -> bool:

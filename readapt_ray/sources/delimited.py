@@ -201,7 +201,7 @@ def _tsv_header(file: Location, label: str, state: str, wanted: Wanted) -> _Head
         names, first_line = fields, first.start
     else:
         raise CorpusError(
-            f"{label} has {amount(len(fields), 'columns')} and no line of names; give {wanted.unnamed_text}, set apart by tabs, or a "
+            f"{label} has {amount(len(fields), 'columns')} and no header line; give {wanted.unnamed_text}, separated by tabs, or a "
             f"first line that names the columns"
         )
     records = [

@@ -188,5 +188,5 @@ def trec_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> I
 
 def _trec_order(width: int, label: str) -> list[int]:
     if width not in (3, 4):
-        raise CorpusError(f"{label} has {amount(width, 'columns')}; give {QRELS.unnamed_text}, set apart by tabs")
+        raise CorpusError(f"{label} has {amount(width, 'columns')}; give {QRELS.unnamed_text}, separated by tabs")
     return [0, 1, 2] if width == 3 else [0, 2, 3]

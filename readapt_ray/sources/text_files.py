@@ -69,7 +69,7 @@ class TextSource(Source):
         is_pdf = any(plain_name(file.label).endswith(documents.PDF_SUFFIXES) for file in found.files)
         if (".pdf" in found.not_read or is_pdf) and not documents.has_pdf_reader():
             if not found.files or is_pdf:
-                raise InputError(f"{self._location} holds PDF alone, {_PDF_ADVICE}")
+                raise InputError(f"{self._location} holds only PDF files, {_PDF_ADVICE}")
             count = found.not_read[".pdf"][0]
             are = "file is" if count == 1 else "files are"
             logger.warning("%s: %d PDF %s not read, %s", self._location, count, are, _PDF_ADVICE)

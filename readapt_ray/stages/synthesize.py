@@ -260,7 +260,7 @@ def _log_result(config: SynthesizeConfig, workspace: Workspace, num_wanted: int)
     )
     if workspace.details["is_budget_spent"]:
         logger.warning(
-            "synthesize: the budget of %s tokens was spent after %s of %s passages; the same command with a larger one goes on",
+            "synthesize: the budget of %s tokens was spent after %s of %s passages; run it again with a larger budget to continue",
             f"{config.budget_tokens:,}",
             f"{counts['num_passages']:,}",
             f"{num_wanted:,}",

@@ -224,8 +224,8 @@ class _Making:
             corpus = self._made[CORPUS]
         elif self._has(VECTORS) and self._has(EXPORT):  # with these options nothing would be exported again
             raise InputError(
-                f"a `readapt refresh` with --back or other options did not end, and {begun['config']['to']} is between two "
-                f"states; run that command again"
+                f"a `readapt refresh` with --back or other options did not end, and {begun['config']['to']} is half "
+                f"changed; run that command again"
             )
         else:
             corpus = self._present(CORPUS)
@@ -241,7 +241,7 @@ class _Making:
                 f"finish it with --to {there}, or add {flag('overwrite')} to leave that collection as it is"
             )
         if there:
-            logger.warning("refresh: %s is left as it is, between two states", there)
+            logger.warning("refresh: %s is left as it is, half changed", there)
         remove_artifact(self.folder / EXPORT)
 
     def _corpus(self, fingerprint: str) -> Artifact:
