@@ -12,10 +12,10 @@ from readapt_ray import artifacts, leases, outputs
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ArtifactConflictError, CorpusError, InputError, ModelError
-from readapt_ray.recipes import memory_checks, option_checks, room_checks, standing
+from readapt_ray.recipes import memory_checks, option_checks, room_checks, staleness
 from readapt_ray.recipes.chain import GENERAL, RunConfig, Step, by_stage
 from readapt_ray.recipes.problems import Problems
-from readapt_ray.recipes.standing import Standing
+from readapt_ray.recipes.staleness import StepState
 from readapt_ray.storage import Location
 
 _CORPORA = ("corpus", f"{GENERAL}/corpus")
@@ -25,7 +25,7 @@ _MODEL_NAMES = frozenset({"tokenizer"})
 
 def check_run(
     config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], problems: Problems
-) -> list[Standing]:
+) -> list[StepState]:
     """Refuse a run that would fail later, if the reason can be known now.
 
     Args:
@@ -41,10 +41,10 @@ def check_run(
     Raises:
         InputError: one message with all errors.
     """
-    found: list[Standing] = []
+    found: list[StepState] = []
     if "root" not in problems.left_out:
         with problems.collecting():
-            found = standing.standings(_with_inputs(config, steps, problems), noted, reads_models=True)
+            found = staleness.step_states(_with_inputs(config, steps, problems), noted, reads_models=True)
         _check_root(config, steps, found, problems)
     done = {each.step.name for each in found if each.is_complete and not each.is_stale}
     every = by_stage(steps)
@@ -133,7 +133,7 @@ def _with_inputs(config: RunConfig, steps: Sequence[Step], problems: Problems) -
     kept: list[Step] = []
     for step in steps:
         made = tuple(f"{each.config.output.partition('?')[0]}/" for each in kept)
-        paths = [f"{value.partition('?')[0]}/" for _, value in standing.inputs_of(step)]
+        paths = [f"{value.partition('?')[0]}/" for _, value in staleness.inputs_of(step)]
         root = f"{Location(config.root).uri.partition('?')[0]}/"
         if all(path.startswith(made) or not path.startswith(root) for path in paths):
             kept.append(step)
@@ -211,7 +211,7 @@ def _check_files(config: RunConfig, step: Step) -> None:
             )
 
 
-def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standing], problems: Problems) -> None:
+def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[StepState], problems: Problems) -> None:
     """Check all outputs: each must be free, or up to date, or allowed to be overwritten."""
     for step in steps:
         with problems.collecting():
@@ -222,7 +222,7 @@ def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standi
         first = "train" if refused[0].step.stage == "pack" else refused[0].step.stage
         with problems.collecting():
             raise ArtifactConflictError(
-                f"outputs under {config.root!r} were made with other options or inputs: {standing.summary(stale)}. Make these again, and only "
+                f"outputs under {config.root!r} were made with other options or inputs: {staleness.summary(stale)}. Make these again, and only "
                 f"these, with --overwrite (or --from {first}), or give another --root"
             )
 
@@ -230,7 +230,7 @@ def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standi
 def _check_output(step: Step) -> None:
     """Check that an output is free, or holds an artifact of ours that no process is writing."""
     location = Location(step.config.output)
-    record, is_complete = standing.record_of(step)
+    record, is_complete = staleness.record_of(step)
     if record is None:
         outputs.refuse_what_is_there(location, step.config, {}, None)
     elif not is_complete and leases.is_alive(record):

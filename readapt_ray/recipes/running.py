@@ -21,7 +21,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError, StorageError, first_line
 from readapt_ray.progress import ProgressReporter
-from readapt_ray.recipes import room_checks, run_checks, standing, unlabelled
+from readapt_ray.recipes import room_checks, run_checks, staleness, unlabelled
 from readapt_ray.recipes.background import run_in_background
 from readapt_ray.recipes.chain import (
     RUN_NAME,
@@ -33,7 +33,7 @@ from readapt_ray.recipes.chain import (
     runs_beside_next,
 )
 from readapt_ray.recipes.problems import Problems
-from readapt_ray.recipes.standing import Standing
+from readapt_ray.recipes.staleness import StepState
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -76,7 +76,7 @@ def run(
         before = read_record(root)
     stale = run_checks.check_run(config, steps, before.get("steps", []), problems)
     if stale:
-        logger.info("made again: %s", standing.summary(stale))
+        logger.info("made again: %s", staleness.summary(stale))
     record = _Record(root, config, steps, before)
     record.begin(stale)
     made: dict[str, Artifact] = {}
@@ -116,7 +116,7 @@ class _Record:
         }
         self.current: Step | None = None
 
-    def begin(self, stale: Sequence[Standing]) -> None:
+    def begin(self, stale: Sequence[StepState]) -> None:
         """Record which artifacts will be replaced, so that they stay marked as stale if the run is interrupted."""
         for each in stale:
             if each.is_complete and each.record:
