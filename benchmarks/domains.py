@@ -38,7 +38,7 @@ from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.retrieval.encoder import DTYPES, Encoder
 from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.weights.domain_layers import DomainUse
-from readapt_ray.weights.domain_sources import DomainSource, check_domains, fetched, read_domains
+from readapt_ray.weights.domain_sources import DomainSource, check_domains, fetched_adapters, read_domains
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -185,7 +185,7 @@ def throughput(
 def load_s(encoder: DomainEncoder, source: DomainSource, number: int) -> float:
     """Bring a domain into memory; return the seconds that it took."""
     before_s = time.perf_counter()
-    with fetched(source, encoder.base) as adapters:
+    with fetched_adapters(source, encoder.base) as adapters:
         for _ in encoder.load(_numbered(source, number), adapters):
             pass
     return time.perf_counter() - before_s

@@ -28,7 +28,7 @@ from readapt_ray import artifacts
 from readapt_ray.config import StageConfig
 from readapt_ray.retrieval.index_kinds import IndexOptions, index_spec
 from readapt_ray.retrieval.index_shard import search_shards
-from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
+from readapt_ray.retrieval.vector_files import to_stored_columns, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.stages.index import IndexConfig, index
 
@@ -93,7 +93,7 @@ def write_artifact(folder: Path, vectors: np.ndarray, rows_per_file: int = 4096)
             ids = [f"d{row:08d}" for row in rows]
             hashes = pa.array([row.to_bytes(16) for row in rows], pa.binary(16))
             location = workspace.location / "vectors" / f"part-{number:05d}.parquet"
-            stored = stored_vectors(ids, vectors[rows.start : rows.stop], "float32")
+            stored = to_stored_columns(ids, vectors[rows.start : rows.stop], "float32")
             write_stored(location, ids, stored, hashes, metadata={"encoder": encoder})
         workspace.counts["num_vectors"] = len(vectors)
         workspace.details |= {"encoder": encoder, "vector_dtype": "float32"}
@@ -118,7 +118,7 @@ def measured(kind: str, vectors: np.ndarray, queries: np.ndarray, work: Path, re
     shards = list(VectorIndex.open(artifact.uri).shards())
     depth = (artifact.manifest.details["shards"][0]["measured"] or {}).get("depth")
     if depth:
-        faiss.ParameterSpace().set_index_parameter(plain, made.depth, depth)
+        faiss.ParameterSpace().set_index_parameter(plain, made.depth_parameter, depth)
     faiss_search_s = min(timed(lambda: plain.search(queries, TOP_K)) for _ in range(repeats))
     search_s = min(timed(lambda: search_shards(shards, queries, TOP_K)) for _ in range(repeats))
     result: dict[str, Any] = {

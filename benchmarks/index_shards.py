@@ -29,7 +29,7 @@ from readapt_ray.cluster.index_shards import RECALL_SUFFIX, NewShard, ShardPlan,
 from readapt_ray.retrieval.footers import named_footers, row_counts
 from readapt_ray.retrieval.index_files import read_shard
 from readapt_ray.retrieval.index_kinds import IndexOptions, index_spec, shard_rows
-from readapt_ray.retrieval.index_recall import ShardRecall, calibrate, settle
+from readapt_ray.retrieval.index_recall import ShardRecall, calibrate, choose_depth
 from readapt_ray.retrieval.index_shard import IndexShard, merged, new_index, search_shards, training_sample
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.storage import Location
@@ -118,7 +118,9 @@ def built(plan: ShardPlan, rows_per_shard: int, options: argparse.Namespace) -> 
     depth = None
     if not plan.spec.is_exact:
         files = [plan.shards / f"{record.name}{RECALL_SUFFIX}" for record in records]
-        depth = settle((ShardRecall.from_bytes(file.read_bytes()) for file in files), plan.spec, plan.options).depth
+        depth = choose_depth(
+            (ShardRecall.from_bytes(file.read_bytes()) for file in files), plan.spec, plan.options
+        ).depth
     return merged(read_shard(plan.shards, replace(record, depth=depth)) for record in records), depth
 
 

@@ -26,7 +26,7 @@ from readapt_ray.storage import Location
 from readapt_ray.training import packing
 from readapt_ray.training.blocks import list_row_groups
 from readapt_ray.training.checkpoints import DataOrder
-from readapt_ray.training.shares import Cutting
+from readapt_ray.training.shares import BatchSettings
 
 STEP_TOKENS, BLOCK_TOKENS, STEP_S = 16_384, 1024, 0.05
 
@@ -80,8 +80,8 @@ def measured(folder: Path, num_workers: int, num_steps: int) -> list[dict[str, A
     row_groups = list_row_groups(Location(str(folder / "blocks")))
     batch_size = STEP_TOKENS // BLOCK_TOKENS * num_workers
     data_order = DataOrder(num_units=row_groups.num_blocks, batch_size=batch_size, num_epochs=9, seed=0)
-    cutting = Cutting(pad_id=0, micro_batch_tokens=STEP_TOKENS)
-    stream = BlockStream(row_groups, data_order, cutting, Location(str(folder / "checkpoints")))
+    batch_settings = BatchSettings(pad_id=0, micro_batch_tokens=STEP_TOKENS)
+    stream = BlockStream(row_groups, data_order, batch_settings, Location(str(folder / "checkpoints")))
     TorchTrainer(
         consume,
         train_loop_config={"num_steps": num_steps, "folder": str(folder)},

@@ -51,9 +51,9 @@ from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Block
-from readapt_ray.training.shares import Cutting, Share
+from readapt_ray.training.shares import BatchSettings, Share
 from readapt_ray.training.speed import flops_per_token, peak_flops
-from readapt_ray.training.trainable import spend_less
+from readapt_ray.training.trainable import reduce_memory
 
 SHAPES = {
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -195,11 +195,13 @@ def _padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-def shares_of(blocks: list[Block], data_order: DataOrder, cutting: Cutting, first_step: int) -> Iterator[Share]:
+def shares_of(
+    blocks: list[Block], data_order: DataOrder, batch_settings: BatchSettings, first_step: int
+) -> Iterator[Share]:
     """Blocks in the order in which they were made, from memory, for one worker."""
     size = data_order.batch_size
     for step in range(first_step, data_order.num_steps):
-        yield cutting.shares(blocks[step * size : (step + 1) * size], 1, step)[0]
+        yield batch_settings.shares(blocks[step * size : (step + 1) * size], 1, step)[0]
 
 
 class Ours:
@@ -222,13 +224,13 @@ class Ours:
         dora.add_adapters(
             model, dora.AdapterShape(method=method, rank=RANK, alpha=ALPHA, dropout=DROPOUT, targets=TARGETS)
         )
-        spend_less(model, gradient_checkpointing=gradient_checkpointing, compile_layers=compile_layers, zero_stage=0)
+        reduce_memory(model, gradient_checkpointing=gradient_checkpointing, compile_layers=compile_layers, zero_stage=0)
         self.model = model
         whole = len(blocks) - len(blocks) % batch_size
         data_order = DataOrder(num_units=whole, batch_size=batch_size, num_epochs=1, seed=0)
-        cutting = Cutting(pad_id=0, micro_batch_tokens=micro_batch_tokens)
+        batch_settings = BatchSettings(pad_id=0, micro_batch_tokens=micro_batch_tokens)
         self._objective = LanguageModelling(
-            model=model, data_order=data_order, batches=functools.partial(shares_of, blocks, data_order, cutting),
+            model=model, data_order=data_order, batches=functools.partial(shares_of, blocks, data_order, batch_settings),
             dtype=dtype,
         )  # fmt: skip
         self._engine = DeepSpeedEngine(

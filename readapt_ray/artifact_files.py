@@ -190,7 +190,7 @@ def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[
     own: list[str] = []
     foreign: list[str] = []
     for name in names:
-        (own if known.fullmatch(whole_name(name)) else foreign).append(name)
+        (own if known.fullmatch(final_name(name)) else foreign).append(name)
     return own, foreign
 
 
@@ -239,7 +239,7 @@ def own_files(location: Location, record: Mapping[str, Any]) -> set[str]:
     matching = split_by_owner(there, record.get("patterns", ()))[0]
     is_copied = "heartbeat" in record and is_late(record_of(location, LEASE_NAME), record)
     late = set() if is_copied else late_files(location, matching, record)
-    return {name for name in there if whole_name(name) in listed} | (set(matching) - late)
+    return {name for name in there if final_name(name) in listed} | (set(matching) - late)
 
 
 def late_files(location: Location, names: Collection[str], lease: Mapping[str, Any]) -> set[str]:
@@ -269,17 +269,17 @@ def is_late(file: Location, lease: Mapping[str, Any]) -> bool:
 def matching_files(location: Location, patterns: Iterable[str]) -> set[str]:
     """Return the files of a folder that match a pattern, without temporary ones."""
     found = [] if is_single_file(location) else split_by_owner(location.entries()[0], patterns)[0]
-    return {name for name in found if whole_name(name) == name}
+    return {name for name in found if final_name(name) == name}
 
 
 def tidied_files(location: Location, patterns: Iterable[str]) -> set[str]:
     """Remove temporary files of killed writers that match a pattern, and return the complete files that match."""
     found = set() if is_single_file(location) else {*split_by_owner(location.entries()[0], patterns)[0]}
     remove_temporary(location, found)
-    return {name for name in found if whole_name(name) == name}
+    return {name for name in found if final_name(name) == name}
 
 
-def whole_name(name: str) -> str:
+def final_name(name: str) -> str:
     """Return the final name of a temporary file; the name itself for any other file."""
     folder, slash, last = name.rpartition("/")
     return f"{folder}{slash}{name_when_whole(last) or last}"
@@ -310,7 +310,7 @@ def clear(location: Location, patterns: Collection[str]) -> None:
 
 def remove_temporary(location: Location, names: Iterable[str]) -> None:
     """Remove the temporary files among `names`, which killed writers left."""
-    remove(location, [name for name in names if whole_name(name) != name])
+    remove(location, [name for name in names if final_name(name) != name])
 
 
 def remove_empty_folders(location: Location, patterns: Iterable[str]) -> None:

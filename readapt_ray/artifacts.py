@@ -256,28 +256,31 @@ def produce(
     """
     location = Location(config.output)
     identified = identify(stage, config, inputs, identity)
-    present, before = read_manifest(location), None
+    present, old_lease = read_manifest(location), None
     if present is not None and identify(stage, config, inputs, identity, present.config) == present.fingerprint:
         identified = present.fingerprint  # an older release made it: options it lacked have their defaults here
     if present is None or present.fingerprint != identified:
-        before = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
+        old_lease = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
         present = read_manifest(location)  # the other process may have finished while we waited
     if present is not None and present.fingerprint == identified:
         logger.info("%s: already complete in %s", stage, config.output)
         return Artifact(location, present)
-    there = dataclasses.asdict(present) if present is not None else before
-    options = there.get("config", {}) if there else {}
-    if there and identify(stage, config.changed_back(options), inputs, identity, options) == there["fingerprint"]:
-        there = {**there, "fingerprint": identified}
-    ours = {
+    old_record = dataclasses.asdict(present) if present is not None else old_lease
+    options = old_record.get("config", {}) if old_record else {}
+    if (
+        old_record
+        and identify(stage, config.changed_back(options), inputs, identity, options) == old_record["fingerprint"]
+    ):
+        old_record = {**old_record, "fingerprint": identified}
+    record = {
         "stage": stage,
         "fingerprint": identified,
         "config": config.settings(),
         "inputs": dict(inputs),
         "patterns": STAGE_FILES.get(stage, ()),
     }
-    outputs.refuse_what_is_there(location, config, ours, there)
-    manifest = _fill(location, ours, work, there=there, before=before)
+    outputs.refuse_what_is_there(location, config, record, old_record)
+    manifest = _fill(location, record, work, old_record=old_record, old_lease=old_lease)
     counts = counted(manifest.counts)
     logger.info("%s: done in %s%s", stage, duration(manifest.seconds), counts and f", {counts}")
     return Artifact(location, manifest)
@@ -293,67 +296,67 @@ def produce_again(artifact: Artifact, output: str, work: Callable[[Workspace], N
             resumes from them.
     """
     location, manifest = Location(output), artifact.manifest
-    before = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
+    old_lease = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
     present = read_manifest(location)
     if present is not None and present.fingerprint == manifest.fingerprint:
         return Artifact(location, present)
-    ours = {
+    record = {
         "stage": manifest.stage,
         "fingerprint": manifest.fingerprint,
         "config": {**manifest.config, "output": output},
         "inputs": manifest.inputs,
         "patterns": STAGE_FILES[manifest.stage],
     }
-    there = dataclasses.asdict(present) if present is not None else before
-    return Artifact(location, _fill(location, ours, work, there=there, before=before))
+    old_record = dataclasses.asdict(present) if present is not None else old_lease
+    return Artifact(location, _fill(location, record, work, old_record=old_record, old_lease=old_lease))
 
 
 def _fill(
     location: Location,
-    ours: Mapping[str, Any],
+    record: Mapping[str, Any],
     work: Callable[[Workspace], None],
     *,
-    there: Mapping[str, Any] | None,
-    before: Mapping[str, Any] | None,
+    old_record: Mapping[str, Any] | None,
+    old_lease: Mapping[str, Any] | None,
 ) -> Manifest:
     """Do the work under a lease. Resume if the fingerprint is the same; else clear the folder and start again."""
-    stage, identified = ours["stage"], ours["fingerprint"]
-    goes_on = there is not None and there["fingerprint"] == identified
-    own = artifact_files.own_files(location, there) if there is not None else set()
-    seconds_before = float(there["seconds"]) if there is not None and goes_on else 0.0
+    stage, identified = record["stage"], record["fingerprint"]
+    resumes = old_record is not None and old_record["fingerprint"] == identified
+    own = artifact_files.own_files(location, old_record) if old_record is not None else set()
+    seconds_before = float(old_record["seconds"]) if old_record is not None and resumes else 0.0
     reporter = ProgressReporter(stage)
     file = record_of(location, LEASE_NAME)
-    cleared = outputs.being_cleared(own) if there is not None and not goes_on else {}
+    cleared = outputs.being_cleared(own) if old_record is not None and not resumes else {}
     lease = leases.Lease(
-        file, location, reporter, before=before, says={**ours, "seconds_before": seconds_before, **cleared}
+        file, location, reporter, before=old_lease, fields={**record, "seconds_before": seconds_before, **cleared}
     )
     try:
         with reporter, lease:
-            if there is not None and not goes_on:
-                outputs.clear(location, there, own)
-                lease.say(**ours, files=())
-            elif goes_on:
+            if old_record is not None and not resumes:
+                outputs.clear(location, old_record, own)
+                lease.update(**record, files=())
+            elif resumes:
                 logger.info("%s: resumes where it stopped in %s", stage, location)
                 artifact_files.remove_temporary(location, own)
             workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
             work(workspace)
-            manifest = _described(workspace, ours, lease.seconds())
+            manifest = _described(workspace, record, lease.seconds())
             text = json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n"
             lease.confirm()
             record_of(location, MANIFEST_NAME).write_text(text)
     except InputError:
         if lease.is_held:
-            outputs.forget_if_empty(location, ours["patterns"])
+            outputs.drop_lease_if_empty(location, record["patterns"])
         raise
     file.delete()
     return manifest
 
 
-def _described(workspace: Workspace, ours: Mapping[str, Any], seconds: float) -> Manifest:
+def _described(workspace: Workspace, record: Mapping[str, Any], seconds: float) -> Manifest:
     """Return the manifest of finished work, and remove temporary files that killed writers left."""
     return Manifest(
-        **{name: ours[name] for name in ("stage", "fingerprint", "config", "inputs")},
-        files=artifact_files.packed(artifact_files.tidied_files(workspace.location, ours["patterns"])),
+        **{name: record[name] for name in ("stage", "fingerprint", "config", "inputs")},
+        files=artifact_files.packed(artifact_files.tidied_files(workspace.location, record["patterns"])),
         counts=workspace.counts,
         details=workspace.details,
         seconds=seconds,

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ending = _Ending(command)
     try:
         warnings.filterwarnings("ignore")
-        termination.end_as_ctrl_c_does(ending.give_up if command != "serve" else None, is_vain=_is_ray_gone)
+        termination.handle_sigterm(ending.give_up if command != "serve" else None, is_ray_gone=_is_ray_gone)
         log_output.write_to_terminal()
         library_logs.silence()
         try:
@@ -61,10 +61,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"readapt: error: {error}", file=sys.stderr)
         return error.exit_code
     except (KeyboardInterrupt, SystemExit) as stop:
-        is_terminated = termination.is_told(stop)
+        is_terminated = termination.is_from_sigterm(stop)
         if isinstance(stop, SystemExit) and not is_terminated:
             raise
-        return ending.tell(is_terminated=is_terminated)
+        return ending.print_once(is_terminated=is_terminated)
     except UNREADABLE as error:
         print(f"readapt: error: {unreadable(error)}", file=sys.stderr)
         return InputError.exit_code
@@ -86,7 +86,7 @@ class _Ending:
         self._lock = threading.Lock()
         self._code: int | None = None
 
-    def tell(self, *, is_terminated: bool) -> int:
+    def print_once(self, *, is_terminated: bool) -> int:
         """Print the message if it was not printed yet, and return the exit code."""
         with self._lock:
             if self._code is None:
@@ -101,7 +101,7 @@ class _Ending:
 
     def give_up(self) -> None:
         """End this process now, without cleanup, as if it were killed."""
-        os._exit(self.tell(is_terminated=termination.has_sigterm()))
+        os._exit(self.print_once(is_terminated=termination.has_sigterm()))
 
 
 def _is_ray_gone() -> bool:
@@ -150,7 +150,7 @@ def _overview() -> str:
         + "\n".join(lines)
         + "\n\n`readapt COMMAND --help` shows the options of a command, `readapt --completion bash|zsh|fish` a script that\n"
         "completes them with the Tab key. Exit code 0 on success, 2 on bad input, 1 on a "
-        "failure,\n130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more (`readapt ... | head`);\n"
+        "failure,\n130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of the output has closed it (`readapt ... | head`);\n"
         "a server that is told to stop ends with 0."
     )
 
@@ -163,18 +163,18 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
     if command == "train":
         stage = chain.train_on_passages
     artifact = stage(flags.parse(command, COMMANDS[command], config_class, arguments))
-    _tell(artifact)
+    _print_result(artifact)
     print(artifact.uri)
     _end_by_requirements([artifact])
 
 
-def _tell(artifact: "Artifact") -> None:
+def _print_result(artifact: "Artifact") -> None:
     """Print the tables and verdicts of a report, or log how many rows of a corpus were left out."""
     if artifact.manifest.stage in ("evaluate", "drift"):
         lines = (artifact.location / "report.md").read_text().splitlines()
         print("\n".join(itertools.takewhile(lambda line: line != _PROVENANCE, lines)))
     elif artifact.manifest.stage == "ingest":
-        _tell_left_out(artifact.manifest.details)
+        _log_left_out(artifact.manifest.details)
 
 
 def _end_by_requirements(made: Iterable["Artifact"]) -> None:
@@ -188,7 +188,7 @@ def _end_by_requirements(made: Iterable["Artifact"]) -> None:
         raise ReadaptError(f"{len(failed)} of {len(checked)} requirements do not hold: {' '.join(failed)}")
 
 
-def _tell_left_out(details: dict[str, Any]) -> None:
+def _log_left_out(details: dict[str, Any]) -> None:
     from readapt_ray.sources.source import in_words
 
     duplicates, bad = details["duplicates"]["dropped"], details["bad_rows"]
@@ -225,7 +225,7 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
     made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage, problems=problems)
     for name, artifact in made.items():
         if name != run_end.GENERAL_REPORT or "report" not in made:  # the report contains its table
-            _tell(artifact)
+            _print_result(artifact)
     print(run_end.closing(config, made))
     _end_by_requirements(made.values())
 

@@ -118,7 +118,7 @@ def _pipeline_parser() -> "flags.Parser":
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="Make again all that is stale: made with other options or from other inputs, and what was made from that.",
+        help="Make all stale artifacts again: those made with other options or inputs, and all made from them.",
     )
     parser.add_argument(
         "--from", dest="from_stage", metavar="STAGE", help="As --overwrite, but only for this stage and those after it."

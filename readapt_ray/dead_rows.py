@@ -34,7 +34,7 @@ def partly_name(name: str) -> str:
     return f"{name.removesuffix(_SUFFIX)}{_MARK}{_SUFFIX}"
 
 
-def whole_name(name: str) -> str:
+def name_without_mark(name: str) -> str:
     """Return the name of a part without dead rows: `part-3-partly.parquet` -> `part-3.parquet`."""
     return f"{name.removesuffix(_SUFFIX).removesuffix(_MARK)}{_SUFFIX}"
 
@@ -52,11 +52,11 @@ def read_dead(file: Location) -> NDArray[np.int64]:
     """
     if not is_partly(file.name):
         return np.zeros(0, np.int64)
-    return read_rows(_dead_file(file))
+    return read_row_numbers(_dead_file(file))
 
 
-def read_rows(file: Location) -> NDArray[np.int64]:
-    """Read the row numbers that `write_rows` wrote, as int64.
+def read_row_numbers(file: Location) -> NDArray[np.int64]:
+    """Read the row numbers that `write_row_numbers` wrote, as int64.
 
     Raises:
         CorruptFileError: the file is missing or was altered.
@@ -70,7 +70,7 @@ def read_rows(file: Location) -> NDArray[np.int64]:
     return np.frombuffer(content, "<i4", offset=_DIGEST_BYTES).astype(np.int64)
 
 
-def write_rows(file: Location, rows: NDArray[np.int64]) -> None:
+def write_row_numbers(file: Location, rows: NDArray[np.int64]) -> None:
     """Write ascending row numbers to a file: a checksum of 8 bytes, then 4 bytes per row."""
     content = rows.astype("<i4").tobytes()
     file.write_bytes(_digest(content) + content)
@@ -88,7 +88,7 @@ def share_part(source: Location, folder: Location, name: str, dead: NDArray[np.i
     before = read_dead(source)
     if len(before) + len(dead):
         name = partly_name(name)
-        write_rows(_dead_file(folder / name), np.union1d(before, physical_rows(dead, before)))
+        write_row_numbers(_dead_file(folder / name), np.union1d(before, physical_rows(dead, before)))
     share(source, folder / name)  # last, so that a part never exists without its dead rows
     return name
 

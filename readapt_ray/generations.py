@@ -121,7 +121,7 @@ def as_of(root: Location, number: int | None) -> Generation:
     if number not in found:
         state = "was removed by `readapt clean`" if number in {each.number for each in there} else "does not exist"
         raise InputError(
-            f"generation {number} of {root.uri!r} {state}; those that are there: {', '.join(map(str, found))} "
+            f"generation {number} of {root.uri!r} {state}; existing generations: {', '.join(map(str, found))} "
             f"(`readapt status --root {root.uri} --history`)"
         )
     return found[number]

@@ -130,7 +130,7 @@ class Lease:
         location: the artifact.
         reporter: source of the progress that the lease shows.
         before: the lease of a process that stopped, as `wait_until_dead` returned it.
-        says: other fields to write into the lease, beside the owner and the progress.
+        fields: other fields to write into the lease, beside the owner and the progress.
     """
 
     def __init__(
@@ -140,14 +140,14 @@ class Lease:
         reporter: ProgressReporter,
         *,
         before: Mapping[str, Any] | None,
-        says: Mapping[str, Any],
+        fields: Mapping[str, Any],
     ) -> None:
         self.is_held = False
         self._file = file
         self._location = location
         self._reporter = reporter
         self._before = before
-        self._says = {**says, **owner()}
+        self._fields = {**fields, **owner()}
         self._writing = threading.Lock()
         self._stop = threading.Event()
         self._started_s = time.monotonic()
@@ -168,21 +168,21 @@ class Lease:
         if error is None:
             return
         try:
-            self.say(is_over=True, error=first_line(error) if isinstance(error, Exception) else "")
+            self.update(is_over=True, error=first_line(error) if isinstance(error, Exception) else "")
         except (OSError, StorageError) as refused:
             logger.debug("cannot write %s: %s", self._file, refused)  # `error` says what went wrong
 
     def seconds(self) -> float:
         """Return how long the work has taken in seconds, including earlier processes that were stopped."""
-        return float(round(self._says["seconds_before"] + time.monotonic() - self._started_s, 3))
+        return float(round(self._fields["seconds_before"] + time.monotonic() - self._started_s, 3))
 
-    def say(self, **changes: Any) -> None:
+    def update(self, **changes: Any) -> None:
         """Change fields of the lease and write it.
 
         Raises:
             ArtifactConflictError: another process took the artifact over. Its lease is not changed.
         """
-        self._says = {**self._says, **changes}
+        self._fields = {**self._fields, **changes}
         self._renew()
 
     def confirm(self) -> None:
@@ -192,7 +192,7 @@ class Lease:
             ArtifactConflictError: another process took the artifact over, or removed it.
         """
         latest = read_lease(self._file)
-        if latest is not None and latest["owner"] == self._says["owner"]:
+        if latest is not None and latest["owner"] == self._fields["owner"]:
             return
         self.is_held = False
         if latest is not None:
@@ -249,7 +249,7 @@ class Lease:
             "unit": self._reporter.unit,
             "rate": self._reporter.rate(),
         }
-        state = {**self._says, "heartbeat": time.time(), "seconds": self.seconds(), "progress": progress}
+        state = {**self._fields, "heartbeat": time.time(), "seconds": self.seconds(), "progress": progress}
         return json.dumps(state, default=str)
 
 

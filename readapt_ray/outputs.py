@@ -135,7 +135,7 @@ def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str
     return "; ".join(changes) or "it was made by another version"
 
 
-def forget_if_empty(location: Location, patterns: Sequence[str]) -> None:
+def drop_lease_if_empty(location: Location, patterns: Sequence[str]) -> None:
     """Remove the lease if the work wrote no file before its input was refused. Corrected input can then start anew."""
     if location.is_file():
         return
@@ -164,5 +164,5 @@ def clear(location: Location, there: Mapping[str, Any], own: Collection[str]) ->
         return
     artifact_files.remove(location, [name for name in own if name not in RECORDS])
     artifact_files.remove_empty_folders(location, artifact_files.unpacked(there.get("files", ())))
-    if foreign := [name for name in location.entries()[0] if artifact_files.whole_name(name) not in RECORDS]:
+    if foreign := [name for name in location.entries()[0] if artifact_files.final_name(name) not in RECORDS]:
         logger.warning("%s keeps %s, which no stage of readapt made", location, artifact_files.named(foreign))

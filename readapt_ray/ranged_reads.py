@@ -28,11 +28,11 @@ def pieces(filesystem: pafs.FileSystem, path: str) -> Iterator[bytes]:
     Raises:
         FileNotFoundError: the object does not exist.
     """
-    with _asked_again(lambda: filesystem.open_input_file(path)) as file, ThreadPoolExecutor(_RANGES_AT_ONCE) as pool:
-        size = _asked_again(file.size)
+    with _with_retries(lambda: filesystem.open_input_file(path)) as file, ThreadPoolExecutor(_RANGES_AT_ONCE) as pool:
+        size = _with_retries(file.size)
 
         def read(start: int) -> bytes:
-            return _asked_again(lambda: bytes(file.read_at(min(_RANGE_BYTES, size - start), start)))
+            return _with_retries(lambda: bytes(file.read_at(min(_RANGE_BYTES, size - start), start)))
 
         pending: collections.deque[Future[bytes]] = collections.deque()
         for start in range(0, size, _RANGE_BYTES):
@@ -43,7 +43,7 @@ def pieces(filesystem: pafs.FileSystem, path: str) -> Iterator[bytes]:
             yield pending.popleft().result()
 
 
-def _asked_again(ask: Callable[[], T]) -> T:
+def _with_retries(ask: Callable[[], T]) -> T:
     attempt = 0
     while True:
         try:

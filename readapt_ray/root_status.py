@@ -10,7 +10,7 @@ from readapt_ray.artifact_files import MANIFEST_NAME, record_of
 from readapt_ray.errors import InputError, ReadaptError, first_line
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.progress import amount, duration, figure
-from readapt_ray.recipes import standing, unlabelled
+from readapt_ray.recipes import staleness, unlabelled
 from readapt_ray.recipes.chain import RunConfig, plan_run
 from readapt_ray.recipes.running import LOG_NAME, read_record
 from readapt_ray.storage import Location
@@ -66,11 +66,11 @@ def _note_stale(found: dict[str, dict[str, Any]], record: Mapping[str, Any]) -> 
         return
     try:
         config = RunConfig.parse(record["config"])
-        steps = unlabelled.fitted(config, plan_run(config))
-        standings = standing.standings(steps, record["steps"], reads_models=False)
+        steps = unlabelled.steps_for_corpus(config, plan_run(config))
+        step_states = staleness.step_states(steps, record["steps"], reads_models=False)
     except (ReadaptError, KeyError):
         return  # another release wrote run.json
-    for each in standings:
+    for each in step_states:
         row = found.get(each.step.name)
         if row is not None and each.is_stale and row["state"] == "done":
             reasons = [*each.changes, *(f"made from {name}, which is stale" for name in each.stale_inputs)]

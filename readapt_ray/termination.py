@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _AGAIN_S = 0.05
 _CLEANUP_S = 20.0
 """Maximum time of the cleanup after a signal."""
-_VAIN_S = 0.5
+_WITHOUT_RAY_S = 0.5
 """Remaining time for cleanup once Ray's processes, which it would ask, have ended."""
 _SAME_S = 1.0
 """A second signal within this time counts as the same one: `timeout` signals the process and then its group."""
@@ -49,7 +49,7 @@ class _Stop:
     first_s: float | None = None
     """When the first signal was received (monotonic clock). None: not yet."""
     give_up: Callable[[], None] | None = None
-    is_vain: Callable[[], bool] | None = None
+    is_ray_gone: Callable[[], bool] | None = None
     has_own_stderr: bool = False
     """Whether sys.stderr uses another file descriptor than C++ code does."""
     is_limited: bool = False
@@ -61,17 +61,17 @@ class _Stop:
 _stop = _Stop()
 
 
-def end_as_ctrl_c_does(give_up: Callable[[], None] | None = None, *, is_vain: Callable[[], bool] | None = None) -> None:
+def handle_sigterm(give_up: Callable[[], None] | None = None, *, is_ray_gone: Callable[[], bool] | None = None) -> None:
     """Raise `Terminated` in the main thread on SIGTERM, from now on in this process, and never lose a SIGTERM or Ctrl-C.
 
     Args:
         give_up: ends the process. It is called in a thread if the process still runs 20 s after a signal, and on a second
             signal. If omitted, cleanup has no time limit.
-        is_vain: returns whether the processes that would clean up have ended. Then the limit is cut to 0.5 s.
+        is_ray_gone: returns whether the Ray processes of this process have ended. Then the limit is cut to 0.5 s.
     """
     if threading.current_thread() is threading.main_thread():
         _stop.is_sigterm, _stop.first_s, _stop.is_limited = False, None, False
-        _stop.give_up, _stop.is_vain = give_up, is_vain
+        _stop.give_up, _stop.is_ray_gone = give_up, is_ray_gone
         _keep_stderr()
         _install()
 
@@ -82,7 +82,7 @@ def take_back() -> None:
         _install()
 
 
-def is_told(stop: BaseException) -> bool:
+def is_from_sigterm(stop: BaseException) -> bool:
     """Return whether an exception means that SIGTERM ended the work.
 
     Our handler raises `Terminated`. Ray's handler exits with the signal's number as exit code.
@@ -160,24 +160,24 @@ def _limit() -> None:
     if _stop.has_own_stderr:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if _stop.give_up is not None:
-        threading.Thread(target=_limit_cleanup, args=(_stop.give_up, _stop.is_vain), daemon=True).start()
+        threading.Thread(target=_limit_cleanup, args=(_stop.give_up, _stop.is_ray_gone), daemon=True).start()
 
 
-def _limit_cleanup(give_up: Callable[[], None], is_vain: Callable[[], bool] | None) -> None:
+def _limit_cleanup(give_up: Callable[[], None], is_ray_gone: Callable[[], bool] | None) -> None:
     deadline_s = time.monotonic() + _CLEANUP_S
     while time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
         if _stop.give_up is not give_up:  # another command began in this process
             return
-        if is_vain is not None and is_vain():
-            deadline_s, is_vain = min(deadline_s, time.monotonic() + _VAIN_S), None
+        if is_ray_gone is not None and is_ray_gone():
+            deadline_s, is_ray_gone = min(deadline_s, time.monotonic() + _WITHOUT_RAY_S), None
     give_up()
 
 
 def _send_again(dropped: "UnraisableHookArgs") -> None:
     """If Python dropped an interrupt, send its signal again after 50 ms, when the main thread has left `__del__`."""
     stop = dropped.exc_value
-    is_rays = isinstance(stop, SystemExit) and is_told(stop)
+    is_rays = isinstance(stop, SystemExit) and is_from_sigterm(stop)
     if not (isinstance(stop, KeyboardInterrupt) or is_rays):
         sys.__unraisablehook__(dropped)
         return

@@ -58,7 +58,9 @@ def test_every_way_of_reading_sees_the_live_rows_alone(tmp_path: Path, seed: int
 def test_a_whole_part_keeps_its_name(tmp_path: Path) -> None:
     file = part(tmp_path, np.zeros(0, np.int64))
     assert file.name == "part-00003.parquet" and [each.name for each in (tmp_path / "b").iterdir()] == [file.name]
-    assert dead_rows.whole_name("part-00003-partly.parquet") == file.name == dead_rows.whole_name(file.name)
+    assert (
+        dead_rows.name_without_mark("part-00003-partly.parquet") == file.name == dead_rows.name_without_mark(file.name)
+    )
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "altered"])

@@ -192,11 +192,11 @@ def test_what_a_lease_says_is_not_written_over_the_lease_of_another(tmp_path: Pa
         Location(str(tmp_path)),
         ProgressReporter("copy"),
         before=None,
-        says={"stage": "copy", "seconds_before": 0.0},
+        fields={"stage": "copy", "seconds_before": 0.0},
     )
     with pytest.raises(ArtifactConflictError, match="process 1 on there"), lease:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"owner": "other", "pid": 1, "host": "there"}))
-        lease.say(files=["a"])
+        lease.update(files=["a"])
     assert json.loads(file.read_text())["owner"] == "other"
 
 

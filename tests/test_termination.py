@@ -16,13 +16,13 @@ class Slow:
         {act}
         time.sleep(0.2)
 
-termination.end_as_ctrl_c_does()
+termination.handle_sigterm()
 try:
     slow = Slow()
     del slow
     time.sleep(20)
 except KeyboardInterrupt as stop:
-    print(type(stop).__name__, termination.is_told(stop))
+    print(type(stop).__name__, termination.is_from_sigterm(stop))
 """
 
 
@@ -44,7 +44,7 @@ IN_GROUP = """
 import os, sys, threading, time
 from readapt_ray import cli, termination
 
-termination._CLEANUP_S, termination._VAIN_S = {cleanup_s}, 0.5
+termination._CLEANUP_S, termination._WITHOUT_RAY_S = {cleanup_s}, 0.5
 cli._is_ray_gone = lambda: {gone}
 
 def work(_):

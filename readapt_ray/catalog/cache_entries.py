@@ -100,11 +100,11 @@ def locked(entry: Path) -> Iterator[None]:
 def keep(entry: Path) -> None:
     """Keep an entry until this process ends, and set its time of last use. Call it inside `locked`."""
     if entry not in _in_use:
-        _in_use[entry] = in_use(entry)
+        _in_use[entry] = open_use_lock(entry)
     _beside(entry, ".use").touch()
 
 
-def in_use(entry: Path) -> IO[str]:
+def open_use_lock(entry: Path) -> IO[str]:
     """Open and lock the `.use` file of an entry, which is kept until this file is closed. Call it inside `locked`."""
     file = _opened(_beside(entry, ".use"))
     fcntl.flock(file, fcntl.LOCK_SH)
@@ -138,8 +138,8 @@ def make_room() -> bool:
             if remove_unless_used(each.folder):
                 total_bytes -= each.num_bytes
                 logger.info(
-                    "removed %s (%.1f GB) from the cache, which may hold %g GB (READAPT_CACHE_GB); of what is there it was not used for "
-                    "longest",
+                    "removed %s (%.1f GB) from the cache, which may hold %g GB (READAPT_CACHE_GB); it was the "
+                    "least recently used entry",
                     each.folder,
                     each.num_bytes / _GB,
                     environment.cache_gb(),

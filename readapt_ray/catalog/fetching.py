@@ -1,7 +1,7 @@
 """Fetch the files of a model from the hub or an object store to this machine's disk.
 
 In: a hub id or a URI. Out: a local folder with weights, configuration and tokenizer. Weights are safetensors, or
-pickled if there are no others. `seen_on_hub` and `seen_at_uri` check that a model exists and is accessible, without
+pickled if there are no others. `check_on_hub` and `check_at_uri` check that a model exists and is accessible, without
 fetching weights. Other files of our own artifacts (checkpoints, pairs, logs) are not fetched. Requests to a busy hub
 are retried for half a minute, and to an unreachable one for six seconds.
 """
@@ -58,10 +58,10 @@ def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weight
         ModelError: the hub has no such model or denies access, or the machine is offline and the cache lacks it.
         ReadaptError: the hub could not be reached, or kept failing.
     """
-    return asked_again(_model(name, hub_id), lambda: _snapshot(hub_id, revision, with_weights=with_weights))
+    return with_retries(_model(name, hub_id), lambda: _snapshot(hub_id, revision, with_weights=with_weights))
 
 
-def seen_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Path, int]:
+def check_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Path, int]:
     """Check that this machine can get a model from the hub, and fetch only its configuration.
 
     Returns:
@@ -70,7 +70,7 @@ def seen_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Pa
     Raises:
         ModelError, ReadaptError: as in `from_hub`.
     """
-    return asked_again(_model(name, hub_id), lambda: _configuration(hub_id, revision))
+    return with_retries(_model(name, hub_id), lambda: _configuration(hub_id, revision))
 
 
 def _model(name: str, hub_id: str) -> str:
@@ -87,7 +87,7 @@ class Advice(NamedTuple):
 _ADVICE = Advice()
 
 
-def asked_again(
+def with_retries(
     what: str,
     ask: Callable[[], T],
     *,
@@ -211,7 +211,7 @@ def from_uri(uri: str, *, with_weights: bool = True) -> Path:
     return model_cache.fetched(Location(uri), sizes_bytes, key)
 
 
-def seen_at_uri(uri: str) -> tuple[list[str], int]:
+def check_at_uri(uri: str) -> tuple[list[str], int]:
     """Check that an object store has a model, without fetching it.
 
     Returns:

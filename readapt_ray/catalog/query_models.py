@@ -70,7 +70,7 @@ def refuse_query_model(model: OpenModel) -> None:
     """
     if (passages := passages_model(model)) is not None:
         raise ModelError(
-            f"{model.name!r} is for queries alone, and its passages are encoded by {passages.name!r}; give {passages.name!r}"
+            f"{model.name!r} is only for queries, and its passages are encoded by {passages.name!r}; give {passages.name!r}"
         )
 
 

@@ -25,7 +25,7 @@ def check_reachable(name: str) -> int:
     plain, revision = (name, None) if Path(name).exists() else retrievers.split_commit(name)
     target = retrievers.hub_id(plain)
     if "://" in target:
-        files, num_bytes = fetching.seen_at_uri(target)
+        files, num_bytes = fetching.check_at_uri(target)
         if CONFIG_NAME not in files and ADAPTER_CONFIG_NAME not in files:
             raise ModelError(f"{name!r} is not a model: it has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
         if LEASE_NAME in files and MANIFEST_NAME not in files:
@@ -34,7 +34,7 @@ def check_reachable(name: str) -> int:
     if models.own_folder(plain) is not None or not models.is_hub_id(target):
         models.open_model(name)  # or its error, which lists what a name may be
         return 0
-    folder, num_bytes = fetching.seen_on_hub(plain, target, revision)
+    folder, num_bytes = fetching.check_on_hub(plain, target, revision)
     return num_bytes + _base_bytes(folder, name)
 
 

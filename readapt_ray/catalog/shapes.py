@@ -180,7 +180,7 @@ def shape_of(values: dict[str, Any], name: str, objective: Objective | None = No
     from transformers import AutoConfig
 
     if not values.get("model_type"):
-        raise ModelError(f"{name!r} has no model_type in its config.json, so what it costs cannot be told")
+        raise ModelError(f"{name!r} has no model_type in its config.json, so its memory and time cannot be estimated")
     try:
         config: Any = AutoConfig.for_model(**values)
         with torch.device("meta"):
@@ -271,6 +271,6 @@ def _hub_config(name: str, hub_id: str) -> dict[str, Any]:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         known = ", ".join(row.name for row in retrievers.RETRIEVERS)
         raise ModelError(
-            f"what {name!r} costs cannot be told: its config.json is neither in a folder of that name nor on the hub "
+            f"the memory and time of {name!r} cannot be estimated: its config.json is neither in a folder of that name nor on the hub "
             f"({type(error).__name__}); give a local folder with config.json, or a model of the catalog ({known})"
         ) from error

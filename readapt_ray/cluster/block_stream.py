@@ -25,7 +25,7 @@ from readapt_ray.storage import Location
 from readapt_ray.training import blocks
 from readapt_ray.training.blocks import Piece, RowGroups
 from readapt_ray.training.checkpoints import DataOrder, steps_done
-from readapt_ray.training.shares import Cutting, Share, shares_to_table, table_to_shares
+from readapt_ray.training.shares import BatchSettings, Share, shares_to_table, table_to_shares
 
 _ROW_TOKENS = 1 << 18
 _ROW_STEPS = 64
@@ -45,17 +45,19 @@ class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
     Args:
         row_groups: row groups of the files of blocks.
         data_order: which blocks are trained on, in which order.
-        cutting: how batches are cut into micro-batches.
+        batch_settings: how batches are divided into micro-batches.
         checkpoints: folder of the checkpoints.
     """
 
     name = "blocks"
 
-    def __init__(self, row_groups: RowGroups, data_order: DataOrder, cutting: Cutting, checkpoints: Location) -> None:
+    def __init__(
+        self, row_groups: RowGroups, data_order: DataOrder, batch_settings: BatchSettings, checkpoints: Location
+    ) -> None:
         super().__init__()
         self._row_groups = row_groups
         self.data_order = data_order
-        self._cutting = cutting
+        self._batch_settings = batch_settings
         self._checkpoints = checkpoints
 
     @staticmethod
@@ -65,7 +67,7 @@ class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
     def configure(self, *, world_size: int, **_: Any) -> list[dict[str, Any]]:
         """Return the data iterator of each worker. Ray Train calls this in an actor, when all workers ask for data."""
         first_step = steps_done(self._checkpoints, self.data_order)
-        source = _Source(self._row_groups, self.data_order, self._cutting, first_step, world_size)
+        source = _Source(self._row_groups, self.data_order, self._batch_settings, first_step, world_size)
         dataset = ray.data.read_datasource(
             source,
             num_cpus=0,
@@ -88,11 +90,16 @@ class _Source(Datasource):  # type: ignore[misc]
     """A source of rows for all workers: one row per worker for each chunk of steps, by rank."""
 
     def __init__(
-        self, row_groups: RowGroups, data_order: DataOrder, cutting: Cutting, first_step: int, num_workers: int
+        self,
+        row_groups: RowGroups,
+        data_order: DataOrder,
+        batch_settings: BatchSettings,
+        first_step: int,
+        num_workers: int,
     ) -> None:
         shared = ray.put(row_groups)
         self._tasks = [
-            _read_task(shared, piece, data_order.batch_size, cutting, num_workers)
+            _read_task(shared, piece, data_order.batch_size, batch_settings, num_workers)
             for piece in blocks.pieces(row_groups, data_order, first_step)
         ]
         self.num_tasks = len(self._tasks)
@@ -106,22 +113,24 @@ class _Source(Datasource):  # type: ignore[misc]
         return self._tasks
 
 
-def _read_task(row_groups: Any, piece: Piece, batch_size: int, cutting: Cutting, num_workers: int) -> ReadTask:
+def _read_task(
+    row_groups: Any, piece: Piece, batch_size: int, batch_settings: BatchSettings, num_workers: int
+) -> ReadTask:
     def read() -> Iterator[pa.Table]:
-        return rows_of(ray.get(row_groups), piece, batch_size, cutting, num_workers)
+        return rows_of(ray.get(row_groups), piece, batch_size, batch_settings, num_workers)
 
     return ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))
 
 
 def rows_of(
-    row_groups: RowGroups, piece: Piece, batch_size: int, cutting: Cutting, num_workers: int
+    row_groups: RowGroups, piece: Piece, batch_size: int, batch_settings: BatchSettings, num_workers: int
 ) -> Iterator[pa.Table]:
     """Yield the rows of a piece: for each chunk of steps, one row per worker with its shares, by rank."""
     most_slots = min(_ROW_TOKENS * num_workers, _CHUNK_TOKENS)
     waiting: list[list[Share]] = []
     num_slots = 0
     for step, batch in enumerate(blocks.read_steps(row_groups, piece, batch_size), start=piece.first_step):
-        shares = cutting.shares(batch, num_workers, step)
+        shares = batch_settings.shares(batch, num_workers, step)
         waiting.append(shares)
         num_slots += shares[0].num_slots
         if len(waiting) == _ROW_STEPS or num_slots >= most_slots:

@@ -8,9 +8,9 @@ holds it in memory.
 from readapt_ray.artifacts import Artifact, Workspace, produce_again
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
-from readapt_ray.dead_rows import is_partly, whole_name
+from readapt_ray.dead_rows import is_partly, name_without_mark
 from readapt_ray.retrieval import shard_ledger
-from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.footers import map_in_threads
 from readapt_ray.retrieval.vector_files import write_live
 from readapt_ray.shared_files import share
 from readapt_ray.storage import Location
@@ -31,8 +31,10 @@ def compact(artifact: Artifact, output: str) -> Artifact:
     def work(workspace: Workspace) -> None:
         source, target = (on_worker.absolute(each) / "vectors" for each in (artifact.location, workspace.location))
         there = {name for name, _ in target.listing(".parquet")}
-        names = [name for name, _ in source.listing(".parquet") if whole_name(name) not in there]
-        at_once(lambda name: share(source / name, target / name), [each for each in names if not is_partly(each)])
+        names = [name for name, _ in source.listing(".parquet") if name_without_mark(name) not in there]
+        map_in_threads(
+            lambda name: share(source / name, target / name), [each for each in names if not is_partly(each)]
+        )
         _write_live([each for each in names if is_partly(each)], source, target)
         num_bytes = shard_ledger.write_compacted(artifact.location, workspace.location)
         workspace.counts |= artifact.manifest.counts | {"num_bytes": num_bytes}
@@ -49,5 +51,5 @@ def _write_live(names: list[str], source: Location, target: Location) -> None:
     num_at_once = max(1, connection.connect().num_cpus)
     connection.check_seen_by_all(target)
     task = ray.remote(num_cpus=1)(write_live)
-    for _ in run_bounded(lambda name: task.remote(source / name, target / whole_name(name)), names, num_at_once):
+    for _ in run_bounded(lambda name: task.remote(source / name, target / name_without_mark(name)), names, num_at_once):
         pass

@@ -17,7 +17,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster.digest_join import Changes, Joined, Matches, join_digests
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_ledger import files_and_origins
+from readapt_ray.retrieval.shard_ledger import counts_and_origins
 from readapt_ray.retrieval.shard_plan import DataShard, files_to_keep, plan_fingerprint, plan_rest
 from readapt_ray.retrieval.unread_parts import EarlierVectors, ToRead, to_read
 
@@ -37,11 +37,11 @@ def plan_on_earlier(
         The shards, the job with the matches and only the earlier vectors that were read, and counts of changes.
     """
     assert job.earlier is not None
-    earlier = EarlierVectors(job.earlier, *files_and_origins(artifact.location))
+    earlier = EarlierVectors(job.earlier, *counts_and_origins(artifact.location))
     for part in (to_read(passages, digests, earlier), ToRead(passages, earlier.rows, frozenset())):
         joined = join_digests(part.passages, part.earlier, job.output / "join")
         shards, matches = planned(joined, part, earlier, digests, job.rows_per_shard)
-        if part.whole <= {each.kept.name for each in shards if each.kept}:
+        if part.unchanged_files <= {each.kept.name for each in shards if each.kept}:
             break  # otherwise read everything: passages of a file that is not kept must be copied one by one
     changes = _of_all(joined.changes, passages.num_rows - part.passages.num_rows, earlier.rows.num_rows)
     dimension = int(artifact.manifest.details["encoder"]["dimension"])
@@ -64,12 +64,12 @@ def planned(
     Returns:
         The shards, kept files first, and the matches for the shards that are encoded.
     """
-    kept = files_to_keep(earlier.rows.counts, earlier.known, _is_live(joined, part, earlier.rows), rows_per_shard)
+    kept = files_to_keep(earlier.rows.counts, earlier.file_counts, _is_live(joined, part, earlier.rows), rows_per_shard)
     matches = joined.with_kept_files({each.name for each in kept})
     there = _sources(matches, part, digests) if kept else {}
     shards = []
     for number, each in enumerate(kept):
-        sources = earlier.origins[each.name].sources if each.name in part.whole else there[each.name]
+        sources = earlier.origins[each.name].sources if each.name in part.unchanged_files else there[each.name]
         shards.append(DataShard(number, 0, (), kept=each, sources=sources))
     left = ((first, matches.without_kept_vector(first, size)) for first, size in matches.pieces(part.passages.num_rows))
     rest = plan_rest(part.passages.counts, rows_per_shard, left, number=len(kept))
@@ -87,7 +87,7 @@ def _is_live(joined: Joined, part: ToRead, earlier: ParquetRows) -> NDArray[np.b
     in_read = dict(zip((name for name, _ in part.earlier.counts), _ranges(part.earlier), strict=True))
     is_live = joined.is_live(part.passages)
     for (name, _), rows in zip(earlier.counts, _ranges(earlier), strict=True):
-        if name in in_read and name not in part.whole:
+        if name in in_read and name not in part.unchanged_files:
             found[rows] = is_live[in_read[name]]
     return found
 

@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Artifact
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.vector_files import SHARD_BYTES, VECTOR_COLUMNS, RowRange, cut, iterate_vectors, matrix_of
+from readapt_ray.retrieval.vector_files import (
+    SHARD_BYTES,
+    VECTOR_COLUMNS,
+    RowRange,
+    cut_into_shards,
+    iterate_vectors,
+    matrix_of,
+)
 from readapt_ray.targets.target import Target
 
 TOP_K = 10
@@ -65,7 +72,7 @@ def _exact_on_ray(source: Artifact, vectors: ParquetRows, queries: NDArray[np.fl
 
     num_cpus = max(1, connection.connect().num_cpus)
     rows_per_piece = max(1, min(SHARD_BYTES // (4 * queries.shape[1]), -(-vectors.num_rows // num_cpus)))
-    contents = [tuple(each) for each in cut(vectors.counts, rows_per_piece)]
+    contents = [tuple(each) for each in cut_into_shards(vectors.counts, rows_per_piece)]
     pieces = Pieces(source, contents, on_gpus=False, num_at_once=num_cpus)
     best = merge_rows(pieces.search([ray.put(queries)], TOP_K), len(queries), TOP_K)
     distinct, codes = np.unique(best.rows, return_inverse=True)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from readapt_ray.artifacts import Workspace
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
-from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.footers import map_in_threads
 from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec, shard_cpus
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import packed_hashes
@@ -173,7 +173,7 @@ def _sampled(shard: NewShard, places: NDArray[np.int64]) -> NDArray[np.float32]:
     def read(part: NDArray[np.int64]) -> NDArray[np.float32]:
         return matrix_of(shard.vectors.take(part, VECTOR_COLUMNS), shard.vectors.folder)[1]
 
-    return np.concatenate(at_once(read, parts))
+    return np.concatenate(map_in_threads(read, parts))
 
 
 def build_shards(shards: Sequence[NewShard | KeptShard], plan: ShardPlan, workspace: Workspace) -> list["ShardRecord"]:
@@ -225,7 +225,7 @@ def _build_shard(shard: NewShard) -> "ShardRecord":
     on_worker.faiss_on_threads(plan.num_cpus)
     from readapt_ray.retrieval.faiss_build import adder
     from readapt_ray.retrieval.index_files import write_shard
-    from readapt_ray.retrieval.index_recall import measure
+    from readapt_ray.retrieval.index_recall import measure_shard
     from readapt_ray.retrieval.index_shard import IndexShard
 
     index, trained = _empty_index(plan)
@@ -240,7 +240,7 @@ def _build_shard(shard: NewShard) -> "ShardRecord":
         if best is not None:
             best.add(vectors)
     if best is not None:
-        recall = measure(index, best, plan.spec, plan.options)
+        recall = measure_shard(index, best, plan.spec, plan.options)
         (plan.shards / f"{shard.name}{RECALL_SUFFIX}").write_bytes(recall.to_bytes())
     built = IndexShard(index, np.array(doc_ids, dtype=object), bytes(hashes), trained)
     return write_shard(plan.shards, shard.name, built, encoder=plan.encoder, factory=plan.spec.factory)

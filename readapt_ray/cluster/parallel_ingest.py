@@ -257,8 +257,8 @@ class ParallelIngest:
         """Sum up the kinds of passages, and the values that did not fit into kept columns."""
         kinds = sum((Counter(piece["kinds"]) for piece in pieces), Counter[str]())
         unfit = row_checks.merged((number, piece["unfit"]) for number, piece in enumerate(pieces))
-        told = row_checks.told(unfit, self._job.kept, lambda at: self._places(pieces, [at])[0])
-        return {"kinds": dict(sorted(kinds.items())), "unfit_values": told}
+        unfit_values = row_checks.log_unfit(unfit, self._job.kept, lambda at: self._places(pieces, [at])[0])
+        return {"kinds": dict(sorted(kinds.items())), "unfit_values": unfit_values}
 
     def _add_bad_rows(self, pieces: Sequence[dict[str, Any]], ids: Sequence[dict[str, Any]]) -> None:
         """Count the rows that are left out, and name the first ones in the order of the source."""
@@ -271,14 +271,16 @@ class ParallelIngest:
         num_repeated = sum(found["count"] for found in ids)
         reasons.update({"duplicate_id": num_repeated} if num_repeated else {})
         places = self._places(pieces, [(number, line) for number, line, *_ in first])
-        self._bad_rows.take(reasons, (BadRow(place, *why) for place, (_, _, *why) in zip(places, first, strict=True)))
+        self._bad_rows.add_counted(
+            reasons, (BadRow(place, *why) for place, (_, _, *why) in zip(places, first, strict=True))
+        )
 
     def _labels(self, kept: KeptPassages, *, any_dropped: bool) -> tuple[dict[str, int], dict[str, int]]:
         """Write queries and judgements in one task; return counts and details of the manifest."""
         if not isinstance(self._source, LabelledTableSource):
             return {}, {"qrels_moved_to_kept_duplicates": 0} if any_dropped else {}
         ((written, reasons, first),) = self._tasks(_write_labels, [(self._source, kept, any_dropped)])
-        self._bad_rows.take(reasons, first)
+        self._bad_rows.add_counted(reasons, first)
         for each in written.warnings:
             logger.warning("ingest: %s", each)
         return written.counts, written.details

@@ -18,7 +18,7 @@ from readapt_ray.cluster import autoscaling, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import open_vectors
-from readapt_ray.retrieval.vector_files import SHARD_BYTES, RowRange, cut, iterate_vectors
+from readapt_ray.retrieval.vector_files import SHARD_BYTES, RowRange, cut_into_shards, iterate_vectors
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def vector_pieces(vectors: Artifact, num_at_once: int, *, on_gpus: bool) -> list
     rows = min(most, max(1, -(-num_vectors // num_at_once)))
     if on_gpus:
         rows = max(rows, -(-num_vectors // (_TASKS_PER_GPU * num_at_once)))
-    return [tuple(each) for each in cut(counts, rows)]
+    return [tuple(each) for each in cut_into_shards(counts, rows)]
 
 
 def _num_rows(content: Content) -> int:

@@ -20,7 +20,7 @@ from readapt_ray.cluster.embed_job import EmbedJob, cell
 from readapt_ray.cluster.shard_tokens import tokenize_shard
 from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS, read_figures
 from readapt_ray.retrieval.shard_plan import shard_name
-from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
+from readapt_ray.retrieval.vector_files import to_stored_columns, write_stored
 
 logger = logging.getLogger("readapt_ray")
 
@@ -122,7 +122,7 @@ class ShardEncoder:
         _, first = np.unique(place[place >= 0], return_index=True)
         doc_ids = cell(shard, "doc_id").take(pa.array(np.flatnonzero(place >= 0)[first])).to_pylist()
         job = self._job
-        return [stored_vectors(doc_ids, vectors, job.vector_dtype, max_left_out=job.max_left_out)], metadata
+        return [to_stored_columns(doc_ids, vectors, job.vector_dtype, max_left_out=job.max_left_out)], metadata
 
     def _loaded(self) -> Any:
         with self._computing:

@@ -20,7 +20,7 @@ from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, ShardEncoder
 from readapt_ray.dead_rows import share_part
 from readapt_ray.errors import PlacementError, WorkerError
-from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.footers import map_in_threads
 from readapt_ray.retrieval.shard_ledger import ShardLedger, shared_figures
 from readapt_ray.retrieval.shard_plan import DataShard, shard_name
 
@@ -96,7 +96,7 @@ def _share_kept(ledger: ShardLedger, job: EmbedJob) -> None:
         share_part(folder / shard.kept.name, job.vectors, shard_name(shard.number), shard.kept.dead)
         ledger.record(shard.number, shared_figures(shard.kept, job.dimension))
 
-    at_once(share, pending)
+    map_in_threads(share, pending)
     ledger.save()
 
 

@@ -71,7 +71,7 @@ class StepPoster:
             self._last_part_s = time.monotonic()
             self._monitor.post_part.remote(dataclasses.asdict(report))
 
-    def write_until(self, step: int) -> None:
+    def flush(self, step: int) -> None:
         """Write the metrics of all steps since the last call to a file; called before the checkpoint of `step`."""
         if self._unwritten:
             first = self._unwritten[0]["step"]

@@ -322,7 +322,7 @@ class TrainWorker:
         )
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         trained_models.make_trainable(self.model, self.shape)
-        trained_models.spend_less(
+        trained_models.reduce_memory(
             self.model,
             gradient_checkpointing=config.gradient_checkpointing,
             compile_layers=compiles(config, self.device.type),

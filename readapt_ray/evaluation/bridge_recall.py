@@ -24,7 +24,7 @@ _BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Asked:
+class BridgeQueries:
     """The queries of a measurement, encoded by the new and the old model."""
 
     new: Matrix
@@ -46,7 +46,7 @@ def nearest(queries: Matrix, passages: Matrix, own: NDArray[np.int64] | None = N
     return found
 
 
-def measure_bridge(query_map: QueryMap, asked: Asked, new: Matrix, old: Matrix) -> dict[str, Any]:
+def measure_bridge(query_map: QueryMap, asked: BridgeQueries, new: Matrix, old: Matrix) -> dict[str, Any]:
     """Measure the recall of queries through a bridge, and of the old model's own queries for comparison.
 
     Args:

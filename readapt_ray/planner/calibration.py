@@ -119,7 +119,7 @@ def _train(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
         model, objective=config.objective, dtype=stored, device=device, zero_stage=0, base_dtype=config.base_dtype
     )
     trainable.make_trainable(network, adapter)
-    trainable.spend_less(
+    trainable.reduce_memory(
         network, gradient_checkpointing=config.gradient_checkpointing, compile_layers=False, zero_stage=0
     )
     rows = _random_rows(num_tokens, network.config.vocab_size)[: max(1, config.micro_batch_tokens // num_tokens)]

@@ -228,7 +228,7 @@ def _num_parts(source: Source) -> int | None:
     if not isinstance(source, TableSource):
         return 1
     first = source.files()[0]
-    is_cut = source.table_format.cut(first.location, first.label, source.options) != "nowhere"
+    is_cut = source.table_format.split_at(first.location, first.label, source.options) != "nowhere"
     return None if is_cut else len(source.files())
 
 

@@ -89,7 +89,7 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
     cpus = config.num_cpus_per_worker or (1 if cluster.num_gpus else max(1, cluster.num_cpus // max(1, num_workers)))
     available, where = cluster.room(cpus, num_workers)
     larger = "a larger GPU" if cluster.num_gpus else "nodes with more memory"
-    smaller = memory.what_fits(shape, setup, available, section="train.") or "set train.gradient_checkpointing"
+    smaller = memory.advice_that_fits(shape, setup, available, section="train.") or "set train.gradient_checkpointing"
     return Memory(
         parts={name: float(size) for name, size in memory.estimate_memory(shape, setup).parts.items()},
         available=available,

@@ -212,7 +212,7 @@ def plan_steps(config: RunConfig, problems: Problems) -> list[Step]:
     """Plan like `plan_run`, but add errors to `problems` and leave out the steps with wrong options."""
     steps = _Plan(config, problems).steps()
     for check in (_check_merge, _check_evaluate):
-        with problems.noted():
+        with problems.collecting():
             check(by_stage(steps))
     return steps
 
@@ -262,7 +262,7 @@ class _Plan:
 
         report = self._report()
         if report is not None:
-            with self._problems.noted():
+            with self._problems.collecting():
                 self._depth = {"top_k": depth_of(report.config.settings()["measures"])}
         corpus, *adapt = self._adapt()
         general, *measured = self._on_general()
@@ -347,7 +347,7 @@ class _Plan:
 
     def _step(self, name: str, stage: str, options: Section, **wired: Any) -> Step | None:
         config = None
-        with self._problems.noted():
+        with self._problems.collecting():
             config = stage_config(stage, options, RUN_RULES, **wired, output=self._at(name))
         needs_judgements = stage in ("search", "evaluate") and not name.startswith(f"{GENERAL}/")
         return None if config is None else Step(name, stage, config, needs_judgements=needs_judgements)

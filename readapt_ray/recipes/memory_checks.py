@@ -41,7 +41,7 @@ class _Node(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Machines:
     """The machines on which workers run, with their CPUs and free memory."""
 
     device_type: str
@@ -96,24 +96,24 @@ def check_memory(
         num_passages: passages of the corpus; None if it is not ingested yet.
     """
     # Joining a cluster may mean waiting for its nodes, so do it only if no other problem was found.
-    if not due.keys() & _STAGES or (problems and os.environ.get("RAY_ADDRESS")) or (place := _place()) is None:
+    if not due.keys() & _STAGES or (problems and os.environ.get("RAY_ADDRESS")) or (machines := _machines()) is None:
         return
     pretrained, retriever = models.get("pretrained"), models.get("retriever")
     if "train" in due and "pack" in every and pretrained is not None:
-        with problems.noted():
-            _check_train(due["train"], every["pack"].block_tokens, pretrained, place)
+        with problems.collecting():
+            _check_train(due["train"], every["pack"].block_tokens, pretrained, machines)
     if "merge" in due and pretrained is not None:
-        with problems.noted():
-            _check_merge(due["merge"], pretrained, place)
+        with problems.collecting():
+            _check_merge(due["merge"], pretrained, machines)
     if "embed" in due and retriever is not None:
-        with problems.noted():
-            _check_embed(due["embed"], retriever, num_passages, place)
+        with problems.collecting():
+            _check_embed(due["embed"], retriever, num_passages, machines)
     if "index" in due and "embed" in every and dimension is not None and num_passages is not None:
-        with problems.noted():
-            _check_index(due["index"], every["embed"].vector_dtype, dimension, num_passages, place)
+        with problems.collecting():
+            _check_index(due["index"], every["embed"].vector_dtype, dimension, num_passages, machines)
 
 
-def _place() -> _Place | None:
+def _machines() -> _Machines | None:
     """Return the machines on which workers will run; None for a cluster with GPUs."""
     import torch
 
@@ -127,22 +127,22 @@ def _place() -> _Place | None:
             return None
         if len(up) > 1:
             found = (_Node(int(each.get("CPU", 0)), int(each.get("memory", 0))) for each in up)
-            return _Place("cpu", tuple(each for each in found if each.num_cpus), "the nodes of the cluster have")
+            return _Machines("cpu", tuple(each for each in found if each.num_cpus), "the nodes of the cluster have")
     if torch.cuda.is_available():
         free = memory.free_bytes(torch.device("cuda"), 1)
-        return _Place("cuda", (_Node(hardware.num_cores(), free),), "a GPU of this machine has")
+        return _Machines("cuda", (_Node(hardware.num_cores(), free),), "a GPU of this machine has")
     num_cores = environment.num_cpus() or hardware.num_cores()
     here = _Node(num_cores, memory.free_bytes(torch.device("cpu"), 1))
-    return _Place("cpu", (here,), "this machine has")
+    return _Machines("cpu", (here,), "this machine has")
 
 
-def _is_16_bit(dtype: str, place: _Place) -> bool:
+def _is_16_bit(dtype: str, machines: _Machines) -> bool:
     return dtype in ("bfloat16", "float16") or (
-        dtype == "auto" and (place.device_type == "cuda" or hardware.has_bfloat16_units())
+        dtype == "auto" and (machines.device_type == "cuda" or hardware.has_bfloat16_units())
     )
 
 
-def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: _Place) -> None:
+def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, machines: _Machines) -> None:
     """Check a training step with the memory estimate that training itself uses."""
     if not options.check_memory:
         return
@@ -153,8 +153,8 @@ def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: 
     from readapt_ray.training import memory
 
     _, options = resolve(options, pretrained)
-    on_gpu = place.device_type == "cuda"
-    num_workers, share = placement.workers_and_cpus(options.num_workers, [node.num_cpus for node in place.nodes])
+    on_gpu = machines.device_type == "cuda"
+    num_workers, share = placement.workers_and_cpus(options.num_workers, [node.num_cpus for node in machines.nodes])
     if on_gpu:
         num_workers = options.num_workers or torch.cuda.device_count()
     setup = worker_setup(
@@ -162,23 +162,23 @@ def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: 
         adapter_shape(options, options.target_modules),
         num_workers=num_workers,
         micro_batch_tokens=max(options.micro_batch_tokens, block_tokens),
-        dtype=torch.bfloat16 if _is_16_bit(options.dtype, place) else torch.float32,
-        device_type=place.device_type,
+        dtype=torch.bfloat16 if _is_16_bit(options.dtype, machines) else torch.float32,
+        device_type=machines.device_type,
     )
     shape = shape_of(pretrained.config, pretrained.name, options.objective)
-    memory.check_fits(shape, setup, free_bytes=place.share(num_workers, options.num_cpus_per_worker or share))
+    memory.check_fits(shape, setup, free_bytes=machines.share(num_workers, options.num_cpus_per_worker or share))
 
 
-def _check_merge(options: Any, pretrained: OpenModel, place: _Place) -> None:
+def _check_merge(options: Any, pretrained: OpenModel, machines: _Machines) -> None:
     """Check that the largest matrix can be factored. Without low_rank, a merge holds only some rows at a time."""
-    if options.low_rank is None or place.device_type == "cuda":
+    if options.low_rank is None or machines.device_type == "cuda":
         return
     from readapt_ray.weights.weight_files import Checkpoint
 
     weights = Checkpoint(pretrained.folder, name=pretrained.name)
     matrices = [shape for shape in map(weights.shape, weights.names()) if len(shape) == 2]
     rows, columns = max(matrices, key=lambda shape: shape[0] * shape[1], default=(0, 0))
-    place.refuse(
+    machines.refuse(
         f"merge with low_rank (a matrix of {rows:,} x {columns:,})",
         1,
         4.0 * rows * columns * _SVD_COPIES,
@@ -186,22 +186,22 @@ def _check_merge(options: Any, pretrained: OpenModel, place: _Place) -> None:
     )
 
 
-def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, place: _Place) -> None:
+def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, machines: _Machines) -> None:
     """Check that each worker has enough memory for the retriever's weights."""
     holder = retriever.base if retriever.is_adapter else retriever
     shape = shape_of(holder.config, holder.name)
     num_workers, num_cpus = 1, options.num_cpus_per_worker or 1
-    if place.device_type == "cpu":
-        most = sum(node.num_cpus // num_cpus for node in place.nodes)
+    if machines.device_type == "cpu":
+        most = sum(node.num_cpus // num_cpus for node in machines.nodes)
         pieces = -(-num_passages // MIN_SHARD_ROWS) if num_passages else 1
         num_workers = options.num_workers or max(1, min(most, pieces))
     from readapt_ray.nn import packed_linear
 
-    packed_dtypes = packed_linear.faster_dtypes() if place.device_type == "cpu" else ()
-    is_16_bit = _is_16_bit(options.dtype, place)
+    packed_dtypes = packed_linear.faster_dtypes() if machines.device_type == "cpu" else ()
+    is_16_bit = _is_16_bit(options.dtype, machines)
     weights, copies = resident_bytes(shape, options.dtype, is_16_bit=is_16_bit, packed_dtypes=packed_dtypes)
     fewer = "lower embed.num_workers" if num_workers > 1 else "set embed.dtype to bfloat16"
-    place.refuse(
+    machines.refuse(
         f"embed (the {shape.num_parameters:,} weights of {retriever.name!r} in each worker)",
         num_workers,
         weights + copies,
@@ -210,14 +210,14 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
     )
 
 
-def _check_index(options: Any, vector_dtype: str, dimension: int, num_passages: int, place: _Place) -> None:
+def _check_index(options: Any, vector_dtype: str, dimension: int, num_passages: int, machines: _Machines) -> None:
     """Check that the index shards that are built in parallel fit in memory."""
     kind = index_kind(options, vector_dtype, dimension, num_passages)
-    if kind.factory is not None or place.device_type == "cuda":
+    if kind.factory is not None or machines.device_type == "cuda":
         return
     rows = min(num_passages, options.rows_per_shard or shard_rows(kind, num_passages, dimension))
-    at_once = min(place.num_cpus, -(-num_passages // max(1, rows)))
-    place.refuse(
+    at_once = min(machines.num_cpus, -(-num_passages // max(1, rows)))
+    machines.refuse(
         f"index (shards of {rows:,} vectors, one per core)",
         at_once,
         _INDEX_COPIES * rows * vector_bytes(kind, dimension),

@@ -43,23 +43,23 @@ def check_options(
     """
     dimension = None
     if "embed" in every and retriever is not None:
-        with problems.noted():
+        with problems.collecting():
             dimension = _dimension(every["embed"], retriever)
     for stage, check in (("ingest", _check_tokenizer), ("train", _check_trackers)):
         if stage in due:
-            with problems.noted():
+            with problems.collecting():
                 check(due[stage])
     for stage in ("train", "merge", "embed"):
         if stage in due:
-            with problems.noted():
+            with problems.collecting():
                 _check_workers(stage, due[stage])
     if "index" in due:
-        with problems.noted():
+        with problems.collecting():
             _check_index(due["index"], every.get("embed"), dimension, num_passages or _PASSAGES)
     if "search" in due:
         for other, check_search in (("index", _check_mode), ("evaluate", _check_depth)):
             if other in every:
-                with problems.noted():
+                with problems.collecting():
                     check_search(due["search"], every[other])
     return dimension
 

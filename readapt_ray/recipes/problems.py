@@ -15,7 +15,7 @@ class Problems:
         """Names of the run's options that are wrong or missing. In its config they have their default, or are empty."""
 
     @contextlib.contextmanager
-    def noted(self, *left_out: str) -> Iterator[None]:
+    def collecting(self, *left_out: str) -> Iterator[None]:
         """Record an error that the `with` block raises, and continue after the block.
 
         Args:
@@ -24,13 +24,13 @@ class Problems:
         try:
             yield
         except UNREADABLE as error:
-            self._note(unreadable(error))
+            self._record(unreadable(error))
             self.left_out.update(left_out)
         except ReadaptError as error:
-            self._note(error)
+            self._record(error)
             self.left_out.update(left_out)
 
-    def _note(self, error: ReadaptError) -> None:
+    def _record(self, error: ReadaptError) -> None:
         if str(error) not in map(str, self._found):
             self._found.append(error)
 

@@ -12,10 +12,10 @@ from readapt_ray import artifacts, leases, outputs
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ArtifactConflictError, CorpusError, InputError, ModelError
-from readapt_ray.recipes import memory_checks, option_checks, room_checks, standing
+from readapt_ray.recipes import memory_checks, option_checks, room_checks, staleness
 from readapt_ray.recipes.chain import GENERAL, RunConfig, Step, by_stage
 from readapt_ray.recipes.problems import Problems
-from readapt_ray.recipes.standing import Standing
+from readapt_ray.recipes.staleness import StepState
 from readapt_ray.storage import Location
 
 _CORPORA = ("corpus", f"{GENERAL}/corpus")
@@ -25,7 +25,7 @@ _MODEL_NAMES = frozenset({"tokenizer"})
 
 def check_run(
     config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], problems: Problems
-) -> list[Standing]:
+) -> list[StepState]:
     """Refuse a run that would fail later, if the reason can be known now.
 
     Args:
@@ -41,26 +41,26 @@ def check_run(
     Raises:
         InputError: one message with all errors.
     """
-    found: list[Standing] = []
+    found: list[StepState] = []
     if "root" not in problems.left_out:
-        with problems.noted():
-            found = standing.standings(_with_inputs(config, steps, problems), noted, reads_models=True)
+        with problems.collecting():
+            found = staleness.step_states(_with_inputs(config, steps, problems), noted, reads_models=True)
         _check_root(config, steps, found, problems)
     done = {each.step.name for each in found if each.is_complete and not each.is_stale}
     every = by_stage(steps)
     due = by_stage(step for step in steps if step.name not in done)
     for step in steps:
         if step.stage == "ingest" and step.name not in done and "source" not in problems.left_out:
-            with problems.noted():
+            with problems.collecting():
                 _check_source(step.config)
     labels = {(search.queries, search.qrels): search for search in _searches(config, steps, done)}
     for search in labels.values():
-        with problems.noted():
+        with problems.collecting():
             _check_labels(search)
     opened = dict(_opened(config, problems))
     _check_models(config, opened, every, problems)
     for step in steps:
-        with problems.noted():
+        with problems.collecting():
             _check_files(config, step)
     corpora = {name: artifacts.read_manifest(Location(config.root) / name) for name in done if name in _CORPORA}
     corpus = corpora.get("corpus")
@@ -68,11 +68,11 @@ def check_run(
     dimension = option_checks.check_options(due, every, opened.get("retriever"), num_passages, problems)
     if "root" not in problems.left_out:
         left = [step for step in steps if step.name not in done]
-        with problems.noted():
+        with problems.collecting():
             room_checks.check_disk(config.root, left, opened.get("pretrained"), dimension, corpora)
-    with problems.noted():
+    with problems.collecting():
         room_checks.check_batch(due.get("train"))
-    with problems.noted():
+    with problems.collecting():
         memory_checks.check_memory(due, every, opened, problems, dimension=dimension, num_passages=num_passages)
     problems.raise_them()
     return [each for each in found if each.is_stale]
@@ -105,7 +105,7 @@ def _check_labels(search: Any) -> None:
 def _opened(config: RunConfig, problems: Problems) -> Iterator[tuple[str, OpenModel]]:
     """Yield the models that can be opened, each with the option that names it: pretrained, retriever."""
     for option in sorted({"pretrained", "retriever"} - problems.left_out):
-        with problems.noted():
+        with problems.collecting():
             yield option, models.open_model(getattr(config, option))
 
 
@@ -115,14 +115,14 @@ def _check_models(
     """Check that the two models fit the stages that use them, and that they belong together."""
     pretrained, retriever = opened.get("pretrained"), opened.get("retriever")
     if retriever is not None and "encoding" not in problems.left_out:
-        with problems.noted():
+        with problems.collecting():
             _check_encoding(config, retriever)
     for stage, check in (("train", _check_layers), ("pack", _check_positions)):
         if pretrained is not None and stage in configs:
-            with problems.noted():
+            with problems.collecting():
                 check(pretrained, configs[stage])
     if pretrained is not None and retriever is not None and "merge" in configs:
-        with problems.noted():
+        with problems.collecting():
             _check_pair(pretrained, retriever, configs["merge"])
 
 
@@ -133,7 +133,7 @@ def _with_inputs(config: RunConfig, steps: Sequence[Step], problems: Problems) -
     kept: list[Step] = []
     for step in steps:
         made = tuple(f"{each.config.output.partition('?')[0]}/" for each in kept)
-        paths = [f"{value.partition('?')[0]}/" for _, value in standing.inputs_of(step)]
+        paths = [f"{value.partition('?')[0]}/" for _, value in staleness.inputs_of(step)]
         root = f"{Location(config.root).uri.partition('?')[0]}/"
         if all(path.startswith(made) or not path.startswith(root) for path in paths):
             kept.append(step)
@@ -211,18 +211,18 @@ def _check_files(config: RunConfig, step: Step) -> None:
             )
 
 
-def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standing], problems: Problems) -> None:
+def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[StepState], problems: Problems) -> None:
     """Check all outputs: each must be free, or up to date, or allowed to be overwritten."""
     for step in steps:
-        with problems.noted():
+        with problems.collecting():
             _check_output(step)
     stale = [each for each in found if each.is_stale]
     refused = [each for each in stale if not each.step.config.overwrite]
     if refused and not problems.left_out:  # if an option is unknown, everything may seem stale
         first = "train" if refused[0].step.stage == "pack" else refused[0].step.stage
-        with problems.noted():
+        with problems.collecting():
             raise ArtifactConflictError(
-                f"outputs under {config.root!r} were made with other options or inputs: {standing.summary(stale)}. Make these again, and only "
+                f"outputs under {config.root!r} were made with other options or inputs: {staleness.summary(stale)}. Make these again, and only "
                 f"these, with --overwrite (or --from {first}), or give another --root"
             )
 
@@ -230,7 +230,7 @@ def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standi
 def _check_output(step: Step) -> None:
     """Check that an output is free, or holds an artifact of ours that no process is writing."""
     location = Location(step.config.output)
-    record, is_complete = standing.record_of(step)
+    record, is_complete = staleness.record_of(step)
     if record is None:
         outputs.refuse_what_is_there(location, step.config, {}, None)
     elif not is_complete and leases.is_alive(record):

@@ -37,7 +37,7 @@ def changed(
     """Make the config of a run from a mapping of options and changes to it. See `read_run` for the arguments."""
     found = Problems() if problems is None else problems
     for name, value in _by_name(changes):
-        with found.noted(name.partition(".")[0]):
+        with found.collecting(name.partition(".")[0]):
             _change(values, name, value)
     config = _parsed(values, found, where=where)
     if problems is None:
@@ -49,7 +49,7 @@ def _parsed(values: dict[str, Any], problems: Problems, *, where: str) -> RunCon
     """Make a config of the valid options. A required option that is wrong or missing is set to empty text."""
     wrong = _wrong_options(values)
     if wrong:
-        with problems.noted(*wrong):
+        with problems.collecting(*wrong):
             RunConfig.parse(values, where=where)
     right = {name: value for name, value in values.items() if name not in wrong}
     empty = {name: "" for name in wrong & RunConfig.model_fields.keys() if RunConfig.model_fields[name].is_required()}
@@ -69,7 +69,7 @@ def parse_changes(texts: Iterable[str], problems: Problems) -> dict[str, Any]:
     """Parse each `NAME=VALUE` of `--set` (see `parse_change`). Errors are added to `problems`."""
     changes: dict[str, Any] = {}
     for text in texts:
-        with problems.noted(text.partition("=")[0].partition(".")[0]):
+        with problems.collecting(text.partition("=")[0].partition(".")[0]):
             name, value = parse_change(text)
             changes[name] = value
     return changes

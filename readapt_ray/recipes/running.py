@@ -21,7 +21,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError, StorageError, first_line
 from readapt_ray.progress import ProgressReporter
-from readapt_ray.recipes import room_checks, run_checks, standing, unlabelled
+from readapt_ray.recipes import room_checks, run_checks, staleness, unlabelled
 from readapt_ray.recipes.background import run_in_background
 from readapt_ray.recipes.chain import (
     RUN_NAME,
@@ -33,7 +33,7 @@ from readapt_ray.recipes.chain import (
     runs_beside_next,
 )
 from readapt_ray.recipes.problems import Problems
-from readapt_ray.recipes.standing import Standing
+from readapt_ray.recipes.staleness import StepState
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -62,21 +62,21 @@ def run(
     problems = Problems() if problems is None else problems
     root = Location(config.root)
     if "root" not in problems.left_out:
-        with problems.noted("root"):
+        with problems.collecting("root"):
             room_checks.check_root(config.root)
     planned = plan_steps(config, problems)
-    with problems.noted("from_stage"):
+    with problems.collecting("from_stage"):
         planned = _with_overwriting(planned, overwrite=overwrite, from_stage=from_stage)
     steps, before = planned, {}
     if "root" not in problems.left_out:
-        with problems.noted():
-            steps = unlabelled.fitted(config, planned)
-        with problems.noted():
+        with problems.collecting():
+            steps = unlabelled.steps_for_corpus(config, planned)
+        with problems.collecting():
             outputs.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
         before = read_record(root)
     stale = run_checks.check_run(config, steps, before.get("steps", []), problems)
     if stale:
-        logger.info("made again: %s", standing.summary(stale))
+        logger.info("made again: %s", staleness.summary(stale))
     record = _Record(root, config, steps, before)
     record.begin(stale)
     made: dict[str, Artifact] = {}
@@ -100,8 +100,8 @@ def read_record(root: Location) -> dict[str, Any]:
     if not is_ours:
         return {}
     failed = values.pop("failed", None)
-    is_told = isinstance(failed, dict) and {"output", "error", "host"} <= failed.keys()
-    return values | ({"failed": failed} if is_told and isinstance(failed.get("time"), int | float) else {})
+    is_failure = isinstance(failed, dict) and {"output", "error", "host"} <= failed.keys()
+    return values | ({"failed": failed} if is_failure and isinstance(failed.get("time"), int | float) else {})
 
 
 class _Record:
@@ -116,7 +116,7 @@ class _Record:
         }
         self.current: Step | None = None
 
-    def begin(self, stale: Sequence[Standing]) -> None:
+    def begin(self, stale: Sequence[StepState]) -> None:
         """Record which artifacts will be replaced, so that they stay marked as stale if the run is interrupted."""
         for each in stale:
             if each.is_complete and each.record:
@@ -128,13 +128,13 @@ class _Record:
         self._values |= changes
         self._file.write_text(json.dumps({**self._values, "steps": list(self._steps.values())}, indent=2) + "\n")
 
-    def keep(self, steps: Sequence[Step]) -> None:
+    def replace_steps(self, steps: Sequence[Step]) -> None:
         """Replace the recorded steps with these. What is known of each step is kept."""
         self._steps = {
             step.name: {**self._steps.get(step.name, {}), "stage": step.stage, "output": step.name} for step in steps
         }
 
-    def note(self, step: Step, artifact: Artifact) -> None:
+    def record_artifact(self, step: Step, artifact: Artifact) -> None:
         """Record the fingerprint of a finished artifact and the options that the run asked for."""
         self._steps[step.name].pop("replaces", None)
         self._steps[step.name] |= {"fingerprint": artifact.fingerprint, "options": step.config.identity()}
@@ -191,7 +191,7 @@ def _run_steps(
         made: takes the artifacts, by name of their step.
         outline: shows how many stages are done.
     """
-    steps = unlabelled.fitted(config, planned)
+    steps = unlabelled.steps_for_corpus(config, planned)
     number = 0
     beside: tuple[Step, Future[Artifact]] | None = None
     while number < len(steps):
@@ -212,16 +212,16 @@ def _run_steps(
         if beside is not None:
             record.current = beside[0]
             made[beside[0].name] = beside[1].result()
-            record.note(beside[0], made[beside[0].name])
+            record.record_artifact(beside[0], made[beside[0].name])
             beside = None
         if step.name == "corpus":
-            steps = unlabelled.fitted(config, planned)
-            record.keep(steps)
+            steps = unlabelled.steps_for_corpus(config, planned)
+            record.replace_steps(steps)
             if steps[-1].stage == "drift":
-                unlabelled.tell(config)
+                unlabelled.log_missing_queries(config)
         if step.is_general and step.stage == "ingest":
             unlabelled.check_general(config, steps)
-        record.note(step, made[step.name])
+        record.record_artifact(step, made[step.name])
 
 
 def _leaves_gpus_idle(step: Step) -> bool:

@@ -21,7 +21,7 @@ _ONE_IN = 20
 """At most one passage in 20 is withheld."""
 
 
-def fitted(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
+def steps_for_corpus(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
     """Return the steps of a run, adapted to whether its corpus has queries. Unchanged if there is no corpus yet.
 
     If passages were withheld by an earlier run, they stay withheld. So a run that gets queries later does not train again.
@@ -90,7 +90,7 @@ def _there(evaluation: Any) -> dict[str, bool]:
     return {name: Location(getattr(evaluation, name)).exists() for name in ("queries", "qrels")}
 
 
-def tell(config: RunConfig) -> None:
+def log_missing_queries(config: RunConfig) -> None:
     """Log what a run without queries measures, and how to get retrieval measures."""
     logger.info(
         "the corpus has no queries and qrels of the split %r, so search and evaluate are left out, and loss, vectors and "

@@ -17,7 +17,7 @@ logger = logging.getLogger("readapt_ray")
 _FILE = "content"
 
 
-def near(file: Location, sha256: str, *, is_mapped: bool = True) -> Location:
+def local_copy(file: Location, sha256: str, *, is_mapped: bool = True) -> Location:
     """Return a copy of a file on this node's disk; make the copy first if needed.
 
     A local file is returned as it is. The file itself is also returned, with a warning, if there is no room for a copy
@@ -42,7 +42,7 @@ def near(file: Location, sha256: str, *, is_mapped: bool = True) -> Location:
             if is_mapped:
                 cache_entries.keep(entry)
             else:
-                cache_entries.in_use(entry).close()
+                cache_entries.open_use_lock(entry).close()
     except (OSError, StorageError) as error:
         logger.warning("%s is read into memory, not mapped from a copy on this node: %s", file, error)
         return file

@@ -254,7 +254,7 @@ class Encoder:
         self.batch_tokens = max(1, min(self.batch_tokens, tried) // 2)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        logger.warning("out of memory with %d tokens in a batch; going on with %d", tried, self.batch_tokens)
+        logger.warning("out of memory with %d tokens in a batch; continuing with %d", tried, self.batch_tokens)
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Tokens], uses: Sequence[DomainUse | None]) -> torch.Tensor:

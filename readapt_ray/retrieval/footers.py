@@ -29,7 +29,7 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
-def at_once(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
+def map_in_threads(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
     """Call a function that waits for storage for each item, in 32 threads, and return the results in order."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(function, items))
@@ -41,7 +41,7 @@ def read_footers(folder: Location, names: Sequence[str]) -> list[Footer]:
     Raises:
         CorruptFileError: a file was cut short or altered, or is gone.
     """
-    return at_once(lambda name: read_footer(folder / name), names)
+    return map_in_threads(lambda name: read_footer(folder / name), names)
 
 
 def named_footers(folder: Location) -> dict[str, Footer]:

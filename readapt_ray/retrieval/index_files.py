@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from readapt_ray.dead_rows import read_rows, write_rows
+from readapt_ray.dead_rows import read_row_numbers, write_row_numbers
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.bm25 import WordIndex
-from readapt_ray.retrieval.cached_files import near
+from readapt_ray.retrieval.cached_files import local_copy
 from readapt_ray.retrieval.faiss_build import faiss
-from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.footers import map_in_threads
 from readapt_ray.retrieval.index_recall import set_depth
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard
 from readapt_ray.retrieval.shard_plan import packed_hashes
@@ -151,7 +151,7 @@ def carry_over(
         )
     dead = np.flatnonzero(~kept)
     if len(dead):
-        write_rows(_dead_file(target, record.name), dead)
+        write_row_numbers(_dead_file(target, record.name), dead)
     for name in names:
         share(source / name, target / name)
     carried = replace(record, num_deleted=len(dead), num_dead=len(dead))
@@ -162,7 +162,7 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
     """Return the records of complete shards of this encoder, by name. Reads one listing and a small file per shard."""
     sizes = {name: info.size for name, info in folder.listing()}
     written = [name for name in names if f"{name}.json" in sizes]
-    states = at_once(lambda name: (folder / f"{name}.json").read_bytes(), written)
+    states = map_in_threads(lambda name: (folder / f"{name}.json").read_bytes(), written)
     found = {}
     for name, content in zip(written, states, strict=True):
         try:
@@ -177,9 +177,9 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
     return found
 
 
-def read_id_table(folder: Location, record: ShardRecord, *, is_kept: bool = False) -> pa.Table:
+def read_id_table(folder: Location, record: ShardRecord, *, use_cache: bool = False) -> pa.Table:
     """Read doc_id and content hash of each vector of a shard, deleted ones too; arguments as in `read_ids`."""
-    content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256, is_kept=is_kept)
+    content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256, use_cache=use_cache)
     return pq.read_table(io.BytesIO(content))
 
 
@@ -188,27 +188,29 @@ def deleted_rows(folder: Location, record: ShardRecord, table: pa.Table) -> NDAr
     deleted = table["doc_id"].is_null().to_numpy()
     if record.num_dead:
         deleted = deleted.copy()
-        deleted[read_rows(_dead_file(folder, record.name))] = True
+        deleted[read_row_numbers(_dead_file(folder, record.name))] = True
     return np.asarray(deleted, bool)
 
 
-def read_ids(folder: Location, record: ShardRecord, *, is_kept: bool = False) -> tuple[NDArray[np.object_], bytes]:
+def read_ids(folder: Location, record: ShardRecord, *, use_cache: bool = False) -> tuple[NDArray[np.object_], bytes]:
     """Read the doc_id of each vector of a shard (DELETED for deleted ones), and its content hash, 16 bytes per vector.
 
     Args:
-        folder, record, is_kept: as in `read_shard`.
+        folder, record, use_cache: as in `read_shard`.
 
     Raises:
         CorruptFileError: the file is gone, or its checksum is wrong.
     """
-    table = read_id_table(folder, record, is_kept=is_kept)
+    table = read_id_table(folder, record, use_cache=use_cache)
     doc_ids = np.array([doc_id or DELETED for doc_id in table["doc_id"].to_pylist()], dtype=object)
     if record.num_dead:
-        doc_ids[read_rows(_dead_file(folder, record.name))] = DELETED
+        doc_ids[read_row_numbers(_dead_file(folder, record.name))] = DELETED
     return doc_ids, packed_hashes(table["content_hash"].to_pylist())
 
 
-def read_shard(folder: Location, record: ShardRecord, *, is_mapped: bool = False, is_kept: bool = False) -> IndexShard:
+def read_shard(
+    folder: Location, record: ShardRecord, *, is_mapped: bool = False, use_cache: bool = False
+) -> IndexShard:
     """Load a shard.
 
     Args:
@@ -216,20 +218,20 @@ def read_shard(folder: Location, record: ShardRecord, *, is_mapped: bool = False
         record: entry of the shard in the manifest.
         is_mapped: map the vectors of a local file into memory, so that all processes of a node share its pages, and
             compute its checksum once per node. Such a shard cannot be merged with others.
-        is_kept: copy files of an object store to this node's cache first, for other processes and the next start.
+        use_cache: copy files of an object store to this node's cache first, for other processes and the next start.
 
     Raises:
         CorruptFileError: a file is gone, or its checksum is wrong.
     """
     file = folder / f"{record.name}.faiss"
-    if is_kept:
-        file = near(file, record.index_sha256)
+    if use_cache:
+        file = local_copy(file, record.index_sha256)
     if is_mapped and file.is_local:
         check_whole(file.local_path, record.index_sha256)
         index = faiss.read_index(str(file.local_path), faiss.IO_FLAG_MMAP_IFC)
     else:
         index = faiss.deserialize_index(np.frombuffer(_verified(file, record.index_sha256), np.uint8))
-    doc_ids, hashes = read_ids(folder, record, is_kept=is_kept)
+    doc_ids, hashes = read_ids(folder, record, use_cache=use_cache)
     if not index.ntotal == len(doc_ids) == record.num_vectors:
         raise CorruptFileError(
             f"{folder / record.name}: {index.ntotal} vectors, {len(doc_ids)} ids, {record.num_vectors} in the manifest; "
@@ -248,18 +250,20 @@ def words_file(folder: Location, name: str) -> Location:
     return folder / f"{name}.bm25.npz"
 
 
-def read_words(folder: Location, name: str, sha256: str, *, is_kept: bool = False) -> WordIndex:
-    """Load the BM25 scores of a shard; with `is_kept`, through a copy in this node's cache.
+def read_words(folder: Location, name: str, sha256: str, *, use_cache: bool = False) -> WordIndex:
+    """Load the BM25 scores of a shard; with `use_cache`, through a copy in this node's cache.
 
     Raises:
         CorruptFileError: the file is gone, or its checksum is wrong.
     """
-    return WordIndex.from_bytes(_verified(words_file(folder, name), sha256, is_kept=is_kept))
+    return WordIndex.from_bytes(_verified(words_file(folder, name), sha256, use_cache=use_cache))
 
 
-def _verified(location: Location, sha256: str, *, is_kept: bool = False) -> bytes:
+def _verified(location: Location, sha256: str, *, use_cache: bool = False) -> bytes:
     try:
-        content = _content(near(location, sha256, is_mapped=False), location) if is_kept else location.read_bytes()
+        content = (
+            _content(local_copy(location, sha256, is_mapped=False), location) if use_cache else location.read_bytes()
+        )
     except FileNotFoundError as error:
         raise CorruptFileError(f"{location} is gone; run `readapt index` again") from error
     if hashlib.sha256(content).hexdigest() != sha256:

@@ -49,7 +49,7 @@ class IndexKind:
     """FAISS factory string. {vectors} is the storage of vectors; {lists} and {codes} are chosen by size."""
     is_exact: bool
     """Whether its results equal exact search, if vectors are stored in float32."""
-    depth: str | None = None
+    depth_parameter: str | None = None
     """FAISS search parameter that trades time for recall; None for an exact kind."""
     refined: bool = False
     """Whether finer vectors are kept beside the codes by default, to rank results again."""
@@ -57,10 +57,10 @@ class IndexKind:
 
 KINDS: tuple[IndexKind, ...] = (
     IndexKind(name="flat", factory="Flat", is_exact=True),
-    IndexKind(name="ivf-flat", factory="IVF{lists},{vectors}", is_exact=False, depth="nprobe"),
-    IndexKind(name="ivf-pq", factory="IVF{lists},PQ{codes}x8", is_exact=False, depth="nprobe", refined=True),
-    IndexKind(name="hnsw", factory="HNSW{links},{vectors}", is_exact=False, depth="efSearch"),
-    IndexKind(name="rabitq", factory="IVF{lists},RaBitQ", is_exact=False, depth="nprobe", refined=True),
+    IndexKind(name="ivf-flat", factory="IVF{lists},{vectors}", is_exact=False, depth_parameter="nprobe"),
+    IndexKind(name="ivf-pq", factory="IVF{lists},PQ{codes}x8", is_exact=False, depth_parameter="nprobe", refined=True),
+    IndexKind(name="hnsw", factory="HNSW{links},{vectors}", is_exact=False, depth_parameter="efSearch"),
+    IndexKind(name="rabitq", factory="IVF{lists},RaBitQ", is_exact=False, depth_parameter="nprobe", refined=True),
 )
 
 
@@ -102,7 +102,7 @@ class IndexSpec:
     """How to build a shard."""
 
     factory: str
-    depth: str | None
+    depth_parameter: str | None
     """Name of its search parameter, nprobe or efSearch; None without one."""
     is_exact: bool
     """Whether its search is exact, so that its recall is not measured."""
@@ -117,13 +117,17 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
         InputError: the kind is unknown, or `code_bytes` does not divide the dimension.
     """
     if options.factory is not None:
-        depth = "nprobe" if "IVF" in options.factory else "efSearch" if "HNSW" in options.factory else None
+        parameter = "nprobe" if "IVF" in options.factory else "efSearch" if "HNSW" in options.factory else None
         reranked = _RERANKED if "Refine" in options.factory or "RFlat" in options.factory else 1
-        return IndexSpec(factory=options.factory, depth=depth, is_exact=options.factory == "Flat", reranked=reranked)
+        return IndexSpec(
+            factory=options.factory, depth_parameter=parameter, is_exact=options.factory == "Flat", reranked=reranked
+        )
     kind = index_kind(options.kind)
     vectors = _QUANTIZERS[options.storage]
     if kind.is_exact or num_vectors < _FLAT_BELOW:
-        return IndexSpec(factory=vectors, depth=None, is_exact=options.storage == "float32" or options.is_lossless)
+        return IndexSpec(
+            factory=vectors, depth_parameter=None, is_exact=options.storage == "float32" or options.is_lossless
+        )
     codes = options.code_bytes or _default_codes(dimension)
     if kind.name == "ivf-pq" and dimension % codes:
         raise InputError(
@@ -131,8 +135,13 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
         )
     factory = kind.factory.format(lists=_lists(num_vectors, dimension), codes=codes, links=_HNSW_LINKS, vectors=vectors)
     if kind.refined and options.refine:
-        return IndexSpec(factory=f"{factory},Refine({vectors})", depth=kind.depth, is_exact=False, reranked=_RERANKED)
-    return IndexSpec(factory=factory, depth=kind.depth, is_exact=False)
+        return IndexSpec(
+            factory=f"{factory},Refine({vectors})",
+            depth_parameter=kind.depth_parameter,
+            is_exact=False,
+            reranked=_RERANKED,
+        )
+    return IndexSpec(factory=factory, depth_parameter=kind.depth_parameter, is_exact=False)
 
 
 def is_flat(factory: str) -> bool:

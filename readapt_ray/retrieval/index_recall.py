@@ -135,7 +135,7 @@ def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options
     rows = query_rows(len(vectors))
     best = BestRows(np.ascontiguousarray(vectors[rows]), rows)
     best.add(vectors)
-    measured = settle([measure(index, best, spec, options)], spec, options)
+    measured = choose_depth([measure_shard(index, best, spec, options)], spec, options)
     set_depth(index, measured.depth)
     return measured
 
@@ -148,7 +148,7 @@ def set_depth(index: Any, depth: int | None) -> None:
     faiss.ParameterSpace().set_index_parameter(index, name, depth)
 
 
-def measure(index: Any, best: BestRows, spec: IndexSpec, options: IndexOptions) -> ShardRecall:
+def measure_shard(index: Any, best: BestRows, spec: IndexSpec, options: IndexOptions) -> ShardRecall:
     """Measure a shard at rising depths, until one depth after the first that reaches the recall for this shard alone.
 
     The index is left at the depth that reached the recall. All shards together often need less depth, since each holds
@@ -206,7 +206,7 @@ def _padded(scores: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
 
 
-def settle(shards: Iterable[ShardRecall], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
+def choose_depth(shards: Iterable[ShardRecall], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
     """Find the least depth at which all shards together reach `min_recall`.
 
     Raises:
@@ -254,18 +254,18 @@ def _recalls(found: ShardRecall, place: int) -> tuple[float, float]:
 
 
 def _depths(index: Any, spec: IndexSpec, options: IndexOptions) -> list[int | None]:
-    if spec.depth is None:
+    if spec.depth_parameter is None:
         return [None]
     if options.depth is not None:
         return [options.depth]
-    last = faiss.extract_index_ivf(index).nlist if spec.depth == "nprobe" else _LAST_EF_SEARCH
-    first = _FIRST_DEPTH[spec.depth]
+    last = faiss.extract_index_ivf(index).nlist if spec.depth_parameter == "nprobe" else _LAST_EF_SEARCH
+    first = _FIRST_DEPTH[spec.depth_parameter]
     return [*(first << step for step in range(32) if first << step < last), last]
 
 
 def _too_low(measured: IndexRecall, spec: IndexSpec, options: IndexOptions) -> str:
-    if options.depth is not None and spec.depth is not None:
-        advice = f"raise --depth ({spec.depth}, {options.depth} now), or leave it out to have it found"
+    if options.depth is not None and spec.depth_parameter is not None:
+        advice = f"raise --depth ({spec.depth_parameter}, {options.depth} now), or leave it out to have it found"
     elif options.kind == "ivf-pq" and not options.refine:
         advice = "raise --code-bytes, or give --refine"
     elif options.kind == "rabitq" and not options.refine:

@@ -72,7 +72,7 @@ class PassageStore:
         files = (artifact.location / "passages").files(".parquet")
         entry = cache_entries.folder_of("passages") / artifact.fingerprint
         with cache_entries.locked(entry):
-            use = cache_entries.in_use(entry)
+            use = cache_entries.open_use_lock(entry)
             if not _is_whole(entry):
                 _copy(files, entry, artifact)
                 _open_corpus(corpus, artifact.fingerprint)  # refuse a corpus that was made again meanwhile

@@ -18,7 +18,7 @@ from readapt_ray import artifact_files
 from readapt_ray.artifacts import Artifact
 from readapt_ray.dead_rows import partly_name
 from readapt_ray.errors import ArtifactConflictError, CorruptFileError
-from readapt_ray.retrieval.footers import at_once, check_complete, read_footers
+from readapt_ray.retrieval.footers import check_complete, map_in_threads, read_footers
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import DataShard, KeptFile, shard_name
 from readapt_ray.retrieval.vector_files import read_footer
@@ -116,8 +116,8 @@ class ShardLedger:
             there = "on other earlier vectors, or these as they were then" if begun else "without --previous"
             if not may_clear:
                 raise ArtifactConflictError(
-                    f"{self._output} was begun {there}, and this run has previous = {previous!r}: {len(names):,} files are cut "
-                    f"otherwise; resume it as it was begun, or add --overwrite to begin anew"
+                    f"{self._output} was begun {there}, and this run has previous = {previous!r}: {len(names):,} files hold other "
+                    f"passages; resume it as it was begun, or add --overwrite to begin anew"
                 )
             logger.warning("embed: %s was begun %s, and begins anew", self._output, there)
         artifact_files.clear(self._output, _FILES)
@@ -128,7 +128,7 @@ class ShardLedger:
         sizes = self._sizes()
         self._load(sizes)
         unknown = [shard for shard in self.pending if shard.name in sizes]
-        for shard, figures in zip(unknown, at_once(self._read, unknown), strict=True):
+        for shard, figures in zip(unknown, map_in_threads(self._read, unknown), strict=True):
             if figures is not None:
                 self.record(shard.number, figures)
 
@@ -159,7 +159,7 @@ class ShardLedger:
     def left_out(self) -> list[str]:
         """Return the doc_ids of passages without a usable vector. Only footers that name any are read."""
         files = [self._file(self.shards[number]) for number in np.flatnonzero(self.figures["num_left_out"]).tolist()]
-        return [doc_id for footer in at_once(read_footer, files) for doc_id in footer.left_out]
+        return [doc_id for footer in map_in_threads(read_footer, files) for doc_id in footer.left_out]
 
     def check_there(self) -> None:
         """Check that the file of every shard still exists. Takes one listing and opens no file.
@@ -234,12 +234,12 @@ def open_vectors(artifact: Artifact) -> ParquetRows:
     return vectors
 
 
-def known_files(artifact: Location) -> dict[str, dict[str, int]]:
+def file_counts(artifact: Location) -> dict[str, dict[str, int]]:
     """Return the counts of each file of vectors, by name, from `shards.parquet`; empty if it cannot be read."""
-    return files_and_origins(artifact)[0]
+    return counts_and_origins(artifact)[0]
 
 
-def files_and_origins(artifact: Location) -> tuple[dict[str, dict[str, int]], dict[str, Origin]]:
+def counts_and_origins(artifact: Location) -> tuple[dict[str, dict[str, int]], dict[str, Origin]]:
     """Return counts and origin of each file of vectors, by name, from `shards.parquet`; empty if it lacks them."""
     table = _read_ledger(artifact)
     if table is None:
@@ -254,7 +254,7 @@ def files_and_origins(artifact: Location) -> tuple[dict[str, dict[str, int]], di
 def shared_files(artifact: Location) -> frozenset[str]:
     """Return the names of files whose vectors were all taken from earlier ones, according to `shards.parquet`."""
     return frozenset(
-        name for name, figures in known_files(artifact).items() if figures["num_copied"] == figures["num_rows"]
+        name for name, figures in file_counts(artifact).items() if figures["num_copied"] == figures["num_rows"]
     )
 
 

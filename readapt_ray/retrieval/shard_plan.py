@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.dead_rows import MAX_DEAD, partly_name
 from readapt_ray.retrieval.parquet_rows import scan_rows
-from readapt_ray.retrieval.vector_files import RowRange, cut
+from readapt_ray.retrieval.vector_files import RowRange, cut_into_shards
 from readapt_ray.storage import Location
 
 PASSAGE_COLUMNS = ("doc_id", "title", "text")
@@ -96,7 +96,7 @@ def plan_shards(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[
     """Cut the rows of files into shards of equal size, the last one smaller."""
     return [
         DataShard(number, number * rows_per_shard, tuple(ranges))
-        for number, ranges in enumerate(cut(counts, rows_per_shard))
+        for number, ranges in enumerate(cut_into_shards(counts, rows_per_shard))
     ]
 
 

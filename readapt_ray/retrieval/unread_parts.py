@@ -17,7 +17,7 @@ class EarlierVectors:
     """The vectors of an earlier state of a corpus, and their ledger."""
 
     rows: ParquetRows
-    known: Mapping[str, Mapping[str, int]]
+    file_counts: Mapping[str, Mapping[str, int]]
     """Counts of each file, by name, as far as `shards.parquet` has them."""
     origins: Mapping[str, Origin]
     """Origin of the vectors of each file, by name, as far as `shards.parquet` has it."""
@@ -31,7 +31,7 @@ class ToRead:
     """Parts that changed, and parts whose vectors share a file with a changed part."""
     earlier: ParquetRows
     """Files of vectors that have passages in these parts, or in parts that are gone."""
-    whole: frozenset[str]
+    unchanged_files: frozenset[str]
     """Files of vectors all of whose passages are unchanged. Some are in `earlier` too, if they touch such parts."""
 
 
@@ -45,21 +45,21 @@ def to_read(passages: ParquetRows, digests: Mapping[str, str], earlier: EarlierV
         digests: digest of the rows of each of its parts, by name; empty for a part without one.
         earlier: the earlier vectors.
     """
-    rows, known = earlier.rows, earlier.known
-    names = {name for name, _ in rows.counts} & known.keys() & earlier.origins.keys()
+    rows, file_counts = earlier.rows, earlier.file_counts
+    names = {name for name, _ in rows.counts} & file_counts.keys() & earlier.origins.keys()
     sources = {name: frozenset(earlier.origins[name].sources) for name in names}
     if len(sources) < len(rows.counts) or any(
-        not each or known[name]["num_left_out"] for name, each in sources.items()
+        not each or file_counts[name]["num_left_out"] for name, each in sources.items()
     ):
         return ToRead(passages, rows, frozenset())
     there = set(digests.values()) - {""}
-    whole = frozenset(name for name, each in sources.items() if each <= there)
-    changed = set().union(*(each for name, each in sources.items() if name not in whole))
+    unchanged_files = frozenset(name for name, each in sources.items() if each <= there)
+    changed = set().union(*(each for name, each in sources.items() if name not in unchanged_files))
     settled = set().union(*sources.values()) - changed - {""}
     left = {digest for digest in digests.values() if digest not in settled}
-    touched = {name for name, each in sources.items() if name not in whole or each & left}
+    touched = {name for name, each in sources.items() if name not in unchanged_files or each & left}
     unread = {name for name, digest in digests.items() if digest in settled}
-    return ToRead(_without(passages, unread), _without(rows, sources.keys() - touched), whole)
+    return ToRead(_without(passages, unread), _without(rows, sources.keys() - touched), unchanged_files)
 
 
 def _without(rows: ParquetRows, names: Set[str]) -> ParquetRows:

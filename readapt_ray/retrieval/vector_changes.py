@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Artifact, read_manifest
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_ledger import files_and_origins
+from readapt_ray.retrieval.shard_ledger import counts_and_origins
 from readapt_ray.storage import Location
 
 
@@ -43,8 +43,8 @@ def changed_files(artifact: Artifact, vectors: ParquetRows, fingerprint: str) ->
     manifest = read_manifest(location)
     if manifest is None or manifest.fingerprint != fingerprint:
         return None
-    before, _ = files_and_origins(location)
-    now, origins = files_and_origins(artifact.location)
+    before, _ = counts_and_origins(location)
+    now, origins = counts_and_origins(artifact.location)
     known = sum(each["num_rows"] for each in before.values()) == manifest.counts["num_vectors"]
     if not known or any(name not in origins for name, _ in vectors.counts):
         return None

@@ -64,7 +64,7 @@ class Footer:
         return list(self.metadata.get("left_out", []))
 
 
-def cut(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[list[RowRange]]:
+def cut_into_shards(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[list[RowRange]]:
     """Cut the rows of files into shards of equal size, the last one smaller.
 
     Files a (5 rows) and b (3 rows) at 4 rows per shard: [a 0-4], [a 4-5, b 0-3].
@@ -103,7 +103,7 @@ def read_footer(location: Location) -> Footer:
         return Footer(file.num_rows, file.schema, file.num_bytes, said, digest, metadata.num_rows - file.num_rows)
 
 
-def stored_vectors(
+def to_stored_columns(
     doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]], dtype: str, *, max_left_out: int = 0
 ) -> pa.Table:
     """Convert vectors to the columns that are stored: `vector`, and for int8 also `scale`.
@@ -125,7 +125,7 @@ def stored_vectors(
     unusable = ~is_usable(cast)
     if unusable.sum() > max_left_out:
         raise CorpusError(
-            f"{find_fault(doc_ids, cast)}, so it cannot be searched; {unusable.sum()} of {len(cast)} passages are like it, and "
+            f"{describe_fault(doc_ids, cast)}, so it cannot be searched; {unusable.sum()} of {len(cast)} passages are like it, and "
             f"max_left_out = {max_left_out}: look at that passage and at the model"
         )
     mask = pa.array(unusable)
@@ -150,7 +150,7 @@ def write_vectors(
     """Write a file of vectors, which appears complete or not at all.
 
     Args:
-        vectors: [N, D]; converted by `stored_vectors`.
+        vectors: [N, D]; converted by `to_stored_columns`.
         dtype: float32, float16 or int8.
         metadata: JSON values, kept under the key `readapt` of the Parquet metadata.
 
@@ -158,13 +158,13 @@ def write_vectors(
         CorpusError: a vector is not finite in `dtype`, or zero; the message names its doc_id.
     """
     hashes = pa.nulls(len(doc_ids), pa.binary(16))
-    write_stored(location, doc_ids, stored_vectors(doc_ids, vectors, dtype), hashes, metadata=metadata)
+    write_stored(location, doc_ids, to_stored_columns(doc_ids, vectors, dtype), hashes, metadata=metadata)
 
 
 def write_stored(
     location: Location, doc_ids: Sequence[str], stored: pa.Table, hashes: pa.Array, *, metadata: Mapping[str, Any]
 ) -> int:
-    """Write vectors that `stored_vectors` converted. Rows with a null vector are left out; the footer names them.
+    """Write vectors that `to_stored_columns` converted. Rows with a null vector are left out; the footer names them.
 
     Args:
         doc_ids: of the N rows.
@@ -212,8 +212,8 @@ def is_usable(vectors: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
     return usable
 
 
-def find_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> str:
-    """Say what is wrong with the first vector that cannot be searched, with its doc_id; empty if all can be."""
+def describe_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> str:
+    """Describe what is wrong with the first vector that cannot be searched, with its doc_id; empty if all can be."""
     usable = is_usable(vectors)
     if usable.all():
         return ""
@@ -237,7 +237,7 @@ def matrix_of(table: pa.Table, where: object) -> tuple[list[str], NDArray[np.flo
     vectors = array.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, dimension)
     if "scale" in table.column_names:
         vectors *= table["scale"].to_numpy()[:, None]
-    fault = find_fault(doc_ids, vectors)
+    fault = describe_fault(doc_ids, vectors)
     if fault:
         raise CorruptFileError(f"{where}: {fault}; run `readapt embed` again")
     return doc_ids, vectors

@@ -161,10 +161,10 @@ def _loaded(folder: Location, records: Sequence[ShardRecord], words: Mapping[str
     """Yield the shards that are not empty, in their order; several are read at once."""
 
     def load(record: ShardRecord) -> IndexShard:
-        shard = read_shard(folder, record, is_mapped=is_mapped(record, records), is_kept=True)
+        shard = read_shard(folder, record, is_mapped=is_mapped(record, records), use_cache=True)
         if record.name not in words:
             return shard
-        return replace(shard, words=(read_words(folder, record.name, words[record.name], is_kept=True),))
+        return replace(shard, words=(read_words(folder, record.name, words[record.name], use_cache=True),))
 
     yield from ordered_map(load, (each for each in records if each.num_vectors), num_threads=READ_AT_ONCE)
 

@@ -19,7 +19,7 @@ from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.serving.domains import DomainRow, DomainUnavailableError
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.domain_layers import Domain, DomainUse
-from readapt_ray.weights.domain_sources import DomainSource, fetched
+from readapt_ray.weights.domain_sources import DomainSource, fetched_adapters
 
 FAILED_FOR_S = 10.0
 FETCH_TIMEOUT_S = 60.0
@@ -63,7 +63,7 @@ class ResidentDomains:
         files = contextlib.ExitStack()
         try:
             async with asyncio.timeout(FETCH_TIMEOUT_S):
-                adapters = await asyncio.to_thread(files.enter_context, fetched(source, self._encoder.base))
+                adapters = await asyncio.to_thread(files.enter_context, fetched_adapters(source, self._encoder.base))
             return await self._installed(source, adapters)
         except Exception as error:
             said = (

@@ -13,7 +13,7 @@ from readapt_ray.serving.schema import MAX_HITS, Mode, RequestError, invalid
 from readapt_ray.serving.versions import Backend, Found, Ranked, in_thread_if_large
 from readapt_ray.sources.splitting import parent_of
 
-_PASSAGES_A_DOCUMENT = 3
+_PASSAGES_PER_DOCUMENT = 3
 """If documents were split, passages to find per wanted document. If that is too few, each next search is deeper by this
 factor."""
 _DEEPEST = 100
@@ -76,7 +76,7 @@ async def search_documents(
     most = min(backend.info.num_vectors, _DEEPEST * top_k, MAX_HITS)
     fuses_documents = mode == "hybrid" and backend.info.is_split
     depth = max(top_k, DEPTH) if fuses_documents else top_k
-    depth = min(_PASSAGES_A_DOCUMENT * depth, most) if backend.info.is_split else depth
+    depth = min(_PASSAGES_PER_DOCUMENT * depth, most) if backend.info.is_split else depth
     found: list[list[Ranked]] = [[] for _ in vectors]
     left, missing = np.arange(len(vectors)), set[str]()
     while len(left):
@@ -90,7 +90,7 @@ async def search_documents(
                 may_lack = fuses_documents or len(passages) == depth
                 if len(found[place]) < top_k and may_lack and depth < most:
                     lacking.append(place)
-        left, depth = np.array(lacking, np.int64), min(_PASSAGES_A_DOCUMENT * depth, most)
+        left, depth = np.array(lacking, np.int64), min(_PASSAGES_PER_DOCUMENT * depth, most)
     return Found(found, sorted(missing))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from readapt_ray import ranged_reads
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.footers import map_in_threads
 from readapt_ray.serving.options import VersionConfig
 from readapt_ray.storage import Location
 
@@ -132,4 +132,4 @@ def _column_bytes(corpus: str | None) -> int:
         chunks = (group.column(place) for group in groups for place in range(group.num_columns))
         return sum(each.total_uncompressed_size for each in chunks if each.path_in_schema.split(".")[0] in names)
 
-    return sum(at_once(num_bytes, files)) if names else 0
+    return sum(map_in_threads(num_bytes, files)) if names else 0

@@ -15,7 +15,7 @@ from readapt_ray.sources.lines import refuse_damaged
 from readapt_ray.sources.listing import DataFile
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Span
-from readapt_ray.sources.tables import BATCH_ROWS, Advance, Cut, Layout, Values
+from readapt_ray.sources.tables import BATCH_ROWS, Advance, Layout, SplitAt, Values
 from readapt_ray.storage import Location
 
 _FILE_MAGIC = b"ARROW1"
@@ -99,7 +99,7 @@ class Parquet:
     name = "parquet"
     suffixes = (".parquet",)
 
-    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+    def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
         """Return "row groups": a file can be split at its row groups."""
         del file, label, options
         return "row groups"
@@ -132,7 +132,7 @@ class Arrow:
     name = "arrow"
     suffixes = (".arrow", ".feather")
 
-    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+    def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
         """Return "nowhere": a file cannot be split, because a stream has no list of its batches."""
         del file, label, options
         return "nowhere"

@@ -32,9 +32,9 @@ class BadRows:
 
     def add(self, row: BadRow) -> None:
         """Count one bad row."""
-        self.take({row.reason: 1}, [row])
+        self.add_counted({row.reason: 1}, [row])
 
-    def take(self, reasons: Mapping[str, int], first: Iterable[BadRow]) -> None:
+    def add_counted(self, reasons: Mapping[str, int], first: Iterable[BadRow]) -> None:
         """Add bad rows that were counted elsewhere.
 
         Args:
@@ -47,12 +47,12 @@ class BadRows:
         self.reasons.update(reasons)
         for row in first:
             if self._policy == "fail":
-                raise CorpusError(f"bad row at {row.told}; fix it, or leave such rows out with --bad-rows skip")
+                raise CorpusError(f"bad row at {row.message}; fix it, or leave such rows out with --bad-rows skip")
             if len(self.first) == NUM_NAMED:
                 return
             self.first.append(row)
             if self._policy == "skip":
-                logger.warning("ingest: left out %s", row.told)
+                logger.warning("ingest: left out %s", row.message)
 
     def good(self, records: Iterable[_Record | BadRow]) -> list[_Record]:
         """Return the good records as a list, and count the bad rows among them."""
@@ -70,7 +70,7 @@ class BadRows:
         if not reasons:
             return CorpusError(f"{source!r} holds no rows; give a corpus with at least one passage")
         return CorpusError(
-            f"no passages are left of {source!r}: every row is bad ({reasons}); the log names the first of them: mend them, or say "
+            f"no passages are left of {source!r}: every row is bad ({reasons}); the log names the first of them: fix them, or say "
             f"which columns of a table to read with --columns doc_id=COLUMN,text=COLUMN"
         )
 

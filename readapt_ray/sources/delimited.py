@@ -19,7 +19,7 @@ from readapt_ray.sources.columns import FIELDS, ID_NAMES, TEXT_NAMES, first_of, 
 from readapt_ray.sources.lines import Line, is_divisible, read_lines
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Span
-from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Cut, Layout, Values, shares
+from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Layout, SplitAt, Values, shares
 from readapt_ray.storage import Location, state_of
 
 _PEEKED_ROWS = 100
@@ -51,8 +51,8 @@ class Wanted(NamedTuple):
     """If the first line has one of these and other fields, it is a header."""
     unnamed: tuple[tuple[str, ...], ...] = ()
     """Column names for TSV without a header: one tuple per possible number of columns."""
-    told: str = ""
-    """The same as text, for errors."""
+    unnamed_text: str = ""
+    """`unnamed` as text, for errors."""
 
 
 def _of_passages(options: ReadOptions) -> Wanted:
@@ -61,7 +61,7 @@ def _of_passages(options: ReadOptions) -> Wanted:
         known=(*given, *ID_NAMES),
         texts=TEXT_NAMES,
         unnamed=(("doc_id", "text"), FIELDS) if not given else (),
-        told="id and text, or id, title and text",
+        unnamed_text="id and text, or id, title and text",
     )
 
 
@@ -71,7 +71,7 @@ class Tsv:
     name = "tsv"
     suffixes = (".tsv",)
 
-    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+    def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
         """Return "lines" if a file can be split at its lines: not compressed, and no line breaks in quoted fields."""
         header = _header(file, label, _of_passages(options), is_tsv=True)
         return "nowhere" if (header and header.has_line_breaks) or not is_divisible(file) else "lines"
@@ -93,7 +93,7 @@ class Csv:
     name = "csv"
     suffixes = (".csv",)
 
-    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+    def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
         """Return "nowhere": a file cannot be split, because a field may contain line breaks."""
         del file, label, options
         return "nowhere"
@@ -201,7 +201,7 @@ def _tsv_header(file: Location, label: str, state: str, wanted: Wanted) -> _Head
         names, first_line = fields, first.start
     else:
         raise CorpusError(
-            f"{label} has {amount(len(fields), 'columns')} and no line of names; give {wanted.told}, set apart by tabs, or a "
+            f"{label} has {amount(len(fields), 'columns')} and no header line; give {wanted.unnamed_text}, separated by tabs, or a "
             f"first line that names the columns"
         )
     records = [

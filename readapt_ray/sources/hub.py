@@ -9,7 +9,7 @@ to a busy hub are retried.
 import re
 from collections.abc import Sequence
 
-from readapt_ray.catalog.fetching import asked_again
+from readapt_ray.catalog.fetching import with_retries
 from readapt_ray.errors import CorpusError
 from readapt_ray.sources import configurations
 from readapt_ray.sources.formats import FORMATS
@@ -123,4 +123,4 @@ def _fetch(hub_id: str, patterns: Sequence[str], *, may_be_absent: bool = False)
                 return None
             raise
 
-    return asked_again(f"the data set {hub_id!r} from the hub", fetch, refusal=CorpusError)
+    return with_retries(f"the data set {hub_id!r} from the hub", fetch, refusal=CorpusError)

@@ -15,7 +15,7 @@ from readapt_ray.sources.columns import passage_columns, type_of_values
 from readapt_ray.sources.lines import Line, is_divisible, open_text, read_lines, refuse_damaged
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import MISSING, BadRow, Row, Span
-from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Cut, Layout, Values, shares
+from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Layout, SplitAt, Values, shares
 from readapt_ray.storage import Location, state_of
 
 _PEEKED_ROWS = 100
@@ -31,7 +31,7 @@ class JsonLines:
     name = "jsonl"
     suffixes = (".jsonl", ".ndjson")
 
-    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+    def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
         """Return "lines" if a file can be split at its lines; a compressed or UTF-16 file cannot."""
         del label, options
         return "lines" if is_divisible(file) else "nowhere"
@@ -124,7 +124,7 @@ class JsonValues:
     name = "json"
     suffixes = (".json",)
 
-    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+    def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
         """Return "nowhere": a file cannot be split, because an object may have several lines."""
         del file, label, options
         return "nowhere"

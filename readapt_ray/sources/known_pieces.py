@@ -27,7 +27,7 @@ NAME = "passages.pieces.json"
 _COLUMNS = ("doc_id", "title", "text", "content_hash")
 
 
-class Noted(NamedTuple):
+class EarlierPieces(NamedTuple):
     """The content of `passages.pieces.json` of an earlier ingest."""
 
     artifact: Location
@@ -139,7 +139,7 @@ def write_pieces(
     )
 
 
-def read_pieces(artifact: Location) -> Noted:
+def read_pieces(artifact: Location) -> EarlierPieces:
     """Read `passages.pieces.json` of an earlier ingest.
 
     No pieces are known if it does not exist (one process or an older release read the source) or is damaged.
@@ -147,9 +147,9 @@ def read_pieces(artifact: Location) -> Noted:
     try:
         noted = json.loads((artifact / NAME).read_bytes())
         starts = frozenset((label, start) for label, start in noted["starts"])
-        return Noted(artifact, noted["made_by"], noted.get("deduplicate", ""), noted["pieces"], starts)
+        return EarlierPieces(artifact, noted["made_by"], noted.get("deduplicate", ""), noted["pieces"], starts)
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # then everything is read from the source
-        return Noted(artifact, "", "", {}, frozenset())
+        return EarlierPieces(artifact, "", "", {}, frozenset())
 
 
 def rows_of(file: Location) -> Iterator[tuple[str, bytes, int]]:

@@ -37,8 +37,8 @@ class Kind(NamedTuple):
     fields: dict[str, tuple[str, ...]]
     unnamed: tuple[tuple[str, ...], ...] = ()
     """Column names for TSV without header: one tuple per possible number of columns."""
-    told: str = ""
-    """The same as text, for errors."""
+    unnamed_text: str = ""
+    """`unnamed` as text, for errors."""
     can_choose: bool = True
     """Whether the user can choose columns with `--columns`."""
 
@@ -138,7 +138,7 @@ def _wanted(kind: Kind, choice: ColumnChoice) -> Wanted:
     given = [name for names in choice.of(kind.fields).values() for name in names]
     ids, *others = kind.fields.values()
     texts = tuple(name for names in others for name in names)
-    return Wanted((*given, *ids), texts, () if given else kind.unnamed, kind.told)
+    return Wanted((*given, *ids), texts, () if given else kind.unnamed, kind.unnamed_text)
 
 
 def _picked(found: Sequence[str], label: str, kind: Kind, choice: ColumnChoice) -> list[str]:
@@ -188,5 +188,5 @@ def trec_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> I
 
 def _trec_order(width: int, label: str) -> list[int]:
     if width not in (3, 4):
-        raise CorpusError(f"{label} has {amount(width, 'columns')}; give {QRELS.told}, set apart by tabs")
+        raise CorpusError(f"{label} has {amount(width, 'columns')}; give {QRELS.unnamed_text}, separated by tabs")
     return [0, 1, 2] if width == 3 else [0, 2, 3]

@@ -49,7 +49,7 @@ class Listing(NamedTuple):
     files: list[DataFile]
     not_read: dict[str, tuple[int, str]]
 
-    def say(self, where: Location) -> None:
+    def log_not_read(self, where: Location) -> None:
         """Log how many files are not read, and of which kinds."""
         if self.not_read:
             kinds = sorted(self.not_read.items(), key=lambda each: -each[1][0])
@@ -80,10 +80,10 @@ def listed(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, 
         return Listing([DataFile(location.name, location, info)], {})
     found = [DataFile(name, location / name, info) for name, info in location.listing(recursive=True)]
     files = [file for file in found if is_data(file.label, suffixes, hidden)]
-    return Listing(files, others(found, files, hidden))
+    return Listing(files, count_not_read(found, files, hidden))
 
 
-def others(
+def count_not_read(
     found: Iterable[DataFile], files: Iterable[DataFile], hidden: tuple[str, ...] = HIDDEN
 ) -> dict[str, tuple[int, str]]:
     """Count the files in `found` that are not in `files`, by suffix, with the first of each."""

@@ -33,7 +33,7 @@ _CHUNK_ROWS = 65_536
 """Number of passages whose MinHashes are written to one file of 34 MB."""
 _SMALL_BUCKET = 16
 """In buckets of at most this many passages, every pair is compared."""
-_MOST_ALIKE = 8
+_MAX_SIMILAR = 8
 """In larger buckets, at most this many earlier similar passages are listed per passage."""
 _BLOCK = 256
 _PAIRS_AT_ONCE = 1 << 16
@@ -42,7 +42,7 @@ _MIXER = np.uint64(0x9E3779B97F4A7C15)
 _UNDECIDED, _KEPT, _DROPPED = 0, 1, 2
 _BAND = np.dtype([("key", "<u8"), ("row", "<u8")])
 _SENT = np.dtype([("row", "<u8"), ("undecided", "<u4"), ("size", "<u4"), ("values", "<u4", NUM_PERMUTATIONS)])
-_ALIKE = np.dtype([("row", "<u8"), ("earlier", "<u8"), ("size", "<u4"), ("more", "<u4")])
+_SIMILAR_PAIR = np.dtype([("row", "<u8"), ("earlier", "<u8"), ("size", "<u4"), ("more", "<u4")])
 """A pair of similar passages. `more` is 1 if `row` may have further similar passages after `earlier` that are not listed."""
 
 
@@ -154,7 +154,7 @@ def near_compare(partition: int, num_rows: list[int], rounds: int, job: PieceJob
     alike = [*_in_small(sent, places, starts[sizes <= _SMALL_BUCKET], sizes[sizes <= _SMALL_BUCKET], job)]
     for start, size in zip(starts[sizes > _SMALL_BUCKET], sizes[sizes > _SMALL_BUCKET], strict=True):
         alike.append(_in_large(sent, places[start : start + size], job))
-    found = np.unique(np.concatenate([np.empty(0, _ALIKE), *alike]))
+    found = np.unique(np.concatenate([np.empty(0, _SIMILAR_PAIR), *alike]))
     to = job.file(f"alike-{rounds}", partition)
     exchange.write_partitions(to, found, exchange.pieces_of(found["row"]), job.num_pieces)
 
@@ -190,13 +190,13 @@ def _in_large(sent: NDArray[np.void], places: NDArray[np.int64], job: PieceJob) 
         for start in range(0, number, _BLOCK):
             block = values[start : min(start + _BLOCK, number)]
             found += (start + np.flatnonzero(_are_alike(values[number], block, job))).tolist()
-            if len(found) >= _MOST_ALIKE:
+            if len(found) >= _MAX_SIMILAR:
                 break
-        found = found[:_MOST_ALIKE]
+        found = found[:_MAX_SIMILAR]
         later += [number] * len(found)
         before += found
         more += [0] * len(found)
-        if len(found) == _MOST_ALIKE:
+        if len(found) == _MAX_SIMILAR:
             more[-1] = 1
     records = _records(sent, places[later], places[before])
     records["more"] = more
@@ -209,7 +209,7 @@ def _are_alike(left: NDArray[np.uint32], right: NDArray[np.uint32], job: PieceJo
 
 
 def _records(sent: NDArray[np.void], later: NDArray[np.int64], before: NDArray[np.int64]) -> NDArray[np.void]:
-    records = np.zeros(len(later), _ALIKE)
+    records = np.zeros(len(later), _SIMILAR_PAIR)
     records["row"], records["earlier"] = sent["row"][later], sent["row"][before]
     records["size"] = sent["size"][later]
     return records
@@ -229,7 +229,7 @@ def near_decide(rounds: int, job: PieceJob) -> dict[str, Any]:
     pieces = []
     for piece in range(job.num_pieces):
         states.append(_read_state(job, piece, rounds).copy())
-        alike = np.unique(exchange.read_partition(files, piece, job.num_pieces, _ALIKE))
+        alike = np.unique(exchange.read_partition(files, piece, job.num_pieces, _SIMILAR_PAIR))
         moves, undecided = _decided(alike, states, piece)
         sizes = dict(zip(alike["row"].tolist(), alike["size"].tolist(), strict=True))
         total["count"] += len(moves)

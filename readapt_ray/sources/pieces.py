@@ -19,7 +19,7 @@ from readapt_ray.sources.listing import DataFile
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Span
 from readapt_ray.sources.table_sources import TableSource
-from readapt_ray.sources.tables import Cut
+from readapt_ray.sources.tables import SplitAt
 from readapt_ray.storage import Location, state_of
 
 logger = logging.getLogger("readapt_ray")
@@ -98,8 +98,8 @@ def plan_pieces(source: TableSource, earlier: Set[tuple[str, int]] = frozenset()
     """
     files = source.files()
     with ThreadPoolExecutor(_THREADS) as pool:
-        cuts = list(pool.map(lambda file: _cut(file, source), files))
-        units = list(pool.map(lambda file, cut: _unit_bytes(file, cut, source), files, cuts))
+        splits = list(pool.map(lambda file: _split_at(file, source), files))
+        units = list(pool.map(lambda file, split_at: _unit_bytes(file, split_at, source), files, splits))
     total = sum(map(sum, units))
     # A power of two, so that it rarely changes with the corpus.
     piece_bytes = min(max(MIN_PIECE_BYTES, 1 << (total // _WANTED_PIECES).bit_length()), _MAX_PIECE_BYTES)
@@ -107,8 +107,8 @@ def plan_pieces(source: TableSource, earlier: Set[tuple[str, int]] = frozenset()
     pieces: list[Piece] = []
     gathered: list[FileRange] = []
     gathered_bytes = 0
-    for file, cut, sizes in zip(files, cuts, units, strict=True):
-        for (start, end), size in _ranges(cut, sizes, piece_bytes):
+    for file, split_at, sizes in zip(files, splits, units, strict=True):
+        for (start, end), size in _ranges(split_at, sizes, piece_bytes):
             if (file.label, start) in earlier and 2 * gathered_bytes >= piece_bytes:
                 pieces.append(Piece(len(pieces), tuple(gathered)))
                 gathered, gathered_bytes = [], 0
@@ -119,31 +119,33 @@ def plan_pieces(source: TableSource, earlier: Set[tuple[str, int]] = frozenset()
                 gathered, gathered_bytes = [], 0
     if gathered:
         pieces.append(Piece(len(pieces), tuple(gathered)))
-    _name_uncut([file.label for file, cut, sizes in zip(files, cuts, units, strict=True) if _is_uncut(cut, sizes)])
+    _name_unsplit(
+        [file.label for file, split_at, sizes in zip(files, splits, units, strict=True) if _is_unsplit(split_at, sizes)]
+    )
     return pieces, total
 
 
-def _unit_bytes(file: DataFile, cut: Cut, source: TableSource) -> list[int]:
+def _unit_bytes(file: DataFile, split_at: SplitAt, source: TableSource) -> list[int]:
     """Return the decompressed bytes of each row group, or of the whole file."""
-    if cut != "row groups":
+    if split_at != "row groups":
         is_packed = source.table_format.name == "parquet" or is_compressed(file.location.name)
         return [file.size_bytes() * (_TIMES_DECOMPRESSED if is_packed else 1)]
     with open_parquet(file.location, file.label) as parquet:
         return [parquet.metadata.row_group(number).total_byte_size for number in range(parquet.metadata.num_row_groups)]
 
 
-def _cut(file: DataFile, source: TableSource) -> Cut:
+def _split_at(file: DataFile, source: TableSource) -> SplitAt:
     """Return where a file can be split. A file smaller than a piece is never split, so it is not opened."""
     table_format = source.table_format
     is_large = file.size_bytes() > MIN_PIECE_BYTES
-    return table_format.cut(file.location, file.label, source.options) if is_large else "nowhere"
+    return table_format.split_at(file.location, file.label, source.options) if is_large else "nowhere"
 
 
-def _is_uncut(cut: Cut, sizes: Sequence[int]) -> bool:
-    return cut != "lines" and max(sizes, default=0) > _MAX_PIECE_BYTES
+def _is_unsplit(split_at: SplitAt, sizes: Sequence[int]) -> bool:
+    return split_at != "lines" and max(sizes, default=0) > _MAX_PIECE_BYTES
 
 
-def _name_uncut(labels: Sequence[str]) -> None:
+def _name_unsplit(labels: Sequence[str]) -> None:
     if labels:
         logger.warning(
             "ingest: %d files hold more than %d MB that cannot be read in parts (compressed, in UTF-16, one row group, or records that may have line breaks), %s first; one "
@@ -152,14 +154,14 @@ def _name_uncut(labels: Sequence[str]) -> None:
         )
 
 
-def _ranges(cut: Cut, sizes: Sequence[int], piece_bytes: int) -> Iterator[tuple[tuple[int, int], int]]:
+def _ranges(split_at: SplitAt, sizes: Sequence[int], piece_bytes: int) -> Iterator[tuple[tuple[int, int], int]]:
     """Yield each range of a file (bytes or row groups), and its size in bytes."""
-    if cut == "lines":
+    if split_at == "lines":
         size = sizes[0]
         for start in range(0, size, piece_bytes):
             end = min(start + piece_bytes, size)
             yield (start, end), end - start
-    elif cut == "row groups":
+    elif split_at == "row groups":
         first = gathered = 0
         for group, size in enumerate(sizes):
             gathered += size

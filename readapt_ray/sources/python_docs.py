@@ -170,7 +170,7 @@ class PythonDocsSource(Source):
         self._packages = [name.strip() for name in packages.split(",") if name.strip()]
         if not self._packages:
             raise InputError(
-                f"{PREFIX} names no package; write {PREFIX}{STDLIB}, or {PREFIX} and packages set apart by commas"
+                f"{PREFIX} names no package; write {PREFIX}{STDLIB}, or {PREFIX} and packages separated by commas"
             )
         self._files = [file for package in dict.fromkeys(self._packages) for file in _modules(package)]
         self._queries: list[Query] | None = None

@@ -66,7 +66,7 @@ def merged(
     return total
 
 
-def told(
+def log_unfit(
     unfit: Mapping[str, tuple[int, Place, str]], kept: pa.Schema, place_of: Callable[[Place], str]
 ) -> dict[str, dict[str, Any]]:
     """Log the values that did not fit their columns, and return them for the manifest."""
@@ -74,7 +74,7 @@ def told(
     for name, (count, place, value) in unfit.items():
         details[name] = {"count": count, "first": f"{place_of(place)}: {value}"}
         logger.warning(
-            "ingest: %d values of the kept column %r are null, since they are no %s, first %s; --keep %s:string keeps any",
+            "ingest: %d values of the kept column %r are null, because they are not of type %s, first %s; --keep %s:string keeps any",
             *(count, name, kept.field(name).type, details[name]["first"], name),
         )
     return details

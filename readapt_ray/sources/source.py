@@ -42,7 +42,7 @@ class BadRow(NamedTuple):
     value: str = ""
 
     @property
-    def told(self) -> str:
+    def message(self) -> str:
         """Place, reason and value as text for a message."""
         return f"{self.place}: {REASONS[self.reason]}{f': {self.value}' if self.value else ''}"
 

@@ -12,7 +12,7 @@ from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.arrow_files import saved_files
 from readapt_ray.sources.columns import FIELDS, kept_schema
 from readapt_ray.sources.judgements import iter_qrels, iter_queries
-from readapt_ray.sources.listing import DataFile, Listing, contents_of, listed, others
+from readapt_ray.sources.listing import DataFile, Listing, contents_of, count_not_read, listed
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Source
 from readapt_ray.sources.tables import Layout, TableFormat
@@ -59,8 +59,8 @@ class TableSource(Source):
             files = [file for file in files if any(fnmatch.fnmatch(file.label, pattern) for pattern in self._only)]
         if self.table_format.name == "arrow":
             files = saved_files(self._location, files)
-        found = Listing(files, found.not_read | others(found.files, files))
-        found.say(self._location)
+        found = Listing(files, found.not_read | count_not_read(found.files, files))
+        found.log_not_read(self._location)
         return found
 
     @property

@@ -22,7 +22,7 @@ Advance = Callable[[float], None]
 Values = tuple[str, tuple[object, ...]]
 """The place of a row (file and line), and its values in some columns."""
 
-Cut = Literal["lines", "row groups", "nowhere"]
+SplitAt = Literal["lines", "row groups", "nowhere"]
 """Where a file can be split: at lines (each is a row), at row groups, or nowhere (a row may contain line breaks)."""
 
 
@@ -48,7 +48,7 @@ class TableFormat(Protocol):
     def suffixes(self) -> tuple[str, ...]:
         """The suffixes of its files, such as ".csv"."""
 
-    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+    def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
         """Return where a file can be split into parts that are read independently."""
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:

@@ -65,11 +65,11 @@ class TextSource(Source):
         if not documents.has_pdf_reader():
             suffixes = tuple(each for each in suffixes if each not in documents.PDF_SUFFIXES)
         found = listed(self._location, suffixes, hidden=TEXT_HIDDEN)
-        found.say(self._location)
+        found.log_not_read(self._location)
         is_pdf = any(plain_name(file.label).endswith(documents.PDF_SUFFIXES) for file in found.files)
         if (".pdf" in found.not_read or is_pdf) and not documents.has_pdf_reader():
             if not found.files or is_pdf:
-                raise InputError(f"{self._location} holds PDF alone, {_PDF_ADVICE}")
+                raise InputError(f"{self._location} holds only PDF files, {_PDF_ADVICE}")
             count = found.not_read[".pdf"][0]
             are = "file is" if count == 1 else "files are"
             logger.warning("%s: %d PDF %s not read, %s", self._location, count, are, _PDF_ADVICE)

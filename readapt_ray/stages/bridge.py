@@ -37,7 +37,7 @@ from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.seeds import random_generator
 
 if TYPE_CHECKING:
-    from readapt_ray.evaluation.bridge_recall import Asked
+    from readapt_ray.evaluation.bridge_recall import BridgeQueries
     from readapt_ray.retrieval.query_maps import QueryMap
 
 logger = logging.getLogger("readapt_ray")
@@ -143,7 +143,7 @@ def check_sample(size: int, num_vectors: int, dimension: int) -> None:
 
 def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncoder, workspace: Workspace) -> None:
     """Encode the sample, fit maps, choose one, measure it and write it."""
-    from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, objection
+    from readapt_ray.evaluation.bridge_recall import BridgeQueries, measure_bridge, objection
 
     connection.connect()
     doc_ids, old_vectors = bridge_sample.old_sample(old, config.sample, config.seed)
@@ -159,7 +159,7 @@ def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncode
     parts = _parts(len(doc_ids), old.manifest.counts["num_vectors"], config.seed)
     best, recalls = _chosen_map(new_vectors, old_vectors, parts, config.seed)
     new_pool, old_pool, last = new_vectors[parts.pool], old_vectors[parts.pool], parts.last
-    asked = {"passages": Asked(new_pool[last], old_pool[last], last)}
+    asked = {"passages": BridgeQueries(new_pool[last], old_pool[last], last)}
     if (queries := _asked(corpus, old, new, config.seed)) is not None:
         asked["queries"] = queries
     measured = {what: measure_bridge(best, each, new_pool, old_pool) for what, each in asked.items()}
@@ -176,7 +176,7 @@ def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncode
         "num_searched": len(parts.pool),
         "not_worth_it": objection(measured[told_by]),
     }
-    _tell(workspace.details)
+    _log_result(workspace.details)
 
 
 def _written(workspace: Workspace, name: str, content: bytes) -> str:
@@ -247,11 +247,11 @@ def _parts(size: int, num_vectors: int, seed: int) -> _Parts:
     return _Parts(fit, pool, np.arange(len(last)), np.arange(len(last), num_withheld))
 
 
-def _asked(corpus: Artifact, old: Artifact, new: NewEncoder, seed: int) -> "Asked | None":
+def _asked(corpus: Artifact, old: Artifact, new: NewEncoder, seed: int) -> "BridgeQueries | None":
     """Encode at most a thousand queries of the corpus with both models; None if it has no queries."""
     import ray
 
-    from readapt_ray.evaluation.bridge_recall import Asked
+    from readapt_ray.evaluation.bridge_recall import BridgeQueries
     from readapt_ray.sources.judgements import read_queries
 
     if not (corpus.location / "queries").is_folder():
@@ -270,11 +270,11 @@ def _asked(corpus: Artifact, old: Artifact, new: NewEncoder, seed: int) -> "Aske
         logger.warning(
             "bridge: the old model is not compared on queries, since it is not there (%s)", connection.cause_of(error)
         )
-        return Asked(vectors, None)
-    return Asked(vectors, kept)
+        return BridgeQueries(vectors, None)
+    return BridgeQueries(vectors, kept)
 
 
-def _tell(details: Mapping[str, Any]) -> None:
+def _log_result(details: Mapping[str, Any]) -> None:
     for name, mean in details["recall_of_maps"].items():
         logger.info("bridge: %s: recall@10 %.3f on passages that chose the map", name, mean)
     for what, measured in details["recall_at_10"].items():

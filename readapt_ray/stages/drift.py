@@ -18,7 +18,7 @@ from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.dead_rows import whole_name
+from readapt_ray.dead_rows import name_without_mark
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, WorkerError, first_line
 from readapt_ray.made_of import open_input
 from readapt_ray.retrieval import neighbours
@@ -182,7 +182,7 @@ def _sampled(before: Location, after: Location, num_passages: int) -> tuple[NDAr
     """Draw passages from some shards of the corpus; return their vectors by both models, float32 [N, D] each."""
     random = random_generator(0, "drift")
     one_named, other_named = (
-        {whole_name(name): name for name, _ in each.listing(".parquet")} for each in (before, after)
+        {name_without_mark(name): name for name, _ in each.listing(".parquet")} for each in (before, after)
     )
     names = sorted(one_named.keys() & other_named.keys())
     names = [names[place] for place in sorted(random.permutation(len(names))[:_MAX_SHARDS].tolist())]

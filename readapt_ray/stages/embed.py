@@ -221,7 +221,7 @@ def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     model = config.open_retriever()
     encoding = config.encoding or model.encoding
     if (passages := passages_model(model)) is not None:
-        logger.info("embed: %s is for queries alone; passages are encoded by %s", model.name, passages.name)
+        logger.info("embed: %s is only for queries; passages are encoded by %s", model.name, passages.name)
         model, encoding = passages.open(), config.encoding or passages.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})

@@ -108,7 +108,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
     shapes.refuse_quantized(model.config, model.name)
     if (passages := passages_model(model)) is not None:
         raise ModelError(
-            f"{config.model!r} is for queries alone, and its passages are encoded by {passages.name!r}; finetune starts from one "
+            f"{config.model!r} is only for queries, and its passages are encoded by {passages.name!r}; finetune starts from one "
             f"model for both: give {passages.name!r}"
         )
     if layers := dense_layers(model):
@@ -161,7 +161,7 @@ def _work(job: dict[str, Any]) -> None:
     """Train on one worker."""
     import torch
 
-    from readapt_ray.training.contrastive import Contrast, pack
+    from readapt_ray.training.contrastive import Contrast, install_packed_attention
     from readapt_ray.training.pairs import PairReader
 
     config = FinetuneConfig.model_validate(job["config"])
@@ -172,7 +172,7 @@ def _work(job: dict[str, Any]) -> None:
     # A small batch does not fill a micro-batch. It must not be refused for the memory that a full one would take.
     most_tokens = min(config.micro_batch_tokens, reader.most_tokens(torch.distributed.get_world_size()))
     worker = train_workers.TrainWorker(job, config, config.model, objective=None, micro_batch_tokens=most_tokens)
-    pack(worker.model, config.model)
+    install_packed_attention(worker.model, config.model)
     objective = Contrast(
         model=worker.model,
         reader=reader,

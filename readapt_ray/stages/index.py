@@ -278,13 +278,13 @@ def _settled(
     records: Sequence["ShardRecord"], num_kept: int, plan: ShardPlan, workspace: Workspace
 ) -> list[dict[str, Any]]:
     """Give all new shards the smallest depth at which they reach the wanted recall together."""
-    from readapt_ray.retrieval.index_recall import ShardRecall, settle
+    from readapt_ray.retrieval.index_recall import ShardRecall, choose_depth
 
     made = [asdict(record) for record in records]
     if plan.spec.is_exact or len(made) == num_kept:
         return made
     files = (plan.shards / f"{each['name']}{RECALL_SUFFIX}" for each in made[num_kept:])
-    measured = settle((ShardRecall.from_bytes(file.read_bytes()) for file in files), plan.spec, plan.options)
+    measured = choose_depth((ShardRecall.from_bytes(file.read_bytes()) for file in files), plan.spec, plan.options)
     for each in made[num_kept:]:
         each |= {"measured": asdict(measured), "depth": measured.depth}
     workspace.details["measured"] = {

@@ -273,7 +273,7 @@ class _Ingestion:
         self._workspace.details |= {
             "source": self._source.description(),
             "kinds": dict(sorted(self._checks.kinds.items())),
-            "unfit_values": row_checks.told(self._checks.unfit, self._source.kept, str),
+            "unfit_values": row_checks.log_unfit(self._checks.unfit, self._source.kept, str),
             "bad_rows": self._bad_rows.summary(),
             "duplicates": self._duplicates(),
         }

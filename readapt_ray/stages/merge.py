@@ -28,7 +28,7 @@ from readapt_ray.weights.scale_options import KnowledgeScaleOption, LayerScalesO
 if TYPE_CHECKING:
     from readapt_ray.weights.cast_loss import CastLoss
     from readapt_ray.weights.export import WeightPlan
-    from readapt_ray.weights.low_rank import Stored
+    from readapt_ray.weights.low_rank import FactorRecord
     from readapt_ray.weights.merge_plan import MergePlan
     from readapt_ray.weights.merging import Readapter, Scales
 
@@ -286,7 +286,9 @@ def _write_weights(workspace: Workspace, merged: _Merge, readapter: "Readapter",
     return merge_shards.write_on_cluster(job, num_workers=config.num_workers, report=report)
 
 
-def _card(merged: _Merge, plan: "WeightPlan", loss: "CastLoss", left_out: Sequence[str], stored: list["Stored"]) -> str:
+def _card(
+    merged: _Merge, plan: "WeightPlan", loss: "CastLoss", left_out: Sequence[str], stored: list["FactorRecord"]
+) -> str:
     from readapt_ray.weights.model_card import model_card, truncation_note
 
     scales = merged.scales
@@ -311,7 +313,7 @@ def _queries_note(config: MergeConfig) -> list[str]:
 @contextlib.contextmanager
 def _low_rank(
     workspace: Workspace, config: MergeConfig, whole: "Readapter"
-) -> Iterator[tuple["Readapter", list["Stored"]]]:
+) -> Iterator[tuple["Readapter", list["FactorRecord"]]]:
     """Yield the models, with the retriever's difference truncated if low_rank is set, and records of the truncation."""
     from readapt_ray.weights.low_rank import StoredDifference, write_difference
     from readapt_ray.weights.merging import Readapter
@@ -368,7 +370,7 @@ def _element_report(workspace: Workspace, readapter: "Readapter") -> Callable[[i
     return lambda done: workspace.progress(done // _MB, max(1, total), unit="M weights", note="factors")
 
 
-def _details(merged: _Merge, left_out: list[str], stored: list["Stored"]) -> dict[str, Any]:
+def _details(merged: _Merge, left_out: list[str], stored: list["FactorRecord"]) -> dict[str, Any]:
     details = {
         "readapter_scale": merged.scales.readapter,
         "knowledge_scale": list(merged.scales.knowledge),

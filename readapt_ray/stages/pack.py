@@ -231,7 +231,7 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
     folder = on_worker.absolute(corpus.location / "passages")
     rows = footers.row_counts(footers.listed_footers(corpus.location, "passages"))
     survey = functools.partial(_survey, wanted=wanted)
-    surveyed = footers.at_once(survey, [folder / name for name, _ in rows] if wanted else [])
+    surveyed = footers.map_in_threads(survey, [folder / name for name, _ in rows] if wanted else [])
     for index, (name, num_rows) in enumerate(rows):
         parts.append({"index": index, "file": (folder / name).uri, "first_number": num_passages})
         num_passages += num_rows

@@ -36,11 +36,11 @@ from readapt_ray.sources.columns import ColumnsOption
 
 logger = logging.getLogger("readapt_ray")
 
-_HITS_A_ROUND = 4_000_000
+_HITS_PER_ROUND = 4_000_000
 """Results that are found, looked up and written at a time, before more queries are searched."""
 _ENCODED_BYTES = 1 << 30
 """Most bytes of query vectors in memory. Queries are encoded in groups of this size, and each group loads the model."""
-_PASSAGES_A_DOCUMENT = 3
+_PASSAGES_PER_DOCUMENT = 3
 """If documents were split: passages to search for per wanted document. Each further search is deeper by this factor."""
 _DEEPEST = 100
 """Most passages to search for per wanted document, if documents were split."""
@@ -230,9 +230,9 @@ def _run(
     def tables() -> Iterator[pa.Table]:
         nonlocal num_results
         searched = _pieces(source)
-        depth = min(_depth(config) * (_PASSAGES_A_DOCUMENT if source.is_split else 1), source.num_vectors)
+        depth = min(_depth(config) * (_PASSAGES_PER_DOCUMENT if source.is_split else 1), source.num_vectors)
         size = query_vectors.QUERIES_A_PIECE
-        step = size * max(1, _HITS_A_ROUND // max(1, depth * size))
+        step = size * max(1, _HITS_PER_ROUND // max(1, depth * size))
         at_once = step * max(1, _ENCODED_BYTES // (step * 4 * int(source.encoder["dimension"])))
         for begin in range(0, len(queries), at_once):
             some = queries[begin : begin + at_once]
@@ -307,7 +307,7 @@ def _find_documents(
 ) -> pa.Table:
     """Return the best documents of each query, ranked by best passage; search deeper until there are enough."""
     wanted = _depth(config)
-    depth = min(_PASSAGES_A_DOCUMENT * wanted, source.num_vectors)
+    depth = min(_PASSAGES_PER_DOCUMENT * wanted, source.num_vectors)
     while True:
         passages = _results(searched, search(depth), queries, depth)
         table = merged_to_documents(passages, wanted)
@@ -315,7 +315,7 @@ def _find_documents(
         lacking = (counts_of(table, query_ids) < wanted) & (counts_of(passages, query_ids) == depth)
         if depth == source.num_vectors or not lacking.any() or depth >= _DEEPEST * wanted:
             break
-        depth = min(_PASSAGES_A_DOCUMENT * depth, source.num_vectors)
+        depth = min(_PASSAGES_PER_DOCUMENT * depth, source.num_vectors)
     if lacking.any() and depth < source.num_vectors:
         logger.warning(
             "%d of %d queries found fewer than %d documents among their %d best passages",

@@ -176,7 +176,7 @@ def _synthesize(
         "num_tokens": int(np.sum(answers["num_tokens"].to_numpy())),
     }
     workspace.details |= {"left_out": reasons, "is_budget_spent": not is_whole}
-    _tell(config, workspace, len(job.rows))
+    _log_result(config, workspace, len(job.rows))
 
 
 def _plan(config: SynthesizeConfig, corpus: Artifact, workspace: Workspace) -> WritingJob:
@@ -249,7 +249,7 @@ def _told(reasons: dict[str, int]) -> str:
     return "; ".join(f"{count:,} {REASONS[name]}" for name, count in reasons.items()) or "none was asked for"
 
 
-def _tell(config: SynthesizeConfig, workspace: Workspace, num_wanted: int) -> None:
+def _log_result(config: SynthesizeConfig, workspace: Workspace, num_wanted: int) -> None:
     counts = workspace.counts
     left_out = workspace.details["left_out"]
     logger.info(
@@ -260,7 +260,7 @@ def _tell(config: SynthesizeConfig, workspace: Workspace, num_wanted: int) -> No
     )
     if workspace.details["is_budget_spent"]:
         logger.warning(
-            "synthesize: the budget of %s tokens was spent after %s of %s passages; the same command with a larger one goes on",
+            "synthesize: the budget of %s tokens was spent after %s of %s passages; run it again with a larger budget to continue",
             f"{config.budget_tokens:,}",
             f"{counts['num_passages']:,}",
             f"{num_wanted:,}",

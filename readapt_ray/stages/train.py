@@ -205,7 +205,7 @@ def _stream(config: TrainConfig, model: OpenModel, blocks: Location, output: Loc
     from readapt_ray.training.blocks import list_row_groups
     from readapt_ray.training.checkpoints import DataOrder
     from readapt_ray.training.packing import Masking, end_id
-    from readapt_ray.training.shares import Cutting
+    from readapt_ray.training.shares import BatchSettings
 
     assert config.batch_size != "auto"
     tokenizer = model.tokenizer
@@ -220,8 +220,8 @@ def _stream(config: TrainConfig, model: OpenModel, blocks: Location, output: Loc
     data_order = DataOrder(
         num_units=row_groups.num_blocks, batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
     )
-    cutting = Cutting(pad_id=pad_id, micro_batch_tokens=config.micro_batch_tokens, masking=masking)
-    return BlockStream(row_groups, data_order, cutting, output / "checkpoints")
+    batch_settings = BatchSettings(pad_id=pad_id, micro_batch_tokens=config.micro_batch_tokens, masking=masking)
+    return BlockStream(row_groups, data_order, batch_settings, output / "checkpoints")
 
 
 def _work(job: dict[str, Any]) -> None:

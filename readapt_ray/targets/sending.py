@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from readapt_ray.dead_rows import whole_name
+from readapt_ray.dead_rows import name_without_mark
 from readapt_ray.errors import CorruptFileError, TargetError
 from readapt_ray.retrieval.id_lookup import IdLookup
 from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
@@ -109,7 +109,7 @@ def send_file(job: ExportJob, lookups: Lookups, number: int) -> Done:
         TargetError: the database cannot be reached or refuses the rows.
     """
     name, count = job.vectors.counts[number]
-    ledger = job.output / ROWS / whole_name(name)
+    ledger = job.output / ROWS / name_without_mark(name)
     if not ledger.is_file():
         stored = read_rows(job.vectors.folder / name, 0, count, (*VECTOR_COLUMNS, "content_hash"))
         rows = _rows(job, lookups, stored, name)
@@ -119,7 +119,7 @@ def send_file(job: ExportJob, lookups: Lookups, number: int) -> Done:
             there, known = lookups.before.find(rows["doc_id"].to_pylist())
             needs_sending, is_new = ~known | (there != digests), ~known
         to_send = rows.filter(pa.array(needs_sending))
-        part = f"{whole_name(name).removesuffix('.parquet')}-{job.fingerprint[:8]}"
+        part = f"{name_without_mark(name).removesuffix('.parquet')}-{job.fingerprint[:8]}"
         if to_send.num_rows:
             batches = [to_send.slice(at, job.batch_rows) for at in range(0, to_send.num_rows, job.batch_rows)]
             _with_retries(job, lambda target: target.write(part, iter(batches)))

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from readapt_ray.errors import CorruptFileError
-from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.footers import map_in_threads
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 from readapt_ray.training.checkpoints import DataOrder
@@ -70,7 +70,7 @@ def list_row_groups(folder: Location) -> RowGroups:
         CorruptFileError: a file cannot be read.
     """
     names = tuple(name for name, _ in folder.listing(".parquet"))
-    counts = at_once(lambda name: _row_group_lengths(folder / name), names)
+    counts = map_in_threads(lambda name: _row_group_lengths(folder / name), names)
     return RowGroups(
         folder=folder,
         names=names,
@@ -167,7 +167,7 @@ def _shuffled(row_groups: RowGroups, piece: Piece) -> Iterator[Block]:
         if num_skipped >= len(order):
             num_skipped -= len(order)
             continue
-        blocks = [block for group in at_once(row_groups.read, window) for block in group]
+        blocks = [block for group in map_in_threads(row_groups.read, window) for block in group]
         yield from (blocks[index] for index in order[num_skipped:])
         num_skipped = 0
 

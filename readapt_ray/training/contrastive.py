@@ -215,31 +215,31 @@ class Contrast:
         passages_PD = _gathered(passage_BD, num_pairs)
         negatives_ND = _gathered(negative_ND, [len(share.negative_numbers) for share in shares])
         numbers = [*(share.passage_numbers for share in shares), *(share.negative_numbers for share in shares)]
-        answers = _meetings(texts.relevant, np.concatenate(numbers))
+        answers = _relevant_pairs(texts.relevant, np.concatenate(numbers))
         total = self._cross_entropy_sum(query_BD, torch.cat([passages_PD, negatives_ND]), first, answers)
         if self.both_directions:
-            asked = _meetings([each for share in shares for each in share.relevant], texts.passage_numbers)
+            asked = _relevant_pairs([each for share in shares for each in share.relevant], texts.passage_numbers)
             answered = [(passage, query) for query, passage in asked]
             total = (total + self._cross_entropy_sum(passage_BD, _gathered(query_BD, num_pairs), first, answered)) / 2
         return total / sum(num_pairs)
 
     def _cross_entropy_sum(
-        self, anchors_BD: Tensor, candidates_CD: Tensor, first: int, right: Sequence[tuple[int, int]]
+        self, anchors_BD: Tensor, candidates_CD: Tensor, first: int, positives: Sequence[tuple[int, int]]
     ) -> Tensor:
         """Return the summed cross entropy of some anchors.
 
-        Candidate `first + i` is the target of anchor i. The other pairs (anchor, candidate) in `right` are positives
+        Candidate `first + i` is the target of anchor i. The other pairs (anchor, candidate) in `positives` are positives
         too, so they are masked out of the softmax.
         """
         scores_BC = (anchors_BD @ candidates_CD.T).float() / self.temperature
-        others = [(anchor, candidate) for anchor, candidate in right if candidate != first + anchor]
+        others = [(anchor, candidate) for anchor, candidate in positives if candidate != first + anchor]
         at = torch.tensor(others, dtype=torch.int64, device=scores_BC.device).reshape(-1, 2)
         scores_BC = scores_BC.index_put((at[:, 0], at[:, 1]), scores_BC.new_tensor(-torch.inf))
         targets_B = torch.arange(first, first + len(anchors_BD), device=scores_BC.device)
         return nn.functional.cross_entropy(scores_BC, targets_B, reduction="sum")
 
 
-def pack(model: Any, name: str) -> None:
+def install_packed_attention(model: Any, name: str) -> None:
     """Change a model's attention so that it takes packed texts, if the model allows that.
 
     Args:
@@ -251,7 +251,7 @@ def pack(model: Any, name: str) -> None:
 
 
 def is_packed(model: Any) -> bool:
-    """Return whether a model takes packed texts, because `pack` changed it."""
+    """Return whether a model takes packed texts, because `install_packed_attention` changed it."""
     return bool(model.config._attn_implementation == attention.NAME)
 
 
@@ -296,7 +296,7 @@ def _with_frozen(vectors_TD: Tensor, frozen_FD: Tensor | None) -> Tensor:
     return vectors_TD if frozen_FD is None else torch.cat([vectors_TD, frozen_FD])
 
 
-def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple[int, int]]:
+def _relevant_pairs(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple[int, int]]:
     """Return every (i, j) for which the passage numbers[j] is in relevant[i]."""
     places = defaultdict(list)
     for place, number in enumerate(numbers.tolist()):

@@ -157,7 +157,7 @@ def kept_numbers(shape: ModelShape, device_type: str) -> float:
     return outputs + 4 * shape.hidden + 3 * shape.attention_width + shape.intermediate
 
 
-def what_fits(shape: ModelShape, setup: WorkerSetup, free_bytes: float, *, section: str = "") -> str:
+def advice_that_fits(shape: ModelShape, setup: WorkerSetup, free_bytes: float, *, section: str = "") -> str:
     """Find options with which a worker fits, `gradient_checkpointing` or a smaller `base_dtype`; return advice as text.
 
     The options are tried in order of cost: each next one computes longer or rounds more. The text is empty if none
@@ -197,7 +197,7 @@ def check_fits(shape: ModelShape, setup: WorkerSetup, *, free_bytes: int, correc
     """
     found = estimate_memory(shape, setup, correction=correction)
     if found.total_bytes > free_bytes:
-        advice = what_fits(shape, setup, free_bytes) or "set gradient_checkpointing"
+        advice = advice_that_fits(shape, setup, free_bytes) or "set gradient_checkpointing"
         raise PlacementError(
             f"a worker would need about {_gigabytes(found.total_bytes)} and has {_gigabytes(free_bytes)}: {found.arithmetic()}. "
             f"Lower micro_batch_tokens, {advice}, raise zero_stage with more workers, or start anyway with check_memory false"

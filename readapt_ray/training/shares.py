@@ -51,7 +51,7 @@ class Share:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cutting:
+class BatchSettings:
     """The settings for dividing blocks into micro-batches.
 
     Args:

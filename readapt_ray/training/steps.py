@@ -120,7 +120,7 @@ class Reporter(Protocol):
     def __call__(self, report: StepReport) -> None:
         """Take the report of a finished step."""
 
-    def write_until(self, step: int) -> None:
+    def flush(self, step: int) -> None:
         """Store all reports up to this step permanently; called before the step's checkpoint is written."""
 
 
@@ -161,10 +161,10 @@ def run_steps(
             work = objective.work(engine, batch, step)
             try:
                 part = _part_report(work, step, data_order.num_steps, optimization)
-                loss_of = _watched(work, engine, reporter, part, is_first=step == first_step)
+                loss_of = _with_reports(work, engine, reporter, part, is_first=step == first_step)
                 outcome = engine.step(work.parts, loss_of=loss_of, rate=rate, step=step)
             except TrainingDivergedError as error:
-                raise _named(error, step + 1, work, doc_ids_of) from None
+                raise _with_passages_named(error, step + 1, work, doc_ids_of) from None
             seconds = time.monotonic() - started_s + waited_s
             if engine.worker_rank == 0:
                 reporter(
@@ -204,7 +204,7 @@ def _part_report(
     )
 
 
-def _watched(
+def _with_reports(
     work: StepWork[T], engine: DeepSpeedEngine, reporter: Reporter, report: Callable[..., PartReport], *, is_first: bool
 ) -> Callable[[T], Tensor]:
     """Wrap the loss function of a step, so that worker 0 reports before each micro-batch.
@@ -215,7 +215,7 @@ def _watched(
         return work.loss_of
     starts_s: list[float] = []
 
-    def tell(part_s: float) -> None:
+    def report_part(part_s: float) -> None:
         done = len(starts_s) - 1
         reporter.part(report(done=done, part_s=part_s, peak_memory_bytes=peak_memory_bytes(engine.device)))
 
@@ -223,14 +223,14 @@ def _watched(
         starts_s.append(time.monotonic())
         first, *others = starts_s
         if len(others) > 1:
-            tell((others[-1] - others[0]) / (len(others) - 1))
+            report_part((others[-1] - others[0]) / (len(others) - 1))
         else:
-            tell(others[0] - first if others else 0.0)
+            report_part(others[0] - first if others else 0.0)
         loss = work.loss_of(part)
         if is_first and not others:
             if engine.device.type == "cuda":
                 torch.cuda.synchronize(engine.device)
-            tell(_PASSES * (time.monotonic() - first))
+            report_part(_PASSES * (time.monotonic() - first))
         return loss
 
     return loss_of
@@ -266,7 +266,7 @@ def _save(engine: DeepSpeedEngine, step: int, reporter: Reporter, writer: Checkp
         return
     state = engine.state()
     if engine.worker_rank == 0:
-        reporter.write_until(step)
+        reporter.flush(step)
         writer.save(step, state)
 
 
@@ -293,7 +293,7 @@ def _resume(engine: DeepSpeedEngine, checkpoints: Location, data_order: DataOrde
     return done
 
 
-def _named(
+def _with_passages_named(
     error: TrainingDivergedError, step: int, work: StepWork[Any], doc_ids_of: Callable[[Sequence[int]], list[str]]
 ) -> TrainingDivergedError:
     named = doc_ids_of(work.first_passages)

@@ -81,7 +81,7 @@ def _load_with_head(source: OpenModel, objective: Objective, *, dtype: torch.dty
             )
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source.name!r} is no model for the objective {objective}: {error}") from error
+        raise ModelError(f"{source.name!r} is not a model for the objective {objective}: {error}") from error
     _refuse_missing(source, objective, loading["missing_keys"])
     return model
 
@@ -116,7 +116,7 @@ def _load_partitioned(
         ):
             model: Any = with_best_attention(functools.partial(auto_class(objective).from_config, config, dtype=dtype))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source.name!r} is no model for the objective {objective}: {error}") from error
+        raise ModelError(f"{source.name!r} is not a model for the objective {objective}: {error}") from error
     model.tie_weights()
     table = table_in(source.folder)
     stored: dict[str, StoredTensor] = {}
@@ -145,7 +145,7 @@ def make_trainable(model: nn.Module, shape: dora.AdapterShape | None) -> None:
         dora.add_adapters(model, shape)
 
 
-def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool, zero_stage: int) -> None:
+def reduce_memory(model: Any, *, gradient_checkpointing: bool, compile_layers: bool, zero_stage: int) -> None:
     """Enable gradient checkpointing (less memory) and torch.compile (faster steps, slower start) on a model.
 
     Args:

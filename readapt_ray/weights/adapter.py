@@ -19,11 +19,11 @@ from readapt_ray.weights.reused_buffers import ScratchBuffers
 from readapt_ray.weights.weight_files import (
     Checkpoint,
     StoredTensor,
-    check_not_empty,
     is_finite,
     is_head,
     natural_order,
     read_header,
+    refuse_empty_tensors,
 )
 
 _PEFT_PREFIX = "base_model.model."
@@ -72,7 +72,7 @@ class Adapter:
             if is_head(path):
                 heads.append(path)
                 continue
-            weight = base.match(f"{path}.weight") or path
+            weight = base.weight_named(f"{path}.weight") or path
             if weight in self._modules:
                 raise ModelError(
                     f"the adapter {self.name!r} holds {path!r} and {self._paths[weight]!r}, one weight twice"
@@ -137,7 +137,7 @@ class Adapter:
             if shapes.keys() != wanted:
                 has, needs = ", ".join(sorted(shapes)), ", ".join(sorted(wanted))
                 raise ModelError(
-                    f"the adapter {self.name!r} holds {has} for {path!r} where {needs} are due; save it again"
+                    f"the adapter {self.name!r} holds {has} for {path!r} where {needs} are expected; save it again"
                 )
             if name not in base:
                 problems.append(f"{path}: no such weight")
@@ -195,7 +195,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     if unknown:
         named = ", ".join(f"{option}={value!r}" for option, value in sorted(unknown.items()))
         raise ModelError(
-            f"the adapter {name!r} was trained with {named}, which cannot be laid on as factors; train it without, or merge "
+            f"the adapter {name!r} was trained with {named}, which cannot be applied as factors; train it without, or merge "
             f"it with PEFT and give the full model"
         )
     return config
@@ -211,7 +211,7 @@ def _modules(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
     modules: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
     found = read_header(path)
-    check_not_empty(found, f"the adapter {name!r}")
+    refuse_empty_tensors(found, f"the adapter {name!r}")
     for stored_name, stored in found.items():
         suffix = next((each for each in _KINDS if stored_name.endswith(each)), None)
         if suffix is None or not stored_name.startswith(_PEFT_PREFIX):

@@ -31,7 +31,7 @@ from readapt_ray.model_file_names import (
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.dense import copy_dense, modules_of
-from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
+from readapt_ray.weights.low_rank import DeltaSource, FactorRecord, StoredDifference, write_difference
 from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.provenance import MergeInput
 from readapt_ray.weights.scale_options import layer_scales
@@ -57,7 +57,7 @@ def write_bundle(
     sources: Mapping[str, Mapping[str, Any]],
     model_fingerprint: str,
     report: Callable[[int], None],
-) -> list[Stored]:
+) -> list[FactorRecord]:
     """Write a bundle of factors; a killed call resumes when it is called again.
 
     Args:
@@ -81,7 +81,7 @@ def write_bundle(
     _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
     if dense := copy_dense(dense_of, target):
         (target / MODULES_NAME).write_text(json.dumps(modules_of(["Transformer", "Pooling", *dense]), indent=2) + "\n")
-    stored: list[Stored] = []
+    stored: list[FactorRecord] = []
     if isinstance(readapter.retriever, Adapter) and variance is None:
         _copy(readapter.retriever.folder, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), target / _RETRIEVER)
     else:

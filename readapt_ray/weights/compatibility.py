@@ -64,7 +64,7 @@ def check_knowledge(retriever: MergeInput, knowledge: Sequence[tuple[OpenModel, 
         if is_merged or source.fingerprint == retriever.fingerprint:
             what = "a model that merge made" if is_merged else "the retriever"
             raise ModelError(
-                f"the adapter {model.name!r} is {what}, and its retrieval skill would be laid on twice; give the output of "
+                f"the adapter {model.name!r} is {what}, and its retrieval skill would be added twice; give the output of "
                 f"`readapt train`"
             )
 
@@ -155,7 +155,7 @@ def check_bases(pretrained: MergeInput | OpenModel, adapters: Sequence[OpenModel
         if trained_on is None:
             if _last(named) not in ("", _last(pretrained.name)):
                 logger.warning(
-                    "%s says that it was trained on %s, and is laid on %s; make sure that they are the same model",
+                    "%s says that it was trained on %s, and is applied to %s; make sure that they are the same model",
                     adapter.name,
                     named,
                     pretrained.name,

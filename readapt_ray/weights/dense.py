@@ -48,7 +48,7 @@ def _load(model: OpenModel, layer: DenseLayer) -> tuple[nn.Module, nn.Module]:
     due = {f"linear.{name}": list(each.shape) for name, each in linear.state_dict().items()}
     found = {name: list(each.shape) for name, each in stored.items()}
     if found != due:
-        raise ModelError(f"{file} holds the tensors {found} where {due} are due; fetch {model.name!r} again")
+        raise ModelError(f"{file} holds the tensors {found} where {due} are expected; fetch {model.name!r} again")
     linear.load_state_dict({name.removeprefix("linear."): each.read().float() for name, each in stored.items()})
     activation: Any = getattr(nn, layer.activation)()
     return linear, activation

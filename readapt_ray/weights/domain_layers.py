@@ -240,7 +240,7 @@ def _add_all(out: _Output, own: Sequence[_Slice]) -> None:
     """Add the terms of all domains, by the method that is fastest on this device."""
     y_NO = out.y
     is_aligned = not any(size % _ALIGNED for size in (y_NO.shape[1], out.x.shape[1]))
-    if y_NO.dtype == torch.bfloat16 and is_aligned and _follow(own) and _has_grouped_products(y_NO.device):
+    if y_NO.dtype == torch.bfloat16 and is_aligned and _are_adjacent(own) and _has_grouped_products(y_NO.device):
         _add_grouped(out, own)
     elif y_NO.dtype == torch.bfloat16 and not y_NO.is_cuda and _are_alike(own):
         _add_together(out, own)
@@ -275,10 +275,10 @@ def _add(out: _Output, own: _Slice) -> None:
 def _are_alike(own: Sequence[_Slice]) -> bool:
     """Return whether the slices are adjacent, of one length, and with adapters of the same ranks."""
     shapes = {(each.rows.stop - each.rows.start, each.terms.ranks, each.terms.gains is None) for each in own}
-    return len(shapes) == 1 and _follow(own)
+    return len(shapes) == 1 and _are_adjacent(own)
 
 
-def _follow(own: Sequence[_Slice]) -> bool:
+def _are_adjacent(own: Sequence[_Slice]) -> bool:
     """Return whether there are several slices and they are adjacent."""
     return len(own) > 1 and all(one.rows.stop == other.rows.start for one, other in itertools.pairwise(own))
 

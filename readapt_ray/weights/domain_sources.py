@@ -147,7 +147,7 @@ def _difference(one: DomainRecord, other: DomainRecord) -> str:
 
 
 @contextlib.contextmanager
-def fetched(source: DomainSource, base: Checkpoint) -> Iterator[list[Adapter]]:
+def fetched_adapters(source: DomainSource, base: Checkpoint) -> Iterator[list[Adapter]]:
     """Fetch the knowledge adapters of a domain for use in a `with` block; copies of remote files are removed after it.
 
     Raises:

@@ -77,7 +77,7 @@ class LiveReadapter:
         def write(each: tuple[str, int, int]) -> None:
             name, start, stop = each
             scratch = self._of_thread.scratch
-            rows = self._tensor_terms[name].cut(start, stop).rows(scales, start, scratch)
+            rows = self._tensor_terms[name].rows_between(start, stop).rows(scales, start, scratch)
             parameter = self._parameters[name]
             (parameter[start:stop] if parameter.ndim else parameter).copy_(rows.readapted)
 

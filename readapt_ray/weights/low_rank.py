@@ -47,7 +47,7 @@ _COST = 2.75
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stored:
+class FactorRecord:
     """A record of how the difference of one weight is stored."""
 
     name: str
@@ -96,7 +96,9 @@ class StoredDifference:
         for entry, stored in self._stored.items():
             suffix = next((each for each in (_A, _B, _WHOLE) if entry.endswith(each)), None)
             if suffix is None:
-                raise ModelError(f"{path} holds {entry!r}, which is no difference; make it again with merge --factors")
+                raise ModelError(
+                    f"{path} holds {entry!r}, which is not a stored difference; make it again with merge --factors"
+                )
             weight = entry.removesuffix(suffix)
             self._kinds[weight] = suffix
             due = base.shape(weight) if weight in base else ()
@@ -150,7 +152,7 @@ def write_difference(
     *,
     variance: float | None,
     report: Callable[[int], None],
-) -> list[Stored]:
+) -> list[FactorRecord]:
     """Write `tuned - pretrained` of all weights into one file; a killed call resumes when it is called again.
 
     Args:
@@ -169,13 +171,13 @@ def write_difference(
     """
     record = Location(f"{target.uri}.json")
     if target.is_file() and record.is_file():
-        return [Stored(**{**each, "shape": tuple(each["shape"])}) for each in json.loads(record.read_text())]
+        return [FactorRecord(**{**each, "shape": tuple(each["shape"])}) for each in json.loads(record.read_text())]
     parts = Location(f"{target.uri}.parts")
     names = [name for name in pretrained.names() if name in tuned]
     largest = max(4 * math.prod(pretrained.shape(name)) for name in names)
     budget = Budget(3 * largest)
 
-    def decompose(name: str) -> Stored:
+    def decompose(name: str) -> FactorRecord:
         with budget.use(round(_COST * 4 * math.prod(pretrained.shape(name)))):
             return _finished(parts, name) or _decomposed(pretrained, tuned, name, variance, parts)
 
@@ -198,26 +200,26 @@ def write_difference(
     return stored
 
 
-def _finished(parts: Location, name: str) -> Stored | None:
+def _finished(parts: Location, name: str) -> FactorRecord | None:
     record = parts / f"{name}.json"
     if not record.is_file():
         return None
     values = json.loads(record.read_text())
-    return Stored(**{**values, "shape": tuple(values["shape"])})
+    return FactorRecord(**{**values, "shape": tuple(values["shape"])})
 
 
 def _decomposed(
     pretrained: Checkpoint, tuned: DeltaSource, name: str, variance: float | None, parts: Location
-) -> Stored:
+) -> FactorRecord:
     """Decompose one weight; write its factors, then its record."""
     shape = pretrained.shape(name)
     changed = False
     for rows in _difference(pretrained, tuned, name):  # no early exit: find NaN in any row before hours are spent
         changed = bool(rows.any()) or changed
     if not changed:
-        stored = Stored(name=name, shape=shape, rank=0, variance=1.0)
+        stored = FactorRecord(name=name, shape=shape, rank=0, variance=1.0)
     elif variance is None or len(shape) != 2:
-        stored = Stored(name=name, shape=shape, rank=None, variance=1.0)
+        stored = FactorRecord(name=name, shape=shape, rank=None, variance=1.0)
     else:
         difference_OI, first = torch.empty(shape), 0
         for rows in _difference(pretrained, tuned, name):
@@ -225,12 +227,12 @@ def _decomposed(
             first += len(rows)
         found = truncated_svd(difference_OI, variance, seed=zlib.crc32(name.encode()))
         if found is None:
-            stored = Stored(name=name, shape=shape, rank=None, variance=1.0)
+            stored = FactorRecord(name=name, shape=shape, rank=None, variance=1.0)
         else:
             B_Or, A_rI, reached = found
             content = b"".join(each.view(torch.uint8).numpy().tobytes() for each in (B_Or, A_rI))
             (parts / f"{name}.factors").write_bytes(content)
-            stored = Stored(name=name, shape=shape, rank=A_rI.shape[0], variance=reached)
+            stored = FactorRecord(name=name, shape=shape, rank=A_rI.shape[0], variance=reached)
     (parts / f"{name}.json").write_text(json.dumps(asdict(stored)))
     return stored
 

@@ -85,7 +85,7 @@ class TensorTerms:
     """The pretrained rows of one tensor, and the changes that a merge adds to them."""
 
     name: str
-    start: torch.Tensor
+    pretrained_rows: torch.Tensor
     """The pretrained rows, or the retriever's if only the retriever has them (a pooler, new words)."""
     terms: tuple[Term | None, ...]
     """The change by the retriever, then by each knowledge adapter; None if it does not change the tensor."""
@@ -107,30 +107,30 @@ class TensorTerms:
         scratch = scratch or ScratchBuffers()
         retriever, *knowledge = zip(self.terms, scales.of(self.name), strict=True)
         for term, _ in (retriever, *knowledge):
-            if term is not None and not isinstance(term, Factors) and term.rows.shape != self.start.shape:
-                shapes = list(self.start.shape), list(term.rows.shape)
+            if term is not None and not isinstance(term, Factors) and term.rows.shape != self.pretrained_rows.shape:
+                shapes = list(self.pretrained_rows.shape), list(term.rows.shape)
                 raise WeightMismatchError(f"{self.name!r} has the shapes {shapes[0]} and {shapes[1]}, not one")
-        pretrained = scratch.float32("pretrained", self.start)
+        pretrained = scratch.float32("pretrained", self.pretrained_rows)
         if isinstance(retriever[0], Whole) and retriever[1] == 1:
             total = scratch.float32("total", retriever[0].rows)
         else:
-            total = scratch.float32("total", self.start)
+            total = scratch.float32("total", self.pretrained_rows)
             _add(retriever, total, pretrained, first_row, scratch)
-        laid = [each for each in knowledge if each[0] is not None and each[1] != 0]
-        retrieval = scratch.float32("retrieval", total) if laid else total
-        for each in laid:
+        active = [each for each in knowledge if each[0] is not None and each[1] != 0]
+        retrieval = scratch.float32("retrieval", total) if active else total
+        for each in active:
             _add(each, total, pretrained, first_row, scratch)
         return TensorRows(readapted=total, pretrained=pretrained, retrieval=retrieval)
 
-    def cut(self, start: int, stop: int) -> "TensorTerms":
+    def rows_between(self, start: int, stop: int) -> "TensorTerms":
         """Return the terms of rows `start` to `stop`; `self` must hold the whole tensor."""
-        if not self.start.ndim:
+        if not self.pretrained_rows.ndim:
             return self
         terms = tuple(
             each if each is None or isinstance(each, Factors) else replace(each, rows=each.rows[start:stop])
             for each in self.terms
         )
-        return TensorTerms(name=self.name, start=self.start[start:stop], terms=terms)
+        return TensorTerms(name=self.name, pretrained_rows=self.pretrained_rows[start:stop], terms=terms)
 
     def with_unchanged(self, rows: torch.Tensor) -> "TensorTerms":
         """Return these terms with more rows appended, which no scale changes (new vocabulary)."""
@@ -141,7 +141,7 @@ class TensorTerms:
             else:
                 more = rows if isinstance(each, Whole) else torch.zeros_like(rows)
                 terms.append(replace(each, rows=torch.cat([each.rows, more])))
-        return TensorTerms(name=self.name, start=torch.cat([self.start, rows]), terms=tuple(terms))
+        return TensorTerms(name=self.name, pretrained_rows=torch.cat([self.pretrained_rows, rows]), terms=tuple(terms))
 
 
 def _add(
@@ -208,13 +208,13 @@ class Readapter:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a readapted tensor."""
-        return self._leading(name).shape(name)
+        return self._checkpoint_of(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type that the retriever stores a tensor in; for an adapter, the type of its base weight."""
         if isinstance(self.retriever, StoredDifference) and name in self.retriever.dtypes:
             return self.retriever.dtypes[name]
-        return self._leading(name).dtype(name)
+        return self._checkpoint_of(name).dtype(name)
 
     def slices(self, name: str, num_elements: int | None = None) -> Iterator[tuple[int, int]]:
         """Yield first row and end (exclusive) of each slice of a tensor; the same slices for any number of workers.
@@ -272,27 +272,29 @@ class Readapter:
         if 0 < shared < num_rows:
             alone = self._terms_of_rows(name, shared, num_rows, ScratchBuffers())
             self._check_finite(alone)
-            whole = whole.with_unchanged(alone.start)
+            whole = whole.with_unchanged(alone.pretrained_rows)
         terms = tuple(
             each.to(device) if isinstance(each, Factors) else each and replace(each, rows=each.rows.to(device))
             for each in whole.terms
         )
-        return TensorTerms(name=name, start=whole.start.to(device), terms=terms)
+        return TensorTerms(name=name, pretrained_rows=whole.pretrained_rows.to(device), terms=terms)
 
     def _terms_of_rows(self, name: str, start: int, stop: int, scratch: ScratchBuffers) -> TensorTerms:
         """Read the terms of rows, which must be entirely inside or entirely outside the pretrained vocabulary."""
         sources = (self.retriever, *self.knowledge)
         if start >= self._shared_rows(name):
-            alone = self._leading(name).read(name, start, stop, scratch, "start")
-            return TensorTerms(name=name, start=alone, terms=(None,) * len(sources))
+            alone = self._checkpoint_of(name).read(name, start, stop, scratch, "start")
+            return TensorTerms(name=name, pretrained_rows=alone, terms=(None,) * len(sources))
         terms = tuple(
             source.term(name, start, stop, scratch, f"term {number}") if name in source else None
             for number, source in enumerate(sources)
         )
-        return TensorTerms(name=name, start=self.pretrained.read(name, start, stop, scratch, "start"), terms=terms)
+        return TensorTerms(
+            name=name, pretrained_rows=self.pretrained.read(name, start, stop, scratch, "start"), terms=terms
+        )
 
     def _check_finite(self, tensor_terms: TensorTerms) -> None:
-        tensors = [tensor_terms.start]
+        tensors = [tensor_terms.pretrained_rows]
         tensors += [each.rows for each in tensor_terms.terms if each is not None and not isinstance(each, Factors)]
         holders = [self.pretrained if tensor_terms.name in self.pretrained else self.retriever]
         holders += [
@@ -313,14 +315,14 @@ class Readapter:
         shape = self.pretrained.shape(name)
         return shape[0] if shape else 1
 
-    def _leading(self, name: str) -> Checkpoint:
+    def _checkpoint_of(self, name: str) -> Checkpoint:
         return self.retriever if isinstance(self.retriever, Checkpoint) and name in self.retriever else self.pretrained
 
 
 def _all_enter(tensor_terms: TensorTerms, scales: Scales) -> bool:
     """Return whether every input contributes to the sum."""
-    laid = list(zip(tensor_terms.terms, scales.of(tensor_terms.name), strict=True))
-    if any(term is not None and scale == 0 for term, scale in laid):
+    scaled = list(zip(tensor_terms.terms, scales.of(tensor_terms.name), strict=True))
+    if any(term is not None and scale == 0 for term, scale in scaled):
         return False
     begins_at_retriever = isinstance(tensor_terms.terms[0], Whole) and scales.readapter == 1
     return not begins_at_retriever or any(term is not None and term.reads_weight for term in tensor_terms.terms[1:])

@@ -11,7 +11,7 @@ from readapt_ray.artifacts import read_manifest
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
-from readapt_ray.weights.low_rank import Stored
+from readapt_ray.weights.low_rank import FactorRecord
 from readapt_ray.weights.model_files import prompts
 from readapt_ray.weights.provenance import MergeInput
 
@@ -175,7 +175,7 @@ def _limits(encoding: Encoding) -> list[str]:
     return notes
 
 
-def truncation_note(stored: Sequence[Stored]) -> list[str]:
+def truncation_note(stored: Sequence[FactorRecord]) -> list[str]:
     """Return a note on how much of the retriever's difference its truncated SVD holds; empty without truncation."""
     factored = [each for each in stored if each.rank]
     if not factored:

@@ -12,7 +12,7 @@ from typing import Any
 
 from readapt_ray.artifact_files import STAGE_FILES, split_by_owner
 from readapt_ray.catalog import models
-from readapt_ray.catalog.fetching import Advice, asked_again
+from readapt_ray.catalog.fetching import Advice, with_retries
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import CONTRACT_NAME
 from readapt_ray.storage import Location
@@ -63,7 +63,7 @@ def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -
     """
     local = models.open_model(folder.uri).folder
     card = (folder / CARD_NAME).read_text().replace(NAME_IN_CARD, repo_id)
-    address = asked_again(
+    address = with_retries(
         f"the model to {repo_id} on the hub",
         lambda: _commit(local, card, repo_id, is_public=is_public, fingerprint=fingerprint),
         verb="send",

@@ -112,6 +112,6 @@ def _read_back(tokenizer: Any, encoding: Encoding, edges: tuple[str | None, str 
         made = again(probe)["input_ids"]
         if made != wanted:
             raise ModelError(
-                f"the exported tokenizer makes the ids {made} of {probe!r} where {wanted} are due (add_bos="
+                f"the exported tokenizer makes the ids {made} of {probe!r} where {wanted} are expected (add_bos="
                 f"{encoding.add_bos}, add_eos={encoding.add_eos}); its class {type(again).__name__} overrides tokenizer.json"
             )

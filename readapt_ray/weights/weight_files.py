@@ -151,7 +151,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def check_not_empty(stored: Mapping[str, StoredTensor], what: str) -> None:
+def refuse_empty_tensors(stored: Mapping[str, StoredTensor], what: str) -> None:
     """Refuse empty tensors, which a ZeRO-3 worker leaves if it saves a model without gathering its weights.
 
     Args:
@@ -207,7 +207,7 @@ class Checkpoint:
         self.folder = folder
         self.name = name or str(folder)
         stored = stored_tensors(folder, self.name)
-        check_not_empty(stored, f"the model {self.name!r}")
+        refuse_empty_tensors(stored, f"the model {self.name!r}")
         self.heads = tuple(sorted(each for each in stored if _HEAD.match(each)))
         backbone = [each for each in stored if not _HEAD.match(each)]
         prefix = base_prefix(backbone)
@@ -251,7 +251,7 @@ class Checkpoint:
         """Read rows of a tuned weight, in the form from which a merge computes the change."""
         return Whole(rows=self.read(name, start, stop, scratch, role))
 
-    def match(self, stored_name: str) -> str | None:
+    def weight_named(self, stored_name: str) -> str | None:
         """Return our name of a tensor that another file may store with a base prefix (`model.`); None if unknown."""
         candidates = [stored_name, *(stored_name.removeprefix(prefix) for prefix in _BASE_PREFIXES)]
         return next((each for each in map(modern_name, candidates) if each in self._tensors), None)
@@ -272,7 +272,7 @@ def by_weight(name: str, stored: StoredTensor, table: NameTable) -> dict[str, St
     count = len(weights)
     if stored.shape and stored.shape[0] % count:
         raise ModelError(
-            f"{stored.path} holds {stored.stored_name!r} with {stored.shape[0]} rows, and {count} weights of equal size are due "
+            f"{stored.path} holds {stored.stored_name!r} with {stored.shape[0]} rows, and {count} weights of equal size are expected "
             f"in it ({', '.join(weights)}); fetch the model again"
         )
     num_bytes = stored.num_bytes // count

@@ -60,7 +60,7 @@ def test_layers_that_do_not_follow_each_other_are_refused(folder):
 
 def test_weights_of_another_shape_are_refused(folder):
     model = _write(folder, {"out_features": 8})
-    with pytest.raises(ModelError, match=r"\[16, 32\].*where .*\[8, 32\].* are due"):
+    with pytest.raises(ModelError, match=r"\[16, 32\].*where .*\[8, 32\].* are expected"):
         load_dense(model, device="cpu")
 
 

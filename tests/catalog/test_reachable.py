@@ -97,5 +97,5 @@ def test_a_folder_that_is_no_model_leaves_a_catalog_name_to_the_hub(
     seen = tmp_path / "seen"
     seen.mkdir()
     (seen / "config.json").write_text("{}")
-    monkeypatch.setattr("readapt_ray.catalog.fetching.seen_on_hub", lambda plain, target, revision: (seen, 7))
+    monkeypatch.setattr("readapt_ray.catalog.fetching.check_on_hub", lambda plain, target, revision: (seen, 7))
     assert check_reachable("e5-mistral") == 7

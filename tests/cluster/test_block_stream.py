@@ -16,12 +16,12 @@ from readapt_ray.storage import Location
 from readapt_ray.training import blocks
 from readapt_ray.training.blocks import RowGroups
 from readapt_ray.training.checkpoints import CheckpointWriter, DataOrder
-from readapt_ray.training.shares import Cutting, Share
+from readapt_ray.training.shares import BatchSettings, Share
 from tests.training.reading import read_shares
 from tests.training.test_blocks import order_of, write_blocks
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-CUTTING = Cutting(pad_id=0, micro_batch_tokens=64)
+SETTINGS = BatchSettings(pad_id=0, micro_batch_tokens=64)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def test_each_worker_gets_its_own_shares_in_order(
     row_groups: RowGroups, tmp_path: Path, num_workers: int, first_step: int
 ) -> None:
     data_order = order_of(row_groups)
-    stream = BlockStream(row_groups, data_order, CUTTING, checkpoint_at(tmp_path, data_order, first_step))
+    stream = BlockStream(row_groups, data_order, SETTINGS, checkpoint_at(tmp_path, data_order, first_step))
     for rank, got in enumerate(streamed(stream, num_workers)):
-        due = list(read_shares(row_groups, data_order, CUTTING, first_step, of=(rank, num_workers)))
+        due = list(read_shares(row_groups, data_order, SETTINGS, first_step, of=(rank, num_workers)))
         assert [(share.step, share.worker_rank) for share in got] == [(share.step, rank) for share in due]
         assert len(got) == data_order.num_steps - first_step
         assert all(list(one.first_passages) == list(other.first_passages) for one, other in zip(got, due, strict=True))
@@ -87,7 +87,7 @@ def test_a_worker_gets_an_nth_of_the_bytes_and_blocks_are_read_once_for_all(
         """Tokens that each worker gets in an epoch."""
         tokens = [0] * num_workers
         for piece in blocks.pieces(row_groups, data_order, 0):
-            for row in block_stream.rows_of(row_groups, piece, data_order.batch_size, CUTTING, num_workers):
+            for row in block_stream.rows_of(row_groups, piece, data_order.batch_size, SETTINGS, num_workers):
                 for share in block_stream.decode_shares(row):
                     tokens[share.worker_rank] += sum(part.input_ids.shape[1] for part, _ in share.parts)
         return tokens
@@ -102,13 +102,13 @@ def test_a_worker_gets_an_nth_of_the_bytes_and_blocks_are_read_once_for_all(
 
 def test_a_finished_run_has_no_shares_left(row_groups: RowGroups, tmp_path: Path) -> None:
     data_order = order_of(row_groups)
-    stream = BlockStream(row_groups, data_order, CUTTING, checkpoint_at(tmp_path, data_order, data_order.num_steps))
+    stream = BlockStream(row_groups, data_order, SETTINGS, checkpoint_at(tmp_path, data_order, data_order.num_steps))
     assert streamed(stream, 2) == [[], []]
 
 
 def test_a_file_that_is_gone_comes_out_as_our_error(tmp_path: Path) -> None:
     row_groups = write_blocks(tmp_path / "b", num_files=2)
-    stream = BlockStream(row_groups, order_of(row_groups), CUTTING, Location(str(tmp_path / "none")))
+    stream = BlockStream(row_groups, order_of(row_groups), SETTINGS, Location(str(tmp_path / "none")))
     (tmp_path / "b" / "part-00001.parquet").unlink()
     with pytest.raises(ray.exceptions.RayError) as raised:
         streamed(stream, 1)

@@ -307,7 +307,9 @@ def test_nodes_that_do_not_come_are_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(connection, "_WAIT_POLL_S", 0.01)
     monkeypatch.setenv("READAPT_WAIT_S", "0.1")
     started_s = time.monotonic()
-    with pytest.raises(PlacementError, match=r"READAPT_NUM_NODES asks for 3 nodes, .* has 1 node with 4 CPU.*ask for fewer"):
+    with pytest.raises(
+        PlacementError, match=r"READAPT_NUM_NODES asks for 3 nodes, .* has 1 node with 4 CPU.*ask for fewer"
+    ):
         connection._nodes_that_came(3)
     assert time.monotonic() - started_s < 5
 
@@ -317,7 +319,7 @@ def test_a_cluster_of_a_head_without_cpus_is_an_error_within_a_minute(monkeypatc
     monkeypatch.setattr(connection, "_WAIT_POLL_S", 0.01)
     assert connection._FIRST_NODE_S < 60
     monkeypatch.setattr(connection, "_FIRST_NODE_S", 0.1)
-    with pytest.raises(PlacementError, match="need a node with CPUs, .* 1 node with nothing for tasks; start one"):
+    with pytest.raises(PlacementError, match=r"need a node with CPUs, .* 1 node with nothing for tasks; start one"):
         connection._nodes_that_came(1)
 
 

@@ -18,7 +18,7 @@ from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_files import ShardRecord, read_ids
 from readapt_ray.retrieval.index_shard import DELETED
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_ledger import Origin, files_and_origins
+from readapt_ray.retrieval.shard_ledger import Origin, counts_and_origins
 from readapt_ray.retrieval.unread_parts import EarlierVectors, to_read
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.index import IndexConfig, index
@@ -193,8 +193,8 @@ def test_after_random_changes_every_passage_has_its_vector_once(
         assert indexed(indexed_again(tmp_path / str(step), tmp_path / str(step - 1))) == {
             each.doc_id: content_hash(each.title, each.text) for each in now
         }
-        known_files, origins = files_and_origins(made.location)
-        assert known_files.keys() == origins.keys() and all(each.sources for each in origins.values())
+        counts, origins = counts_and_origins(made.location)
+        assert counts.keys() == origins.keys() and all(each.sources for each in origins.values())
     assert min(len(parts) for parts, _ in read) < 6
     assert len(by_changes) == 5 and by_changes[0]
 
@@ -209,7 +209,7 @@ def test_everything_is_read_where_a_file_does_not_say_where_its_passages_are(tmp
     def read(digests: tuple[str, str, str], earlier: EarlierVectors = earlier) -> tuple[str, str, set[str]]:
         found = to_read(passages, dict(zip("abc", digests, strict=True)), earlier)
         both = ("".join(name for name, _ in each.counts) for each in (found.passages, found.earlier))
-        return (*both, set(found.whole))
+        return (*both, set(found.unchanged_files))
 
     assert read(("A", "B", "C")) == ("", "", {"v", "w"})
     assert read(("A", "B", "X")) == ("bc", "w", {"v"}), "passages of b have vectors in the file of c"

@@ -16,7 +16,7 @@ from readapt_ray.cluster.placement import Placement
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.footers import named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_ledger import ShardLedger, known_files
+from readapt_ray.retrieval.shard_ledger import ShardLedger, file_counts
 from readapt_ray.retrieval.shard_plan import DataShard, files_to_keep, plan_rest, plan_shards
 from readapt_ray.retrieval.unread_parts import EarlierVectors, ToRead
 from readapt_ray.storage import Location
@@ -49,7 +49,7 @@ def embedded(
     if earlier is not None:
         before = opened(earlier / "out/vectors")
         joined = digest_join.join_digests(rows, before, job.output / "join")
-        there = EarlierVectors(before, known_files(Location(str(earlier / "out"))), {})
+        there = EarlierVectors(before, file_counts(Location(str(earlier / "out"))), {})
         shards, matches = planned(joined, ToRead(rows, before, frozenset()), there, {}, ROWS)
         job = replace(job, earlier=before, matches=matches, dimension=job.encoder.get("dimension", 32))
     ledger = shard_runner.encode_shards(shards, job, Placement(None, None), lambda *_: None)

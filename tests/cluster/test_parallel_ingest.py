@@ -261,7 +261,7 @@ def test_near_duplicates_of_any_cut_are_those_of_one_process(tmp_path, no_ray, m
     monkeypatch.setattr(near_pieces, "_CHUNK_ROWS", draw.choice([10, 1000]))
     small = draw.choice([1, 3, 16])
     monkeypatch.setattr(near_pieces, "_SMALL_BUCKET", small)
-    monkeypatch.setattr(near_pieces, "_MOST_ALIKE", 1 if small == 1 else draw.choice([1, 3, 8]))
+    monkeypatch.setattr(near_pieces, "_MAX_SIMILAR", 1 if small == 1 else draw.choice([1, 3, 8]))
     monkeypatch.setattr(near_pieces, "_BLOCK", draw.choice([2, 256]))
     options = {"deduplicate": "near", "near_threshold": draw.choice([0.4, 0.6, 0.8, 0.9]), "rows_per_file": 1000}
     rounds = []

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, nearest, objection
+from readapt_ray.evaluation.bridge_recall import BridgeQueries, measure_bridge, nearest, objection
 from readapt_ray.retrieval.neighbours import overlaps
 from readapt_ray.retrieval.query_maps import QueryMap
 
@@ -25,7 +25,7 @@ def test_a_bridge_that_is_the_identity_finds_all_and_beats_old_queries_that_are_
     passages, queries = random.normal(size=(2, 200, 8)).astype(np.float32)
     noise = random.normal(size=(200, 8)).astype(np.float32)
     found = measure_bridge(
-        QueryMap("orthogonal", np.eye(8, dtype=np.float32)), Asked(queries, noise), passages, passages
+        QueryMap("orthogonal", np.eye(8, dtype=np.float32)), BridgeQueries(queries, noise), passages, passages
     )
     assert (found["num_queries"], found["bridged"]) == (200, {"mean": 1.0, "interval": [1.0, 1.0]})
     low, high = found["difference"]["interval"]

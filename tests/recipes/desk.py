@@ -35,7 +35,7 @@ class Desk:
         self.is_judged, self.num_passages = True, 60
         monkeypatch.setattr(running, "run_stage", self._stage)
         monkeypatch.setattr(running, "_leaves_gpus_idle", lambda _: False)
-        monkeypatch.setattr(cli, "_tell", lambda _: None)
+        monkeypatch.setattr(cli, "_print_result", lambda _: None)
 
     def run(self, *arguments: str, **values: Any) -> int:
         """`readapt run` with these arguments, on the run file changed so."""

@@ -438,8 +438,8 @@ def test_the_memory_of_each_stage_is_checked_where_it_will_run(
 def test_a_worker_has_a_part_of_the_memory_of_its_node(
     nodes: list[tuple[int, int]], num_workers: int, num_cpus: int, share: int
 ) -> None:
-    place = memory_checks._Place("cpu", tuple(memory_checks._Node(*each) for each in nodes), "the nodes have")
-    assert place.share(num_workers, num_cpus) == share
+    machines = memory_checks._Machines("cpu", tuple(memory_checks._Node(*each) for each in nodes), "the nodes have")
+    assert machines.share(num_workers, num_cpus) == share
 
 
 def test_a_node_without_cpus_has_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -447,14 +447,14 @@ def test_a_node_without_cpus_has_no_worker(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(memory_checks.connection, "connect", lambda: Resources(6, 0, 3))
     monkeypatch.setattr(memory_checks.nodes, "alive", lambda: [{"Resources": each} for each in resources])
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-    place = memory_checks._place()
-    assert place is not None
-    assert (place.nodes, place.num_cpus) == (((2, 30), (4, 70)), 6)
+    machines = memory_checks._machines()
+    assert machines is not None
+    assert (machines.nodes, machines.num_cpus) == (((2, 30), (4, 70)), 6)
     with pytest.raises(
         PlacementError,
         match=r"would need about 6 x 16 bytes, and the nodes of the cluster have 30 bytes and 70 bytes; ",
     ):
-        place.refuse("work", 6, 16, "take more")
+        machines.refuse("work", 6, 16, "take more")
 
 
 @pytest.mark.parametrize("known_by", ["option", "autoscaler", "cluster", "this machine"])
@@ -473,7 +473,7 @@ def test_a_batch_that_cannot_feed_all_workers_is_refused_before_any_stage(
     elif known_by == "cluster":
         monkeypatch.setenv("RAY_ADDRESS", "auto")
         monkeypatch.setattr(placement, "num_training_workers", lambda asked, _: asked or 8)
-        monkeypatch.setattr(memory_checks, "_place", lambda: None)
+        monkeypatch.setattr(memory_checks, "_machines", lambda: None)
     else:
         monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert desk.run(*options) == 2

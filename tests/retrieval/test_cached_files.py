@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 NEAR = """import sys
 from readapt_ray.retrieval import cached_files
 from readapt_ray.storage import Location
-print(cached_files.near(Location(sys.argv[1]), sys.argv[2]), flush=True)
+print(cached_files.local_copy(Location(sys.argv[1]), sys.argv[2]), flush=True)
 sys.stdin.read()
 """
 IDS = [str(row) for row in range(60)]
@@ -112,7 +112,7 @@ def test_only_what_is_mapped_is_held_open(
     IndexSlice(folder, records)
     assert {each.name for each in cache_entries._in_use} == {each.index_sha256[:32] for each in records}
     monkeypatch.setattr("readapt_ray.retrieval.index_files.near", lambda *_, **__: Location(str(cache / "gone")))
-    assert read_ids(folder, records[0], is_kept=True)[0].tolist() == IDS[:20]
+    assert read_ids(folder, records[0], use_cache=True)[0].tolist() == IDS[:20]
 
 
 def test_slices_that_want_a_shard_at_once_load_it_once(
@@ -216,16 +216,16 @@ def test_the_cache_holds_what_it_may_and_what_processes_map_stays(
         assert process.stdout is not None
         mapped = Path(process.stdout.readline().strip())
         os.utime(mapped.parent.with_suffix(".use"), (0, 0))
-        unused = cached_files.near(*second).local_path
+        unused = cached_files.local_copy(*second).local_path
         ended()
-        found = cached_files.near(*third)
+        found = cached_files.local_copy(*third)
         assert (mapped.exists(), unused.exists(), found.is_local) == (True, False, True)
-        assert cached_files.near(*second) == second[0]  # both others are in use
+        assert cached_files.local_copy(*second) == second[0]  # both others are in use
         assert "READAPT_CACHE_GB) the rest is in use" in caplog.text
         check(IndexSlice(folder, records))
         process.communicate()
     ended()
-    assert cached_files.near(*second) == Location(str(unused))
+    assert cached_files.local_copy(*second) == Location(str(unused))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.weights.domain_layers import DomainUse
-from readapt_ray.weights.domain_sources import check_domains, fetched, read_domains
+from readapt_ray.weights.domain_sources import check_domains, fetched_adapters, read_domains
 from tests import factories, families
 from tests.families import FAMILIES, Family
 from tests.retrieval.devices import OnCuda
@@ -77,7 +77,7 @@ def _open(folders, base, *, dtype="float32", max_bytes=1 << 30, packed=True, gpu
 
 
 def _load(encoder, source):
-    with fetched(source, encoder.base) as adapters:
+    with fetched_adapters(source, encoder.base) as adapters:
         for _ in encoder.load(source, adapters):
             pass
     return encoder.find(source)

@@ -154,7 +154,7 @@ def test_too_little_memory_halves_the_budget(models, passages, caplog):
     encoder.network.forward = small
     assert _cosines(_encode(encoder, passages), expected).min() > 0.999999
     assert 100 < encoder.batch_tokens <= 300 and sum(size > 300 for size in sizes) == 2
-    assert "out of memory with" in caplog.text and f"going on with {encoder.batch_tokens}" in caplog.text
+    assert "out of memory with" in caplog.text and f"continuing with {encoder.batch_tokens}" in caplog.text
     encoder.network.forward = lambda **_: (_ for _ in ()).throw(
         RuntimeError("DefaultCPUAllocator: can't allocate memory")
     )

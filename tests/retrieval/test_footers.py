@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from readapt_ray.retrieval.footers import at_once, named_footers, row_counts
+from readapt_ray.retrieval.footers import map_in_threads, named_footers, row_counts
 from readapt_ray.storage import Location
 
 
@@ -17,8 +17,8 @@ def test_what_waits_for_storage_waits_together() -> None:
         together.wait(timeout=10)
         return number
 
-    assert at_once(wait, range(8)) == list(range(8))
-    assert at_once(wait, []) == []
+    assert map_in_threads(wait, range(8)) == list(range(8))
+    assert map_in_threads(wait, []) == []
 
 
 def test_the_rows_of_files_stand_in_the_order_of_their_names(tmp_path: Path) -> None:

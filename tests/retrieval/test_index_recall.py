@@ -44,8 +44,8 @@ def test_the_least_depth_that_reaches_the_recall(kind):
     assert measured.recall_at_100 == pytest.approx(_recall_by_hand(index, vectors, 100), abs=0.05)
     again = faiss.deserialize_index(faiss.serialize_index(index))
     np.testing.assert_array_equal(again.search(vectors[:50], 10)[1], index.search(vectors[:50], 10)[1])
-    if measured.depth > {"nprobe": 1, "efSearch": 16}[made.depth]:
-        faiss.ParameterSpace().set_index_parameter(index, made.depth, measured.depth // 2)
+    if measured.depth > {"nprobe": 1, "efSearch": 16}[made.depth_parameter]:
+        faiss.ParameterSpace().set_index_parameter(index, made.depth_parameter, measured.depth // 2)
         assert min(_recall_by_hand(index, vectors, rank) for rank in (10, 100)) < 0.93
 
 
@@ -88,6 +88,6 @@ def test_what_finds_too_little_is_refused_and_says_what_to_raise(options, named)
 
 def test_few_vectors():
     vectors = _vectors(3)
-    exact = IndexSpec(factory="Flat", depth=None, is_exact=True)
+    exact = IndexSpec(factory="Flat", depth_parameter=None, is_exact=True)
     index = build_shard(exact.factory, 24, [(["a", "b", "c"], vectors)]).index
     assert calibrate(index, vectors, exact, IndexOptions()).recall_at_10 == 1.0

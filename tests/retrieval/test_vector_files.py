@@ -7,10 +7,10 @@ from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
 from readapt_ray.retrieval.vector_files import (
     RowRange,
-    cut,
+    cut_into_shards,
     iterate_vectors,
     read_footer,
-    stored_vectors,
+    to_stored_columns,
     write_stored,
     write_vectors,
 )
@@ -100,12 +100,12 @@ def test_a_range_of_rows(tmp_path, start, num_rows):
 
 
 def test_shards_are_cut_over_files():
-    assert cut([("a", 5), ("empty", 0), ("b", 3)], 4) == [
+    assert cut_into_shards([("a", 5), ("empty", 0), ("b", 3)], 4) == [
         [RowRange("a", 0, 4)],
         [RowRange("a", 4, 1), RowRange("b", 0, 3)],
     ]
-    assert cut([("a", 2), ("b", 2)], 10) == [[RowRange("a", 0, 2), RowRange("b", 0, 2)]]
-    assert cut([], 10) == []
+    assert cut_into_shards([("a", 2), ("b", 2)], 10) == [[RowRange("a", 0, 2), RowRange("b", 0, 2)]]
+    assert cut_into_shards([], 10) == []
 
 
 @pytest.mark.parametrize(("value", "state"), [(np.nan, "NaN"), (np.inf, "NaN or infinity"), (0.0, "is zero")])
@@ -165,8 +165,8 @@ def test_vectors_that_cannot_be_searched_are_left_out_up_to_a_bound(tmp_path, dt
     vectors[1, 2], vectors[3] = np.nan, 0
     location = Location(str(tmp_path)) / "x.parquet"
     with pytest.raises(CorpusError, match=r"'b' holds NaN .*2 of 4 passages are like it, and max_left_out = 1"):
-        stored_vectors(list("abcd"), vectors, dtype, max_left_out=1)
-    stored = stored_vectors(list("abcd"), vectors, dtype, max_left_out=2)
+        to_stored_columns(list("abcd"), vectors, dtype, max_left_out=1)
+    stored = to_stored_columns(list("abcd"), vectors, dtype, max_left_out=2)
     write_stored(location, list("abcd"), stored, pa.nulls(4, pa.binary(16)), metadata={"num_tokens": 7})
     footer = read_footer(location)
     assert (footer.num_rows, footer.left_out) == (2, ["b", "d"])

@@ -23,7 +23,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_shard import IndexShard, build_shard
 from readapt_ray.retrieval.shard_plan import packed_hashes
-from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
+from readapt_ray.retrieval.vector_files import to_stored_columns, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.serving.app import version_spec
 from readapt_ray.serving.doc_filter import DocFilter
@@ -318,7 +318,9 @@ def test_passages_of_a_corpus_that_was_split_anew_keep_their_old_vectors(world, 
     )
     embedding = Embedding(world, tmp_path / "new")
     ids = new["doc_id"].to_pylist()
-    its = stored_vectors(ids, embedding.encoder.encode(new["text"].to_pylist(), "passage", [""] * len(new)), "float32")
+    its = to_stored_columns(
+        ids, embedding.encoder.encode(new["text"].to_pylist(), "passage", [""] * len(new)), "float32"
+    )
     file = Location(str(tmp_path / "new/vectors/part-00000.parquet"))
     write_stored(file, ids, its, new["content_hash"].combine_chunks(), metadata={"encoder": embedding.description})
     with caplog.at_level(logging.WARNING, "ray.serve"):

@@ -46,7 +46,7 @@ def read(path, kind="auto", columns=(), keep=()):
 
 def passages(path, *args, **options):
     return [
-        (str(row.doc_id), row.title or "", row.text) if not isinstance(row, BadRow) else row.told
+        (str(row.doc_id), row.title or "", row.text) if not isinstance(row, BadRow) else row.message
         for row in read(path, *args, **options)
     ]
 

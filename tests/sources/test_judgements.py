@@ -194,7 +194,7 @@ def test_the_same_judgement_twice_counts_once(tmp_path):
         ("q.tsv", b"a\tx\nb\t \n", r"q.tsv:2 .*text is empty"),
         ("q.tsv", b"a\tx\nb\n", r"q.tsv:2 .*number of columns .*\(1, not 2\)"),
         ("q.tsv", b"a\tx\nb\t\xff\xfe\n", r"q.tsv:2 .*not UTF-8"),
-        ("q.tsv", b"a\n", "has 1 column and no line of names; give id and text"),
+        ("q.tsv", b"a\n", "has 1 column and no header line; give id and text"),
         (
             "q.csv",
             b"a,b\n",

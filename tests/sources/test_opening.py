@@ -315,7 +315,7 @@ def test_a_catalog_name_is_its_ir_datasets_collection(monkeypatch, tmp_path):
             r"no id column \(doc_id or _id or id .*\); its columns are text, k: .* --columns doc_id=COLUMN",
         ),
         ({"a.tsv": b"id\tname\na\tb\n"}, "auto", "a.tsv has no text column"),
-        ({"a.tsv": b"just text\n"}, "auto", "has 1 column and no line of names"),
+        ({"a.tsv": b"just text\n"}, "auto", "has 1 column and no header line"),
         ({"a.tsv": b"\n"}, "auto", "all empty"),
         ({"a.parquet": b"PAR1"}, "auto", "cannot be read as Parquet"),
         (

@@ -220,7 +220,7 @@ def test_pdf_without_its_extra_is_counted_or_refused(tmp_path, monkeypatch, capl
     monkeypatch.setattr("readapt_ray.sources.documents.has_pdf_reader", lambda: False)
     (tmp_path / "b.pdf").write_bytes(_pdf("x"))
     for place in (tmp_path, tmp_path / "b.pdf"):
-        with pytest.raises(InputError, match=r"holds PDF alone, which needs .*pip install 'readapt-ray\[pdf\]'"):
+        with pytest.raises(InputError, match=r"holds only PDF files, which needs .*pip install 'readapt-ray\[pdf\]'"):
             TextSource(Location(str(place)), ReadOptions()).check()
     (tmp_path / "c.md").write_text("text")
     source = TextSource(Location(str(tmp_path)), ReadOptions())

@@ -15,7 +15,7 @@ from readapt_ray.errors import (
     FingerprintMismatchError,
     InputError,
 )
-from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, objection
+from readapt_ray.evaluation.bridge_recall import BridgeQueries, measure_bridge, objection
 from readapt_ray.evaluation.runs import read_run
 from readapt_ray.python.retriever import Retriever
 from readapt_ray.retrieval.bridge import Bridge
@@ -239,7 +239,7 @@ def test_recall_is_that_of_a_corpus_of_which_the_sample_is_a_small_part(relation
     assert not set(parts.pool[parts.last]) & set(parts.fit) and not set(parts.pool[parts.choice]) & set(parts.fit)
     query_map, _ = stage._chosen_map(new[:size], old[:size], parts, seed=0)
     asked, pool = np.arange(300), np.arange(size, size + len(parts.pool))
-    rest = [Asked(new[pool + shift][:50], old[pool + shift][:50], asked[:50]) for shift in range(0, 9000, 1000)]
+    rest = [BridgeQueries(new[pool + shift][:50], old[pool + shift][:50], asked[:50]) for shift in range(0, 9000, 1000)]
     due = np.mean(
         [
             measure_bridge(query_map, each, new[pool + 1000 * number], old[pool + 1000 * number])["bridged"]["mean"]
@@ -248,7 +248,7 @@ def test_recall_is_that_of_a_corpus_of_which_the_sample_is_a_small_part(relation
     )
     measured = measure_bridge(
         query_map,
-        Asked(new[parts.pool[parts.last]], old[parts.pool[parts.last]], parts.last),
+        BridgeQueries(new[parts.pool[parts.last]], old[parts.pool[parts.last]], parts.last),
         new[parts.pool],
         old[parts.pool],
     )

@@ -25,7 +25,7 @@ from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_recall import set_depth
 from readapt_ray.retrieval.index_shard import merged
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
+from readapt_ray.retrieval.vector_files import to_stored_columns, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.index import IndexConfig, index
@@ -45,7 +45,7 @@ def vectors_artifact(folder, vectors, *, num_files=3, encoder=None, ids=None, dt
             location = workspace.location / "vectors" / f"part-{number:05d}.parquet"
             doc_ids = [names[row] for row in rows]
             hashes = pa.array([content_hash("", str(vectors[row].tolist())) for row in rows], pa.binary(16))
-            stored = stored_vectors(doc_ids, vectors[rows], dtype)
+            stored = to_stored_columns(doc_ids, vectors[rows], dtype)
             write_stored(location, doc_ids, stored, hashes, metadata={"encoder": encoder, "num_tokens": 0})
         workspace.counts["num_vectors"] = len(vectors)
         workspace.details |= {"encoder": encoder, "vector_dtype": dtype}

@@ -398,7 +398,7 @@ def test_kept_columns_stand_in_the_passages_with_their_types(tmp_path, caplog):
     assert list(second.values()) == [None, None, [], None, 2.0, None]
     assert (last["url"], last["year"]) == ("7", None)
     assert manifest.details["unfit_values"] == {"year": {"count": 1, "first": "c.jsonl:103: 'unknown'"}}
-    assert "1 values of the kept column 'year' are null, since they are no int64" in caplog.text
+    assert "1 values of the kept column 'year' are null, because they are not of type int64" in caplog.text
     again = _run(tmp_path / "out", tmp_path / "again", keep=list(names))
     assert pq.read_table(again.location.local_path / "passages") == table
 

@@ -94,7 +94,7 @@ def test_a_tuned_model_of_full_weights_stands_for_an_adapter(tmp_path, models):
 def test_a_retriever_is_not_taken_for_knowledge(tmp_path, models):
     _merge(models, tmp_path / "adapted")
     for given, what in ((models["retriever"], "the retriever"), (tmp_path / "adapted", "a model that merge made")):
-        said = f"the adapter .* is {what}, and its retrieval skill would be laid on twice"
+        said = f"the adapter .* is {what}, and its retrieval skill would be added twice"
         _refused(models | {"adapter": given}, tmp_path / "out", said, ModelError)
 
 

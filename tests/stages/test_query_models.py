@@ -127,7 +127,7 @@ def test_finetune_for_queries_alone_keeps_the_passages(world, ray_session):
         (
             lambda root: merge(_merge(root, "x", retriever=str(root / "for-queries"))),
             ModelError,
-            "is for queries alone, and its passages are encoded by .*retriever",
+            "is only for queries, and its passages are encoded by .*retriever",
         ),
         (
             lambda root: finetune(

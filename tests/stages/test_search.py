@@ -92,7 +92,7 @@ def test_queries_in_pieces_for_several_tasks_keep_their_order(world, monkeypatch
 def test_rounds_of_queries_give_one_run_and_read_footers_once(world, monkeypatch, source):
     root, passages, queries = world
     monkeypatch.setattr(query_vectors, "QUERIES_A_PIECE", 3)
-    monkeypatch.setattr(search_stage, "_HITS_A_ROUND", 30)
+    monkeypatch.setattr(search_stage, "_HITS_PER_ROUND", 30)
     read, open_vectors = [], search_pieces.open_vectors
     monkeypatch.setattr(search_pieces, "open_vectors", lambda artifact: read.append(artifact) or open_vectors(artifact))
     artifact = search(_config(root, f"rounds-{source}.trec", source))
@@ -103,7 +103,7 @@ def test_rounds_of_queries_give_one_run_and_read_footers_once(world, monkeypatch
 def test_query_vectors_are_held_for_some_queries_at_a_time(world, monkeypatch):
     root, passages, queries = world
     monkeypatch.setattr(query_vectors, "QUERIES_A_PIECE", 1)
-    monkeypatch.setattr(search_stage, "_HITS_A_ROUND", 20)
+    monkeypatch.setattr(search_stage, "_HITS_PER_ROUND", 20)
     artifact = search(_config(root, "whole.trec"))
     dimension = artifact.manifest.details["encoder"]["dimension"]
     held, encode = [], search_stage.encode_queries

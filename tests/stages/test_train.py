@@ -461,7 +461,7 @@ def test_rows_are_filled_with_a_token_that_the_model_has(packed: tuple[Path, Pat
     config = TrainConfig(pretrained="", corpus="", output="", objective="causal_lm")
     blocks = open_artifact(str(packed[1]), "pack").location / "blocks"
     stream = train_stage._stream(config, model, blocks, Location(str(tmp_path)))
-    assert stream._cutting.pad_id == model.tokenizer.eos_token_id
+    assert stream._batch_settings.pad_id == model.tokenizer.eos_token_id
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.records import content_hash
-from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
+from readapt_ray.retrieval.vector_files import to_stored_columns, write_stored
 
 DIMENSION = 16
 ENCODER = {"fingerprint": "e" * 32, "model": "tiny", "dimension": DIMENSION, "dtype": "float32", "encoding": {}}
@@ -60,7 +60,7 @@ def write(folder: Path, rows: Passages, *, num_files: int = 4, encoder: Any = EN
             own = range(number, len(names), num_files)
             doc_ids = [names[row] for row in own]
             hashes = [content_hash(rows[each]["title"], rows[each]["text"]) for each in doc_ids]
-            stored = stored_vectors(doc_ids, vectors[list(own)], dtype)
+            stored = to_stored_columns(doc_ids, vectors[list(own)], dtype)
             write_stored(location, doc_ids, stored, pa.array(hashes, pa.binary(16)), metadata={"encoder": encoder})
         workspace.counts["num_vectors"] = len(names)
         workspace.details |= {"encoder": encoder, "vector_dtype": dtype}

@@ -20,7 +20,7 @@ from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Batch, Block
-from readapt_ray.training.shares import Cutting, Share
+from readapt_ray.training.shares import BatchSettings, Share
 from readapt_ray.training.steps import PartReport, StepReport, StepWork, run_steps
 from tests.training.reading import read_shares
 
@@ -61,14 +61,14 @@ def worker(folder: Path, base: Path, attempt: Attempt, rank: int) -> None:
     dora.add_adapters(model, shape)
     row_groups = list_row_groups(Location(str(folder / "blocks")))
     data_order = DataOrder(num_units=row_groups.num_blocks, batch_size=12, num_epochs=attempt.num_epochs, seed=3)
-    cutting = Cutting(pad_id=0, micro_batch_tokens=64)
+    batch_settings = BatchSettings(pad_id=0, micro_batch_tokens=64)
     numbers = {tuple(each.input_ids): each.passage_numbers[0] for each in _passages(row_groups)}
     objective = _Recorded(
         LanguageModelling(
             model=model,
             data_order=data_order,
             batches=lambda first_step: read_shares(
-                row_groups, data_order, cutting, first_step, of=(rank, attempt.num_workers)
+                row_groups, data_order, batch_settings, first_step, of=(rank, attempt.num_workers)
             ),
             dtype=torch.float32,
         ),
@@ -174,7 +174,7 @@ class _Reporter:
     def part(self, report: PartReport) -> None:
         pass
 
-    def write_until(self, step: int) -> None:
+    def flush(self, step: int) -> None:
         pass
 
 

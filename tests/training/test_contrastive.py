@@ -118,7 +118,7 @@ def test_loss_and_gradients_equal_sentence_transformers(
         expected.backward()
     expected_gradients = gradients(model)
     if packed:
-        contrastive.pack(model, "m")
+        contrastive.install_packed_attention(model, "m")
         assert contrastive.is_packed(model)
     loss, num_parts = our_loss(model, pairs, micro_batch_tokens)
     assert (num_parts > 1) == (micro_batch_tokens == 30)
@@ -273,7 +273,7 @@ def test_no_step_takes_more_tokens_than_the_reader_says(tmp_path: Path, num_nega
     pairs = reader(tmp_path / "pairs", num_negatives)
     model = Transformer(str(factories.tiny_encoder(tmp_path / "m"))).auto_model
     if packed:
-        contrastive.pack(model, "m")
+        contrastive.install_packed_attention(model, "m")
     contrast = dataclasses.replace(contrast_of_vectors(both_directions=False), reader=pairs, model=model)
     contrast = dataclasses.replace(contrast, micro_batch_tokens=100_000)
     engine: Any = SimpleNamespace(num_workers=1, worker_rank=0, device=torch.device("cpu"))
@@ -310,7 +310,7 @@ def test_padding_carries_no_overflow_into_another_text(tmp_path, make, poison, p
 
     model = AutoModel.from_pretrained(str(make(tmp_path / "model"))).eval()
     if packed:
-        contrastive.pack(model, "m")
+        contrastive.install_packed_attention(model, "m")
     encoding = Encoding(pooling="mean", add_bos=True, add_eos=True)
     texts = [np.array(ids) for ids in ([20, 21, 22, 23, 24], [30, 31], [40])]
     with torch.no_grad():

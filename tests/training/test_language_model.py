@@ -11,13 +11,13 @@ from readapt_ray.errors import ModelError
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Block
-from readapt_ray.training.shares import Cutting
+from readapt_ray.training.shares import BatchSettings
 
 
 @pytest.mark.parametrize("highest", [63, 64])
 def test_an_id_that_the_model_does_not_know_is_named(highest: int) -> None:
     block = Block(np.array([1, highest, 2], np.int32), (3,), (0,))
-    (share,) = Cutting(pad_id=2, micro_batch_tokens=16).shares([block], 1, step=0)
+    (share,) = BatchSettings(pad_id=2, micro_batch_tokens=16).shares([block], 1, step=0)
     objective = LanguageModelling(
         model=SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(64, 4)),
         data_order=DataOrder(num_units=1, batch_size=1, num_epochs=1, seed=0),

@@ -101,8 +101,8 @@ def test_what_would_fit_is_named_with_its_bytes() -> None:
             PlacementError, match=rf"Lower micro_batch_tokens, {named}.* true, which needs .* GB, raise"
         ):
             memory.check_fits(HEADED, setup(), free_bytes=size)
-    assert memory.what_fits(HEADED, setup(), sizes[-1] - 1) == ""
-    assert memory.what_fits(HEADED, replace(setup(), adapter=None), sizes[0]) == ""
+    assert memory.advice_that_fits(HEADED, setup(), sizes[-1] - 1) == ""
+    assert memory.advice_that_fits(HEADED, replace(setup(), adapter=None), sizes[0]) == ""
 
 
 def test_workers_share_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from readapt_ray.nn import attention
 from readapt_ray.training import adapted_output, dora, objectives, packing
 from readapt_ray.training.compiling import layers_of
 from readapt_ray.training.packing import IGNORED, Block, Masking
-from readapt_ray.training.trainable import spend_less
+from readapt_ray.training.trainable import reduce_memory
 from tests import factories, flash_kernel
 
 VOCAB = 150
@@ -171,7 +171,7 @@ def test_compiled_layers_have_graphs_for_all_lengths_and_no_breaks(
         expected = taken()
         torch.compiler.reset()
         monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_by, compiled))
-        spend_less(model, gradient_checkpointing=recompute, compile_layers=True, zero_stage=0)
+        reduce_memory(model, gradient_checkpointing=recompute, compile_layers=True, zero_stage=0)
         ours = taken()
     assert all(layer._compiled_call_impl is not None for layer in layers_of(model))
     assert num_graphs[-1] == num_graphs[-3] <= 3  # the first layer's input needs no gradient, that of the others does

@@ -10,7 +10,7 @@ import torch
 
 from readapt_ray.training import packing
 from readapt_ray.training.packing import IGNORED, Batch, Block, Masking
-from readapt_ray.training.shares import Cutting, Share, shares_to_table, table_to_shares
+from readapt_ray.training.shares import BatchSettings, Share, shares_to_table, table_to_shares
 
 MASKING = Masking(mask_id=1, vocab_size=1000, seed=3)
 
@@ -29,9 +29,9 @@ def targets(share: Share) -> list[int]:
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 7])
 def test_workers_share_every_target_and_know_the_whole_step(num_workers: int, masking: Masking | None) -> None:
     blocks = blocks_of(60)
-    cutting = Cutting(pad_id=0, micro_batch_tokens=64, masking=masking)
-    (alone,) = cutting.shares(blocks, 1, step=5)
-    shares = cutting.shares(blocks, num_workers, step=5)
+    batch_settings = BatchSettings(pad_id=0, micro_batch_tokens=64, masking=masking)
+    (alone,) = batch_settings.shares(blocks, 1, step=5)
+    shares = batch_settings.shares(blocks, num_workers, step=5)
     assert [share.worker_rank for share in shares] == list(range(num_workers))
     assert Counter(label for share in shares for label in targets(share)) == Counter(targets(alone))
     assert {len(share.parts) for share in shares} == {shares[0].num_parts}
@@ -47,15 +47,15 @@ def test_workers_share_every_target_and_know_the_whole_step(num_workers: int, ma
 
 
 def test_a_worker_without_a_passage_repeats_one_at_no_weight() -> None:
-    idle = Cutting(pad_id=0, micro_batch_tokens=64).shares(blocks_of(2), 3, step=0)[2]
+    idle = BatchSettings(pad_id=0, micro_batch_tokens=64).shares(blocks_of(2), 3, step=0)[2]
     assert [weight for _, weight in idle.parts] == [0.0]
     assert idle.num_own == 0
 
 
 @pytest.mark.parametrize("masking", [None, MASKING])
 def test_shares_travel_whole(masking: Masking | None) -> None:
-    cutting = Cutting(pad_id=0, micro_batch_tokens=64, masking=masking)
-    sent = [cutting.shares(blocks_of(num), 3, step)[2] for step, num in enumerate((40, 2, 17))]
+    batch_settings = BatchSettings(pad_id=0, micro_batch_tokens=64, masking=masking)
+    sent = [batch_settings.shares(blocks_of(num), 3, step)[2] for step, num in enumerate((40, 2, 17))]
     for one, other in zip(sent, table_to_shares(shares_to_table(sent)), strict=True):
         told, heard = ({**vars(share), "rows": None, "first_passages": None} for share in (one, other))
         assert told == heard

@@ -180,7 +180,7 @@ def test_worker_0_reports_from_inside_a_step_from_the_loss_of_the_first_micro_ba
     )
     for worker_rank in (1, 0):
         engine: Any = SimpleNamespace(worker_rank=worker_rank, device=torch.device("cpu"))
-        watched = steps._watched(work, engine, reporter, report, is_first=is_first)
+        watched = steps._with_reports(work, engine, reporter, report, is_first=is_first)
         for part, _ in work.parts:
             watched(part)
     assert [(each.done, each.part_s) for each in told] == reports

@@ -160,4 +160,4 @@ def test_an_adapter_that_names_another_base_is_a_warning(tmp_path, decoder, capl
         config["base_model_name_or_path"] = "meta-llama/Llama-2-7b-chat-hf"
         (adapter / "adapter_config.json").write_text(json.dumps(config))
         check_bases(_merge_input(decoder), [open_model(str(adapter))], accept=False)
-    assert "trained on meta-llama/Llama-2-7b-chat-hf, and is laid on" in caplog.text
+    assert "trained on meta-llama/Llama-2-7b-chat-hf, and is applied to" in caplog.text

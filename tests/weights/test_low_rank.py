@@ -145,7 +145,7 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     wide = Checkpoint(factories.tiny_decoder(tmp_path / "wide", hidden_size=64), name="wide")
     with pytest.raises(WeightMismatchError, match=r"'d' was not made from 'wide'"):
         StoredDifference(tmp_path / "d.safetensors", wide, name="d")
-    with pytest.raises(ModelError, match="which is no difference"):
+    with pytest.raises(ModelError, match="which is not a stored difference"):
         StoredDifference(pretrained / "model.safetensors", wide, name="d")
 
 

@@ -155,7 +155,7 @@ def test_mixed_types_are_subtracted_in_float32(tmp_path, before, after):
 
 def _by_hand(p, r, u, a, k):
     terms = (Whole(rows=r), Difference(rows=u))
-    return TensorTerms(name="w", start=p, terms=terms).rows(Scales(a, (k,)))
+    return TensorTerms(name="w", pretrained_rows=p, terms=terms).rows(Scales(a, (k,)))
 
 
 def test_one_weight_by_hand():

@@ -75,5 +75,5 @@ def test_a_joined_tensor_that_cannot_be_divided_is_refused(tmp_path):
     tensors = load_file(folder / "model.safetensors")
     tensors["nomic_bert.encoder.layers.1.attn.Wqkv.weight"] = torch.zeros(95, 32)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(ModelError, match=r"Wqkv.weight' with 95 rows, and 3 weights of equal size are due"):
+    with pytest.raises(ModelError, match=r"Wqkv.weight' with 95 rows, and 3 weights of equal size are expected"):
         Checkpoint(folder)

@@ -57,8 +57,8 @@ def test_old_norm_names_and_stored_buffers(tmp_path):
     checkpoint = Checkpoint(tmp_path)
     assert checkpoint.names() == ["embeddings.LayerNorm.bias", "embeddings.LayerNorm.weight"]
     assert checkpoint.buffers == ("bert.embeddings.position_ids",)
-    assert checkpoint.match("bert.embeddings.LayerNorm.gamma") == "embeddings.LayerNorm.weight"
-    assert checkpoint.match("nothing") is None
+    assert checkpoint.weight_named("bert.embeddings.LayerNorm.gamma") == "embeddings.LayerNorm.weight"
+    assert checkpoint.weight_named("nothing") is None
 
 
 def test_a_headless_part_that_looks_like_a_prefix_stays(tmp_path):

@@ -21,7 +21,7 @@ from readapt_ray.progress import ProgressReporter, amount
 from readapt_ray.recipes.chain import make
 from readapt_ray.recipes.refreshing.lock import locked
 from readapt_ray.recipes.refreshing.options import RULES, CleanConfig
-from readapt_ray.recipes.refreshing.traces import Trace, made_from, traces
+from readapt_ray.recipes.refreshing.traces import Trace, derived_from, traces
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -124,9 +124,9 @@ def remove_artifact(location: Location) -> None:
     if record is None:
         return
     own = artifact_files.own_files(location, record)
-    says = {"stage": record["stage"], **outputs.being_cleared(own), "seconds_before": 0.0}
+    fields = {"stage": record["stage"], **outputs.being_cleared(own), "seconds_before": 0.0}
     with leases.Lease(
-        lease, location, ProgressReporter("clean"), before=before, says={**says, "config": {}, "inputs": {}}
+        lease, location, ProgressReporter("clean"), before=before, fields={**fields, "config": {}, "inputs": {}}
     ):
         outputs.clear(location, record, own)
     lease.delete()
@@ -190,7 +190,7 @@ def _useless(
             freed.append((each, "left by a refresh that did not end"))
     corpora = [each for each, _ in freed if each.stage == STAGE_OF[CORPUS] and each.fingerprint not in kept]
     known = {each.name for each, _ in freed}
-    beside = [each for each in made_from(corpora, others) if each.name not in known]
+    beside = [each for each in derived_from(corpora, others) if each.name not in known]
     return list(_not_in_use([*freed, *((each, "made from an earlier generation") for each in beside)]))
 
 

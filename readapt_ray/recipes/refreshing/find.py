@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from readapt_ray import generations
-from readapt_ray.artifact_files import SINGLE_FILE_SUFFIX, whole_name
-from readapt_ray.dead_rows import read_dead, read_rows
+from readapt_ray.artifact_files import SINGLE_FILE_SUFFIX, final_name
+from readapt_ray.dead_rows import read_dead, read_row_numbers
 from readapt_ray.errors import CorruptFileError, InputError
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.recipes.refreshing.options import FindConfig
-from readapt_ray.recipes.refreshing.traces import Trace, made_from, traces
+from readapt_ray.recipes.refreshing.traces import Trace, derived_from, traces
 from readapt_ray.retrieval.parquet_rows import explain_damage
 from readapt_ray.storage import Location, name_when_whole
 
@@ -41,7 +41,7 @@ def find(config: FindConfig) -> list[dict[str, Any]]:
     places = {each.name: _place(each, config.doc_id) for each in all_traces}
     holders = [each for each in all_traces if places[each.name]]
     corpora = [each for each in holders if each.stage == "ingest"]
-    blocks = [each for each in made_from(corpora, all_traces) if each.stage == "pack" and each not in holders]
+    blocks = [each for each in derived_from(corpora, all_traces) if each.stage == "pack" and each not in holders]
     places |= {each.name: "its tokens" for each in blocks}
     return [_row(each, places[each.name], present) for each in all_traces if places[each.name]]
 
@@ -75,7 +75,7 @@ def _place(trace: Trace, doc_id: str) -> str:
         name = file.path[len(trace.location.path) + 1 :]
         if file.name.endswith(".parquet"):
             row = _row_of(file, doc_id)
-            if row is not None and row not in _dead_rows(trace.location, whole_name(name)):
+            if row is not None and row not in _dead_rows(trace.location, final_name(name)):
                 return f"row {row:,} of {name}"
             if row is not None:
                 deleted = f"row {row:,} of {name}, deleted; `readapt clean` removes it"
@@ -95,7 +95,7 @@ def _dead_rows(artifact: Location, name: str) -> Set[int]:
     if not name.endswith(_IDS):
         return set(read_dead(artifact / name).tolist())
     dead = artifact / f"{name.removesuffix(_IDS)}.dead"
-    return set(read_rows(dead).tolist()) if dead.is_file() else set()
+    return set(read_row_numbers(dead).tolist()) if dead.is_file() else set()
 
 
 def _row_of(file: Location, doc_id: str) -> int | None:

@@ -25,8 +25,8 @@ def locked(root: Location) -> Iterator[leases.Lease]:
             f"{file} is there, and readapt did not write it; move it away, or give another folder"
         )
     before = leases.wait_until_dead(file, root)
-    says = {"stage": "refresh", "seconds_before": 0.0}
-    with leases.Lease(file, root, ProgressReporter("refresh"), before=before, says=says) as lease:
+    fields = {"stage": "refresh", "seconds_before": 0.0}
+    with leases.Lease(file, root, ProgressReporter("refresh"), before=before, fields=fields) as lease:
         yield lease
     file.delete()
 

@@ -82,7 +82,7 @@ def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], l
     if made is None:
         logger.info("refresh: the files of %s changed, and no passage or judgement in them", settings["source"])
         return _seen(root, there, settings, fingerprint, lock)
-    _tell(root, [*there, made])
+    _log_result(root, [*there, made])
     return publish(root, there, made, lock)
 
 
@@ -124,7 +124,7 @@ def _refusal(root: Location, reasons: Mapping[str, str], present: Generation | N
     )
 
 
-def _tell(root: Location, there: list[Generation]) -> None:
+def _log_result(root: Location, there: list[Generation]) -> None:
     made = there[-1]
     counted = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
     logger.info("refresh: generation %d: %s, in %s", made.number, counted, duration(made.seconds))
@@ -224,8 +224,8 @@ class _Making:
             corpus = self._made[CORPUS]
         elif self._has(VECTORS) and self._has(EXPORT):  # with these options nothing would be exported again
             raise InputError(
-                f"a `readapt refresh` with --back or other options did not end, and {begun['config']['to']} is between two "
-                f"states; run that command again"
+                f"a `readapt refresh` with --back or other options did not end, and {begun['config']['to']} is half "
+                f"changed; run that command again"
             )
         else:
             corpus = self._present(CORPUS)
@@ -241,7 +241,7 @@ class _Making:
                 f"finish it with --to {there}, or add {flag('overwrite')} to leave that collection as it is"
             )
         if there:
-            logger.warning("refresh: %s is left as it is, between two states", there)
+            logger.warning("refresh: %s is left as it is, half changed", there)
         remove_artifact(self.folder / EXPORT)
 
     def _corpus(self, fingerprint: str) -> Artifact:

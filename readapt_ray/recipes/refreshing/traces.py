@@ -80,10 +80,10 @@ def traces(root: Location, there: Iterable[Generation]) -> list[Trace]:
     return found
 
 
-def made_from(of: Iterable[Trace], there: Iterable[Trace]) -> list[Trace]:
-    """Return the artifacts that were made from `of`, directly or through others, and may hold passages."""
-    known = {each.fingerprint for each in of}
-    left = [each for each in there if each.fingerprint not in known and each.holds_passages]
+def derived_from(origins: Iterable[Trace], among: Iterable[Trace]) -> list[Trace]:
+    """Return the artifacts in `among` that were made from `origins`, directly or through others, and may hold passages."""
+    known = {each.fingerprint for each in origins}
+    left = [each for each in among if each.fingerprint not in known and each.holds_passages]
     found: list[Trace] = []
     while more := [each for each in left if each.inputs & known]:
         found += more

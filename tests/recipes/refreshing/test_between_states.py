@@ -99,7 +99,7 @@ def test_an_export_by_another_model_is_finished_by_the_same_command_alone(
     other = {"retriever": str(models / "other"), "overwrite": True}
     fail_to_export(root, monkeypatch, target, **other)
     root.holds(FEWER)
-    with pytest.raises(InputError, match=rf"did not end, and {target} is between two states; run that command again"):
+    with pytest.raises(InputError, match=rf"did not end, and {target} is half changed; run that command again"):
         root.refresh()
     assert root.there() == [first]
     assert root.refresh(**other).settings["retriever"] == str(models / "other")

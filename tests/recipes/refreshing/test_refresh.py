@@ -199,7 +199,7 @@ def test_going_back_is_a_generation_that_shares_the_parts_of_an_earlier_one(root
     served = ServeConfig(root=root.uri)
     assert served.index == f"{root.uri}/generations/00001/index"
     assert served.corpus == f"{root.uri}/generations/00001/corpus"
-    with pytest.raises(InputError, match=r"generation 9 of '.*' does not exist; those that are there: 1, 2, 3"):
+    with pytest.raises(InputError, match=r"generation 9 of '.*' does not exist; existing generations: 1, 2, 3"):
         root.refresh(back=9)
     with pytest.raises(InputError, match="generation 3 is the present one"):
         root.refresh(back=3)
@@ -253,7 +253,7 @@ def test_clean_removes_the_copies_of_texts_that_no_server_uses(
         entry.mkdir(parents=True)
         (entry / "passages.arrow").write_text(PASSAGES[3].text)
         cache_entries.note_files(entry, {"passages.arrow": {"size_bytes": 1}})
-    with cache_entries.in_use(used):
+    with cache_entries.open_use_lock(used):
         clean(CleanConfig(root=root.uri))
         assert left.exists()
         clean(CleanConfig(root=root.uri, yes=True))

@@ -24,7 +24,7 @@ _CAPPED = {("pack", "block_tokens")}
 
 
 @dataclass(frozen=True)
-class Standing:
+class StepState:
     """A step of a run, with the state of the artifact at its output."""
 
     step: Step
@@ -47,7 +47,7 @@ class Standing:
         return float(self.record["seconds"]) if self.record else 0.0
 
 
-def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, reads_models: bool) -> list[Standing]:
+def step_states(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, reads_models: bool) -> list[StepState]:
     """Compare each step of a run with the artifact at its output.
 
     Args:
@@ -59,12 +59,12 @@ def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, read
     Raises:
         CorruptFileError: a manifest cannot be read.
     """
-    found: dict[str, Standing] = {}
+    found: dict[str, StepState] = {}
     asked = {each["fingerprint"]: each["options"] for each in noted if each.get("fingerprint") and "options" in each}
     replaced = {each["replaces"] for each in noted if each.get("replaces")}
     for step in steps:
         record, is_complete = record_of(step)
-        standing = Standing(step, record, is_complete)
+        state = StepState(step, record, is_complete)
         if record is not None:
             changes = list(_changed_options(step, record, asked.get(record["fingerprint"])))
             if not changes and record["fingerprint"] in replaced:
@@ -76,8 +76,8 @@ def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, read
                     stale.append(source.step.name)
                 elif what := _change_of_input(step, name, value, record, source, reads_models=reads_models):
                     changes.append(f"{name}: {what}")
-            standing = dataclasses.replace(standing, changes=tuple(changes), stale_inputs=tuple(dict.fromkeys(stale)))
-        found[step.name] = standing
+            state = dataclasses.replace(state, changes=tuple(changes), stale_inputs=tuple(dict.fromkeys(stale)))
+        found[step.name] = state
     return list(found.values())
 
 
@@ -109,7 +109,7 @@ def inputs_of(step: Step) -> Iterator[tuple[str, str]]:
             yield from ((name, each) for each in ([value] if isinstance(value, str) else value))
 
 
-def _source(value: str, found: Mapping[str, Standing]) -> Standing | None:
+def _source(value: str, found: Mapping[str, StepState]) -> StepState | None:
     """Return the step whose output is the input, or contains it; None if no step makes it."""
     path = f"{value.partition('?')[0]}/"
     return next(
@@ -118,7 +118,7 @@ def _source(value: str, found: Mapping[str, Standing]) -> Standing | None:
 
 
 def _change_of_input(
-    step: Step, name: str, value: str, record: Mapping[str, Any], source: Standing | None, *, reads_models: bool
+    step: Step, name: str, value: str, record: Mapping[str, Any], source: StepState | None, *, reads_models: bool
 ) -> str:
     """Say how an input differs from the one that the artifact was made from, as far as is known without reading it."""
     inputs: Mapping[str, str] = record.get("inputs", {})
@@ -140,7 +140,7 @@ def _change_of_input(
     return "" if same else "its content changed"
 
 
-def summary(stale: Sequence[Standing]) -> str:
+def summary(stale: Sequence[StepState]) -> str:
     """Return text that says what is stale and why, and how long each artifact took to make."""
     reasons = dict.fromkeys(change for each in stale for change in each.changes)
     parts = [f"{each.step.name} ({duration(each.seconds)})" for each in stale]
