@@ -111,7 +111,7 @@ def test_only_what_is_mapped_is_held_open(
     """A process may have some thousand open files, and ids of a shard are in memory."""
     IndexSlice(folder, records)
     assert {each.name for each in cache_entries._in_use} == {each.index_sha256[:32] for each in records}
-    monkeypatch.setattr("readapt_ray.retrieval.index_files.near", lambda *_, **__: Location(str(cache / "gone")))
+    monkeypatch.setattr("readapt_ray.retrieval.index_files.local_copy", lambda *_, **__: Location(str(cache / "gone")))
     assert read_ids(folder, records[0], use_cache=True)[0].tolist() == IDS[:20]
 
 

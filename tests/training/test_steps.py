@@ -59,7 +59,7 @@ def test_only_the_writer_copies_its_state_unless_workers_hold_parts_of_it(
         engine: Any = SimpleNamespace(
             worker_rank=rank, is_partitioned=is_partitioned, state=lambda rank=rank: copied.append(rank) or {}
         )
-        reporter: Any = SimpleNamespace(keep=lambda step: written.append(("lines", step)))
+        reporter: Any = SimpleNamespace(flush=lambda step: written.append(("lines", step)))
         writer: Any = SimpleNamespace(save=lambda step, state: written.append(("state", step)))
         steps._save(engine, 7, reporter, writer)
     assert copied == copies
