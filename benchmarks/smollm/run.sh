@@ -9,7 +9,7 @@
 #   retriever            train the retriever again, from pairs of DATA/squad11, into WORK/made (README.md)
 #   curve                its quality after each checkpoint on questions of squad11's dev split
 #   results              gather what is done in benchmarks/results/smollm.json
-# Without steps: model, domain:cranfield, domain:nfcorpus, results. A killed step resumes when it is run
+# Without steps: model, domain:cranfield, docs:networkx, domain:nfcorpus, results. A killed step resumes when it is run
 # again, and finished steps are skipped: `timeout 2h bash benchmarks/smollm/run.sh ...` does a part of the study. PYTHON names the interpreter;
 # TRAIN_WORKERS are options of `readapt train`: one worker of one thread per core here; set it to "" where there are GPUs.
 set -euo pipefail
@@ -18,7 +18,7 @@ cd "$(dirname "$0")/../.."
 export DATA=$1 WORK=$2 PYTHON=${PYTHON:-python3} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export TRAIN_WORKERS=${TRAIN_WORKERS---num-workers $(nproc) --num-cpus-per-worker 1 --micro-batch-tokens 2048}
 shift 2
-[ $# -gt 0 ] || set -- model domain:cranfield domain:nfcorpus results
+[ $# -gt 0 ] || set -- model domain:cranfield docs:networkx domain:nfcorpus results
 mkdir -p "$WORK"
 for step in "$@"; do
   echo "== $step"
