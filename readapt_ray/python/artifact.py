@@ -1,6 +1,6 @@
 """Define artifacts for notebooks, with a short repr and their rows as a table.
 
-The rows depend on the stage: passages, blocks, vectors, a training log, ranked results, or measures per query.
+The rows depend on the stage: passages, blocks, vectors, queries, a training log, ranked results, or measures per query.
 """
 
 import dataclasses
@@ -26,6 +26,7 @@ _ROW_FILES = {
     "pack": "blocks",
     "embed": "vectors",
     "embed-sample": "vectors",
+    "synthesize": "queries",
 }
 """Folder of the Parquet files with the rows of each stage."""
 _LOGS = ("train", "finetune")
@@ -126,7 +127,9 @@ class Artifact(artifacts.Artifact):
             return (self.location / "shards").files(".parquet")
         if stage == "evaluate":
             return [self.location / "per_query.parquet"]
-        raise InputError(f"{self.uri!r} is a model, which has no rows; encode with ra.Encoder({self.uri!r})")
+        if stage == "merge":
+            raise InputError(f"{self.uri!r} is a model, which has no rows; encode with ra.Encoder({self.uri!r})")
+        raise InputError(f"the output of {stage} has no rows of its own; read the files in {self.uri!r}")
 
 
 def _live_rows(uris: pa.Table) -> pa.Table:

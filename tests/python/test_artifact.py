@@ -73,6 +73,7 @@ def test_logs_runs_measures_ids_and_grids_are_tables(tmp_path: Path) -> None:
     assert rows_of("tune", "tune.json", lambda file: file.write_text(json.dumps({"grid": rows}))) == rows
     table = pa.Table.from_pylist(rows)
     for stage, name in (
+        ("synthesize", "queries/part-00000.parquet"),
         ("evaluate", "per_query.parquet"),
         ("index", "shards/00000.ids.parquet"),
         ("pack", "blocks/part-0.parquet"),
@@ -87,6 +88,10 @@ def test_logs_runs_measures_ids_and_grids_are_tables(tmp_path: Path) -> None:
 def test_a_model_has_no_rows_and_a_store_no_path(tmp_path: Path, corpus: ra.Artifact) -> None:
     with pytest.raises(ra.InputError, match=r"is a model, which has no rows; encode with ra\.Encoder"):
         made(tmp_path, "merge").to_arrow()
+    for stage in ("export", "drift", "bridge"):
+        (tmp_path / stage).mkdir()
+        with pytest.raises(ra.InputError, match=f"the output of {stage} has no rows of its own; read the files in"):
+            made(tmp_path / stage, stage).to_pandas()
     stored = ra.Artifact(Location("s3://bucket/run?region=us-east-1"), corpus.manifest)
     with pytest.raises(ra.InputError, match=r"is no path on this machine; use \.uri"):
         _ = stored.path
