@@ -63,7 +63,7 @@ class LocalWriter:
             seed: seed of the sampling.
 
         Raises:
-            ModelError: a prompt with `max_tokens` more is longer than the maximum length of the model; none is answered.
+            ModelError: a prompt and `max_tokens` more exceed the maximum length of the model; none is answered.
         """
         encoded = [self._encoded(ask.prompt, max_tokens) for ask in asks]
         order = sorted(range(len(asks)), key=lambda place: (len(encoded[place]), place))

@@ -56,7 +56,7 @@ class MilvusTarget:
         return dict(json.loads(self._client.describe_collection(self._name)["properties"].get(_KEY, "{}")))
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Create the collection with its record."""
+        """Create the collection with its record, but no index yet; title and text get fields if they are sent."""
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
         schema.add_field("doc_id", self._types.VARCHAR, is_primary=True, max_length=_MAX_BYTES)
         schema.add_field("vector", self._types.FLOAT_VECTOR, dim=layout.dimension)
@@ -74,7 +74,11 @@ class MilvusTarget:
         self._client.drop_collection(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Upsert entities, with one request per batch."""
+        """Upsert entities, with one request per batch.
+
+        Raises:
+            InputError: a doc_id, title or text has more than 65,535 bytes. Earlier batches are already written.
+        """
         del part
         for rows in batches:
             entities = payloads(rows)
@@ -98,12 +102,15 @@ class MilvusTarget:
         self._client.load_collection(self._name)
 
     def count(self) -> int:
-        """Return the number of entities."""
+        """Return the number of entities. Call `finish` first, which loads the collection."""
         found = self._client.query(self._name, filter="", output_fields=["count(*)"], consistency_level="Strong")
         return int(found[0]["count(*)"])
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the collection for all vectors in one request."""
+        """Return the doc_ids of the k nearest rows of each vector [Q, D], best first, with one request for all vectors.
+
+        Call `finish` first, which loads the collection.
+        """
         found = self._client.search(
             self._name,
             data=vectors.tolist(),

@@ -58,7 +58,7 @@ class QdrantTarget:
         """Create a collection that ranks by inner product, like our exact search.
 
         Raises:
-            InputError: the server is too old to store the record.
+            InputError: the server is too old to store the record; the collection is removed again.
         """
         vectors = self._models.VectorParams(size=layout.dimension, distance=self._models.Distance.DOT)
         self._client.create_collection(self._name, vectors_config=vectors, metadata={_KEY: dict(record)})
@@ -86,7 +86,7 @@ class QdrantTarget:
             self._client.upsert(self._name, points=points, wait=True)
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete the points of these doc_ids."""
+        """Delete the points of these doc_ids; missing ones are ignored."""
         ids = self._models.PointIdsList(points=[_point_id(each) for each in doc_ids])
         self._client.delete(self._name, points_selector=ids, wait=True)
 
@@ -98,7 +98,7 @@ class QdrantTarget:
         return int(self._client.count(self._name, exact=True).count)
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the collection with one request per vector."""
+        """Return the doc_ids of the k nearest points of each vector [Q, D], best first, with one request per vector."""
         found = (
             self._client.query_points(self._name, query=each.tolist(), limit=top_k, with_payload=["doc_id"])
             for each in vectors
