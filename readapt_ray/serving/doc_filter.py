@@ -88,8 +88,11 @@ class DocFilter:
     """A filter of a search: a passage passes if it meets all conditions that are given."""
 
     prefix: str | None = None
+    """Text that the doc_id must begin with; None for any."""
     doc_ids: tuple[str, ...] | None = None
+    """Ids of the passages, or of their documents if ingest split documents; None for any."""
     conditions: tuple[Condition, ...] = ()
+    """Conditions on columns; all must hold."""
     within: "DocFilter | None" = None
     """Filter of the API key, which a passage must pass as well."""
     is_exact: bool = False

@@ -77,7 +77,10 @@ def _standby_to_replace(folder: Path) -> list[str]:
 
 
 def main(binary: str, header_s: str, folder: Path, *arguments: str) -> None:
-    """Replace this process by HAProxy, which is killed when the Ray process that started it ends.
+    """Replace this process by HAProxy, which is killed when the Ray process that started it ends. Never returns.
+
+    First it changes Ray's configuration file in place (`rewritten`). If that has routes, it also writes `standby.cfg`,
+    and HAProxy takes over from a standby one that runs.
 
     Args:
         binary: path of HAProxy.
