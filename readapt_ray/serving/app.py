@@ -49,7 +49,7 @@ _DRAIN_S = 20
 
 
 def version_app_name(name: str) -> str:
-    """Return the name of a version's Ray Serve application."""
+    """Return the name of a version's Ray Serve application, such as readapt-adapted."""
     return f"{GATEWAY_APP}-{name}"
 
 
@@ -80,14 +80,14 @@ def gateway(args: dict[str, Any]) -> Any:
     """Build the application of the gateway, which speaks HTTP, from the options of `ServeConfig`.
 
     Raises:
-        InputError: an option or the file of API keys is wrong, or recall cannot be measured.
+        InputError: an option or the file of API keys is wrong, or `recall_probe` cannot be used (`check_probe`).
     """
     config = ServeConfig.parse(args, where="gateway")
     return bind_gateway(*gateway_of(config, read_keys(config.api_keys)))
 
 
 def bind_version(name: str, config: VersionConfig) -> Any:
-    """Bind the deployments of a version: encoder and index slices. A domain's index has only slices."""
+    """Bind the deployments of a version: encoder and index slices. A domain's index has only slices. Nothing starts."""
     from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
@@ -222,10 +222,12 @@ def num_gpus(config: VersionConfig) -> float:
 
 
 def gateway_of(config: ServeConfig, keys: tuple[ApiKey, ...]) -> "tuple[GatewaySetup, GatewayConfig]":
-    """Return the arguments of the gateway: its fixed setup, and the state that an update replaces.
+    """Return the arguments of the gateway: its fixed setup (limits, API keys), and the state that an update replaces.
+
+    The state is versions, domains with their indexes, routing and loss policy.
 
     Raises:
-        InputError: recall cannot be measured.
+        InputError: `recall_probe` is set, but an index does not hold its exact vectors.
     """
     from readapt_ray.serving.gateway import GatewayConfig, GatewaySetup
 
@@ -298,7 +300,7 @@ def check_version(name: str, config: VersionConfig) -> str:
         ModelError: the retriever is not a model, or its encoding is not known.
         ArtifactMissingError: the index or the corpus is not complete.
         FingerprintMismatchError: the index or the bridge was made with another model, encoding or dtype.
-        InputError: a bridge is given without an index.
+        InputError: a bridge is given without an index, or new vectors without a bridge.
     """
     from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer

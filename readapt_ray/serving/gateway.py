@@ -57,8 +57,8 @@ class GatewayConfig(Config):
     policy: LossPolicy = LossPolicy()
     """What to do when a part of an index is lost."""
     whole_until_s: float = 0.0
-    """Unix time in seconds. A gateway that starts before it belongs to an update, and fails unless it can serve every
-    version; then the update is undone. One that starts later replaces a dead one, and serves what is up."""
+    """Unix time in seconds. A gateway that starts before it belongs to an update, and fails if a version that is up
+    cannot be served; then the update is undone. One that starts later replaces a dead one, and serves what it can."""
 
 
 @dataclass(frozen=True, kw_only=True)

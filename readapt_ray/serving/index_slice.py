@@ -101,7 +101,7 @@ class SearchableShard:
             yield from (each for each in self.ids[first:end] if parent_of(each) == doc_id)
 
     def passing(self, wanted: DocFilter | None) -> NDArray[np.bool_] | None:
-        """Return a bool mask of the rows that pass a filter, [N]; None if there is no filter. Deleted rows never pass."""
+        """Return a mask of the rows that pass a filter, bool [N], False if deleted; None if there is no filter."""
         if wanted is None:
             return None
         passing = np.zeros(len(self.shard.doc_ids), bool)

@@ -97,7 +97,7 @@ class ResidentDomains:
         Each row is encoded with its own scales. Domains that do not fit in memory together get separate forward passes.
 
         Raises:
-            DomainUnavailableError: one of the domains cannot be used; no row is encoded then.
+            DomainUnavailableError: one of the domains cannot be used; no vector is returned then.
         """
         places: dict[DomainSource, list[int]] = {}
         for place, row in enumerate(rows):

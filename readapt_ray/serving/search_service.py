@@ -111,12 +111,12 @@ class SearchService:
         """Describe the version of this name.
 
         Raises:
-            RequestError: no version has this name, or the API key may not use it.
+            RequestError: no version has this name, it is not up, or the API key may not use it.
         """
         return self._registry.model(name, trace.domains)
 
     async def readiness(self) -> Readiness:
-        """Test whether every version encodes and searches; results of the last second are reused."""
+        """Test whether every version encodes and searches; a result of the last second is reused."""
         return await self._readiness.result()
 
     async def embed(self, body: schema.EmbeddingsRequest, trace: Trace) -> bytes:
