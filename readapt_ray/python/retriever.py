@@ -43,7 +43,7 @@ class Hit(NamedTuple):
     doc_id: str
     """Id of the passage; of its document, if ingest split documents."""
     score: float
-    """Inner product of query and passage; higher is better. With a bridge, of the mapped query."""
+    """Inner product of query (with a bridge, the mapped one) and passage; approximate if the index is compressed."""
     title: str
     text: str
     columns: Mapping[str, Any] | None = None

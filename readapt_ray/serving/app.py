@@ -67,6 +67,8 @@ def applications(config: ServeConfig) -> dict[str, tuple[str, VersionConfig]]:
 def version(args: dict[str, Any]) -> Any:
     """Build the application of one version or of one domain's index, from its options and `name`.
 
+    With the option `base` it is the encoder that domains share; with `domain`, the index of a domain.
+
     Raises:
         InputError: an option is wrong; the index or the corpus is not complete.
     """
@@ -350,7 +352,7 @@ def check_probe(config: ServeConfig) -> None:
 
 
 def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
-    """Check that the domains that API keys name are served, and that every version can apply the filters of the keys.
+    """Check that the names in API keys are served, and that each index that a key may search can apply its filter.
 
     Raises:
         InputError: a name is not served, a corpus lacks a column of a filter, or there is no corpus.

@@ -145,6 +145,8 @@ class RayBackend:
     async def check(self) -> float:
         """Test encoder and slices by encoding and searching; return the seconds that the encoder took.
 
+        A part that does not answer within 2.5 s counts as failed.
+
         Raises:
             PartsDownError: some parts do not answer or fail; the log says why.
             WorkerError: a slice has another number of vectors than the version.

@@ -24,8 +24,11 @@ class CheckResult(BaseModel):
 
     ready: bool
     reason: str = ""
+    """What does not work; empty if the version is ready."""
     encode_s: float | None = None
+    """Seconds that the encoder took for a sentence, with the wait for its batch; null if the version is not ready."""
     num_vectors: int | None = None
+    """Number of vectors in its index, 0 without one; null if the version is not ready."""
     num_reembedded: int | None = None
     """Number of passages that are searched by new vectors; null if passages of the version do not move."""
 

@@ -326,7 +326,7 @@ class RequestError(Exception):
 
 
 def invalid(message: str, param: str) -> RequestError:
-    """Return the error (status 400) for a field whose value cannot be used."""
+    """Return the error for a field whose value cannot be used (status 400, code `invalid_value`); `param` names it."""
     return RequestError(message, param=param, code="invalid_value")
 
 

@@ -195,10 +195,10 @@ class SearchService:
         )
 
     async def count_tokens(self, body: schema.TokenizeRequest, trace: Trace) -> schema.TokenizeResponse:
-        """Tokenize a text of any length, with template and special tokens, and return the ids and their number.
+        """Tokenize a text, even one over the limit, with template and special tokens; return the ids and their number.
 
         Raises:
-            RequestError: there is no such model, the text is empty or not valid Unicode, or the deadline passed.
+            RequestError: no such model; the text is empty, far too long or not Unicode; or the deadline passed.
         """
         name, version, kind_of_model = self._registry.resolve_model(body.model, trace.domains)
         trace.version = name

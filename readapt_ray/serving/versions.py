@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 class Ranked(NamedTuple):
-    """A search result: a passage and its score."""
+    """A search result: the id of a passage, and its score; higher is better."""
 
     doc_id: str
     score: float
@@ -383,7 +383,7 @@ def _modes(info: VersionInfo) -> list[schema.Mode]:
 
 
 async def in_thread_if_large(num_hits: int, function: Callable[..., R], *given: Any) -> R:
-    """Call a function; in a thread if it handles many hits, which would block the event loop."""
+    """Call a function; in a thread if it handles over 500 hits, which would block the event loop."""
     return function(*given) if num_hits <= INLINE_HITS else await asyncio.to_thread(function, *given)
 
 

@@ -41,7 +41,7 @@ class LanceTarget:
         check_columns(layout, lambda name: "." in name, "LanceDB")
 
     def record(self) -> Record | None:
-        """Return the record in the table of records; None without this table, {} if readapt did not create it."""
+        """Return the record of this table; None if the table does not exist, {} if readapt did not create it."""
         names = self._database.table_names(limit=1_000_000)
         if self._name not in names:
             return None

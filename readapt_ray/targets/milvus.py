@@ -46,11 +46,11 @@ class MilvusTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse vectors with too many dimensions."""
+        """Refuse vectors with more than 32,768 dimensions."""
         check_dimension(layout, _MAX_DIMENSION, "Milvus")
 
     def record(self) -> Record | None:
-        """Return the record in the collection's properties; None without one, {} if readapt did not create it."""
+        """Return the record in the collection's properties; None without a collection, {} if it is not from readapt."""
         if not self._client.has_collection(self._name):
             return None
         return dict(json.loads(self._client.describe_collection(self._name)["properties"].get(_KEY, "{}")))
@@ -70,7 +70,7 @@ class MilvusTarget:
         self._client.alter_collection_properties(self._name, properties={_KEY: json.dumps(dict(record))})
 
     def drop(self) -> None:
-        """Drop the collection."""
+        """Drop the collection with its record."""
         self._client.drop_collection(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
@@ -90,7 +90,7 @@ class MilvusTarget:
             )
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete the entities with these doc_ids, by a filter: the client would not quote ids."""
+        """Delete the entities with these doc_ids, by a filter (the client would not quote ids); missing ones are ignored."""
         self._client.delete(self._name, filter=f"doc_id in {json.dumps(list(doc_ids), ensure_ascii=False)}")
 
     def finish(self) -> None:

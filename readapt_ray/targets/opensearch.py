@@ -57,7 +57,7 @@ class OpenSearchTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse vectors with too many dimensions, and columns with reserved names."""
+        """Refuse vectors with more than 16,000 dimensions, and columns with reserved names such as `_id`."""
         check_dimension(layout, _MAX_DIMENSION, "OpenSearch")
         check_columns(layout, _OWN_FIELDS.__contains__, "OpenSearch")
 

@@ -54,7 +54,7 @@ class PgvectorTarget:
         self._connection.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse vectors with more dimensions than an HNSW index of their type can have."""
+        """Refuse vectors with more dimensions than an HNSW index can have: 2,000 for `vector`, 4,000 for `halfvec`."""
         kind = self._kind(layout)
         if layout.dimension > _MOST[kind]:
             fits = "add &type=halfvec to the URI (16-bit numbers), or " if layout.dimension <= _MOST["halfvec"] else ""
@@ -94,7 +94,7 @@ class PgvectorTarget:
         self._connection.commit()
 
     def drop(self) -> None:
-        """Drop the table."""
+        """Drop the table with its index and record."""
         self._run("DROP TABLE {table}")
         self._connection.commit()
 

@@ -45,11 +45,11 @@ class QdrantTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse vectors with too many dimensions."""
+        """Refuse vectors with more than 65,536 dimensions."""
         check_dimension(layout, _MAX_DIMENSION, "Qdrant")
 
     def record(self) -> Record | None:
-        """Return the record in the collection's metadata; None without one, {} if readapt did not create it."""
+        """Return the record in the collection's metadata; None without a collection, {} if it is not from readapt."""
         if not self._client.collection_exists(self._name):
             return None
         return dict((self._client.get_collection(self._name).config.metadata or {}).get(_KEY, {}))
@@ -75,7 +75,7 @@ class QdrantTarget:
         self._client.delete_collection(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Upsert points, with one request per batch."""
+        """Upsert points, with one request per batch, and wait until they are stored."""
         del part
         for rows in batches:
             points = self._models.Batch(

@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def schema(self) -> pa.Schema:
-        """Return the schema of all columns of a row."""
+        """Return the schema of a row: `doc_id`, `vector` (D float32 numbers), then the payload."""
         vector = pa.list_(pa.float32(), self.dimension)
         return pa.schema([("doc_id", pa.string()), ("vector", vector), *self.payload])
 
