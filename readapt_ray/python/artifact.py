@@ -102,8 +102,8 @@ class Artifact(artifacts.Artifact):
     def to_ray(self) -> "ray.data.Dataset":
         """Return the rows as a Ray Dataset; connect to Ray, or start it, if needed.
 
-        Passages, blocks and vectors are read lazily, in no fixed order if some rows were deleted. The rows of other
-        stages are first read into the memory of this process.
+        Passages, blocks and vectors are read lazily; files with deleted rows come last. The rows of other stages are
+        first read into the memory of this process.
 
         Raises:
             InputError: a stage without rows made the artifact, such as merge.

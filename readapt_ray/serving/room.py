@@ -20,7 +20,7 @@ Resources = Mapping[str, float]
 def check_room(added: Sequence[VersionConfig]) -> None:
     """Check that each process of new versions fits on a node, beside the processes that run already.
 
-    It retries for 10 s, since processes that have just ended release their resources late. A cluster that may start
+    It retries for up to 10 s, since processes that have just ended release their resources late. A cluster that may start
     more nodes is not checked: `rollout.deploy` logs what waits.
 
     Args:

@@ -90,7 +90,7 @@ class MilvusTarget:
             )
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete the entities with these doc_ids, by a filter (the client would not quote ids); missing ones are ignored."""
+        """Delete the entities with these doc_ids, by a filter (the client would not quote ids); ignore missing ones."""
         self._client.delete(self._name, filter=f"doc_id in {json.dumps(list(doc_ids), ensure_ascii=False)}")
 
     def finish(self) -> None:
