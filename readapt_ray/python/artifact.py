@@ -40,7 +40,7 @@ class Artifact(artifacts.Artifact):
 
     @property
     def path(self) -> Path:
-        """Return the artifact's folder; for `search`, the file with the run.
+        """Return the absolute local path of the artifact's folder; for `search`, of the file with the run.
 
         Raises:
             InputError: the artifact is in an object store; use `uri`.
@@ -71,10 +71,13 @@ class Artifact(artifacts.Artifact):
         ]
 
     def to_arrow(self) -> pa.Table:
-        """Return all rows as a pyarrow Table, in memory.
+        """Return all rows as a pyarrow Table, in memory. Deleted (dead) rows are left out.
+
+        The rows are passages (ingest), blocks (pack), vectors (embed), doc_ids (index), lines of the log (train,
+        finetune), ranked results (search), measures per query (evaluate), or one row per pair of scales (tune).
 
         Raises:
-            InputError: the artifact is a model, which has no rows.
+            InputError: any other stage made the artifact, such as merge, export or drift; it has no rows.
         """
         stage = self.manifest.stage
         if stage in _LOGS:
@@ -90,18 +93,21 @@ class Artifact(artifacts.Artifact):
         return pa.concat_tables(map(dead_rows.read_table, self._row_files()), promote_options="default")
 
     def to_pandas(self) -> "pd.DataFrame":
-        """Return all rows as a pandas DataFrame, in memory.
+        """Return all rows as a pandas DataFrame, in memory; see `to_arrow`.
 
         Raises:
-            InputError: the artifact is a model, which has no rows.
+            InputError: a stage without rows made the artifact, such as merge.
         """
         return self.to_arrow().to_pandas()
 
     def to_ray(self) -> "ray.data.Dataset":
-        """Return the rows as a Ray Dataset, which reads files lazily; connect to Ray if needed.
+        """Return the rows as a Ray Dataset; connect to Ray, or start it, if needed.
+
+        Passages, blocks and vectors are read lazily; files with deleted rows come last. The rows of other stages are
+        first read into the memory of this process.
 
         Raises:
-            InputError: the artifact is a model, which has no rows.
+            InputError: a stage without rows made the artifact, such as merge.
         """
         from readapt_ray.cluster import connection
 
@@ -138,15 +144,15 @@ def _live_rows(uris: pa.Table) -> pa.Table:
 
 
 def for_notebook(artifact: artifacts.Artifact) -> Artifact:
-    """Convert an artifact to the class for notebooks."""
+    """Return the same location and manifest as an artifact for notebooks, with a repr and tables."""
     return Artifact(**{each.name: getattr(artifact, each.name) for each in dataclasses.fields(artifact)})
 
 
 def open_artifact(uri: str | Path, stage: str = "") -> Artifact:
-    """Open a complete artifact.
+    """Open a complete artifact. Only its manifest is read.
 
     Args:
-        uri: its folder or URI.
+        uri: its folder or URI; for the output of `search`, the .trec file.
         stage: stage that must have made it, such as "embed". If omitted, any stage.
 
     Raises:
@@ -159,7 +165,7 @@ class Results:
     """Rows that print as a table.
 
     Args:
-        rows: one dict per row, by name of the column.
+        rows: one dict per row: the values by name of the column.
         text: the table as text, for printing.
     """
 

@@ -26,10 +26,11 @@ class Work(NamedTuple):
     summary: str
     """First line of its docstring."""
     config: str
-    """Module and name of the config class."""
+    """Module and name of the config class, such as `stages.embed:EmbedConfig`."""
     function: str
     """Module and name of the function that takes a config."""
     returns: type[Artifact] | type[Results] | None = Artifact
+    """What the public function returns: an artifact, a table, or nothing."""
 
 
 FUNCTIONS: dict[str, Work] = {
@@ -82,7 +83,14 @@ _RETURNS = {
 
 @functools.cache
 def function_of(name: str) -> Callable[..., Any]:
-    """Make a function of FUNCTIONS by name, with a signature and docstring from its config."""
+    """Make a public function, such as `ra.embed`, from its row in FUNCTIONS; the same function at each call.
+
+    It takes the options of the config by name, or one config object. Its signature and docstring come from the config.
+    Its result is an `Artifact`, a `Results`, or None.
+
+    Args:
+        name: a key of FUNCTIONS; another name raises a KeyError.
+    """
     work = FUNCTIONS[name]
     config_class: type[Config] = _found(work.config)
 
@@ -159,7 +167,7 @@ _TABLES: dict[str, Callable[[Any, Any], tuple[list[dict[str, Any]], str]]] = {
     "find": _of_find,
     "clean": _of_clean,
 }
-"""For each function without an artifact: makes rows and text from its result and config."""
+"""For each function that returns a table: makes rows and text from its result and config."""
 
 
 @contextlib.contextmanager
@@ -191,16 +199,17 @@ def run(
 
     Args:
         config: path of a YAML file, or a RunConfig.
-        root: folder or URI for all artifacts. If omitted, the root in the file.
-        overrides: options that replace the file's: {"train.lora_rank": 16}, or {"train": {"lora_rank": 16}}.
+        root: folder or URI for all artifacts. If omitted, the root in the config.
+        overrides: options that replace the config's: {"train.lora_rank": 16}, or {"train": {"lora_rank": 16}}.
         overwrite: make all stale artifacts again.
-        from_stage: make stale artifacts again, but only of this stage and the stages after it.
+        from_stage: make stale artifacts again, but only of this stage and the stages after it; "train" includes "pack".
 
     Returns:
-        The artifacts by folder under the root: corpus, adapter, adapted, report ...
+        All artifacts of the run, new and old, by folder under the root: corpus, adapter, adapted, report ...
 
     Raises:
-        InputError: an option is unknown or wrong, or an input cannot be used; found before any stage starts.
+        InputError: an option is unknown or wrong, or an input cannot be used. All problems that are found before the
+            first stage are in one message. A stage may raise its own error later.
     """
     from readapt_ray.recipes import run_file, running
     from readapt_ray.recipes.problems import Problems
@@ -217,10 +226,13 @@ def run(
 
 
 def status(root: str | Path) -> Results:
-    """Return which artifacts under a root are done, running or missing.
+    """Return the state of each artifact under a root, as `readapt status` shows it.
+
+    The states are done, stale (the run has other options or inputs now), running, stopped, failed, unreadable and
+    missing. Each row has `artifact` (the folder), `stage`, `state`, `seconds` and `what` (a summary).
 
     Args:
-        root: folder or URI of the artifacts of a run.
+        root: folder or URI of a run, or of any artifacts.
 
     Raises:
         InputError: there is no such folder.
@@ -233,5 +245,8 @@ def status(root: str | Path) -> Results:
 
 
 def quiet() -> None:
-    """Show only warnings, without progress, from now on; READAPT_LOG_LEVEL=WARNING does the same."""
+    """Show only warnings and errors of this process from now on, without progress.
+
+    The environment variable READAPT_LOG_LEVEL=WARNING does the same, if it is set before the first call.
+    """
     log_output.quiet()

@@ -35,14 +35,19 @@ _SHOWN = 80
 
 
 class Hit(NamedTuple):
-    """A passage that was found. Title and text are empty if no corpus was given."""
+    """A passage that was found, or the best passage of a document that ingest split.
+
+    Title and text are empty if no corpus was given, or if the corpus lacks the passage.
+    """
 
     doc_id: str
+    """Id of the passage; of its document, if ingest split documents."""
     score: float
+    """Inner product of query (with a bridge, the mapped one) and passage; approximate if the index is compressed."""
     title: str
     text: str
     columns: Mapping[str, Any] | None = None
-    """Values of the columns that ingest kept; None without a corpus."""
+    """Values of the columns that ingest kept, by name; None without a corpus or without such columns."""
     passage_id: str | None = None
     """Id of the document's best passage; None unless ingest split documents."""
 
@@ -102,7 +107,10 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Return the hash of everything that decides a vector: model, encoding and dtype."""
+        """Return the hash of everything that decides a vector: model, encoding and dtype.
+
+        The first call hashes the weights, which takes a while for a large model.
+        """
         return self._encoder.fingerprint
 
     @check_arguments
@@ -114,13 +122,15 @@ class Encoder:
         Args:
             texts: N texts, or a single text.
             kind: "query" or "passage"; retrievers encode them differently.
-            titles: N titles of passages; None for no titles.
+            titles: N titles of passages, each added to its text by the model's template; None for no titles.
 
         Returns:
-            float32 [N, D] in the order of the texts; [D] for a single text.
+            float32 [N, D] in the order of the texts; [D] for a single text. Longer texts are cut. Vectors are
+            normalized if the encoding says so.
 
         Raises:
-            InputError: the kind is wrong, or a text is not a string or is empty.
+            InputError: the kind is wrong, a text is not a string or gives no token, titles are given for queries, or
+                their number differs.
         """
         if isinstance(texts, str):
             vector: NDArray[np.float32] = self._encoder.encode([texts], kind, titles)[0]
@@ -137,7 +147,7 @@ class Retriever:
 
     Args:
         retriever: the model that made the vectors; with a bridge, the new model that the bridge maps from.
-        index: the output of `ra.index`, or its folder.
+        index: the output of `ra.index`, or its folder. All of it is read into memory.
         corpus: the output of `ra.ingest`, or its folder; needed for titles and texts of hits, and for filters.
         bridge: the output of `ra.bridge`, or its folder; needed if an older model made the vectors.
         device: a torch device. If omitted, cuda if there is a GPU, else cpu.
@@ -177,16 +187,19 @@ class Retriever:
 
     @check_arguments
     def search(self, query: str, top_k: int = 10, *, filter: Mapping[str, Any] | None = None) -> list[Hit]:
-        """Return the best passages for a query, best first.
+        """Return the best passages for a query, best first; fewer than `top_k` if the index or the filter has fewer.
+
+        If ingest split documents into passages, each hit is another document, with its best passage.
 
         Args:
             query: one query; `search_all` takes several.
-            top_k: most passages to return.
+            top_k: most passages (or documents) to return.
             filter: conditions on columns that ingest kept: a value, a list of allowed values, or bounds, such as
                 {"lang": ["en", "de"], "year": {"gte": 2020}}. It needs a corpus.
 
         Raises:
-            InputError: top_k is under 1, the query is not a string or is empty, or the corpus has no such column.
+            InputError: top_k is under 1, the query is not a string or gives no token, a filter is given without a
+                corpus, or the corpus has no such column.
         """
         return self.search_all([query], top_k, filter=filter)[0]
 
@@ -194,7 +207,10 @@ class Retriever:
     def search_all(
         self, queries: Sequence[str], top_k: int = 10, *, filter: Mapping[str, Any] | None = None
     ) -> list[list[Hit]]:
-        """Return the best passages for each query; see `search`."""
+        """Return the best passages for each query, in the order of the queries; [] without queries. See `search`.
+
+        All queries share `top_k` and `filter`.
+        """
         from readapt_ray.retrieval.parents import first_of_each
 
         wanted = None if filter is None else self._wanted(filter)

@@ -29,6 +29,9 @@ _NO_PATHS = frozenset({"host", "name"})
 def signature_of(config_class: type[Config], returns: Any) -> inspect.Signature:
     """Make a signature with the options of a config as keyword-only parameters, required ones first.
 
+    Annotations are the types that a caller may pass: also Path for an option that is a path, any sequence for a list,
+    and a file for an encoding.
+
     Args:
         config_class: the config.
         returns: annotation of the return value.
@@ -53,7 +56,7 @@ def docstring_of(summary: str, config_class: type[Config], returns: str) -> str:
     Args:
         summary: what the function does, without a capital or period.
         config_class: the config.
-        returns: the section Returns.
+        returns: the whole section Returns, with its heading.
     """
     how = f"Give the options by name, or all of them as one {config_class.__name__}."
     raises = "Raises:\n    InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named."
@@ -63,7 +66,8 @@ def docstring_of(summary: str, config_class: type[Config], returns: str) -> str:
 def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
     """Wrap a function to check its arguments: an unknown, missing or wrongly typed one raises an InputError.
 
-    The message suggests the nearest spelling of an unknown name.
+    The message names all wrong arguments, and suggests the nearest spelling of an unknown name. Values are passed on
+    unchanged. Parameters must have annotations; `self` is not checked.
     """
     signature = inspect.signature(function)
     known = [name for name in signature.parameters if name != "self"]
@@ -95,7 +99,10 @@ def check_arguments(function: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def public(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function as a member of `readapt_ray`, with checked arguments (see `check_arguments`)."""
+    """Wrap a function for export as `readapt_ray.NAME`: check its arguments, and set its `__module__` to readapt_ray.
+
+    The function itself is not changed; each call with it returns the same wrapper.
+    """
     call = check_arguments(function)
     call.__module__ = "readapt_ray"
     return call
@@ -125,7 +132,10 @@ def _accepted(annotation: Any, *, is_path: bool) -> Any:
 
 
 def written(signature: inspect.Signature) -> tuple[list[str], str]:
-    """Return the parameters and the return type of a signature as Python source code."""
+    """Return the parameters and the return type of a signature as Python source code.
+
+    Such as (["root: str | Path", "overwrite: bool = False"], "Results"). The marks `*` and `/` are left out.
+    """
     parameters = [
         f"{each.name}: {_written(each.annotation)}"
         + ("" if each.default is inspect.Parameter.empty else f" = {each.default!r}")

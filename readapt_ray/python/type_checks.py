@@ -33,6 +33,9 @@ _CLASSES: dict[Any, Any] = {int: numbers.Integral, float: numbers.Real, Path: os
 def mismatch(name: str, value: Any, annotation: Any) -> str:
     """Return an error text if a value does not fit an annotation; else an empty text.
 
+    Such as "top_k = '5': must be a whole number". In a list or mapping, the text is about the first wrong item. Numbers
+    of numpy fit int and float; True and False do not, and a string is no list.
+
     Args:
         name: name of the parameter, for the text.
         value: the argument.

@@ -20,7 +20,15 @@ def to_base64(vector: NDArray[np.float32]) -> str:
 def embeddings_json(
     vectors: NDArray[np.float32], *, as_base64: bool, model: str, fingerprint: str, num_tokens: int
 ) -> bytes:
-    """Write an `EmbeddingsResponse` as JSON, from vectors [N, D]."""
+    """Write an `EmbeddingsResponse` as JSON, from vectors [N, D].
+
+    Args:
+        vectors: one per text, in the order of the texts.
+        as_base64: write each vector as base64 text (`to_base64`), not as a list of numbers.
+        model: name of the version.
+        fingerprint: fingerprint of the encoder.
+        num_tokens: number of tokens in all texts.
+    """
     data = [
         {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
         for index, vector in enumerate(vectors)

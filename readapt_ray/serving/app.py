@@ -49,7 +49,7 @@ _DRAIN_S = 20
 
 
 def version_app_name(name: str) -> str:
-    """Return the name of a version's Ray Serve application."""
+    """Return the name of a version's Ray Serve application, such as readapt-adapted."""
     return f"{GATEWAY_APP}-{name}"
 
 
@@ -67,6 +67,8 @@ def applications(config: ServeConfig) -> dict[str, tuple[str, VersionConfig]]:
 def version(args: dict[str, Any]) -> Any:
     """Build the application of one version or of one domain's index, from its options and `name`.
 
+    With the option `base` it is the encoder that domains share; with `domain`, the index of a domain.
+
     Raises:
         InputError: an option is wrong; the index or the corpus is not complete.
     """
@@ -80,14 +82,14 @@ def gateway(args: dict[str, Any]) -> Any:
     """Build the application of the gateway, which speaks HTTP, from the options of `ServeConfig`.
 
     Raises:
-        InputError: an option or the file of API keys is wrong, or recall cannot be measured.
+        InputError: an option or the file of API keys is wrong, or `recall_probe` cannot be used (`check_probe`).
     """
     config = ServeConfig.parse(args, where="gateway")
     return bind_gateway(*gateway_of(config, read_keys(config.api_keys)))
 
 
 def bind_version(name: str, config: VersionConfig) -> Any:
-    """Bind the deployments of a version: encoder and index slices. A domain's index has only slices."""
+    """Bind the deployments of a version: encoder and index slices. A domain's index has only slices. Nothing starts."""
     from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
@@ -222,10 +224,12 @@ def num_gpus(config: VersionConfig) -> float:
 
 
 def gateway_of(config: ServeConfig, keys: tuple[ApiKey, ...]) -> "tuple[GatewaySetup, GatewayConfig]":
-    """Return the arguments of the gateway: its fixed setup, and the state that an update replaces.
+    """Return the arguments of the gateway: its fixed setup (limits, API keys), and the state that an update replaces.
+
+    The state is versions, domains with their indexes, routing and loss policy.
 
     Raises:
-        InputError: recall cannot be measured.
+        InputError: `recall_probe` is set, but an index does not hold its exact vectors.
     """
     from readapt_ray.serving.gateway import GatewayConfig, GatewaySetup
 
@@ -298,7 +302,7 @@ def check_version(name: str, config: VersionConfig) -> str:
         ModelError: the retriever is not a model, or its encoding is not known.
         ArtifactMissingError: the index or the corpus is not complete.
         FingerprintMismatchError: the index or the bridge was made with another model, encoding or dtype.
-        InputError: a bridge is given without an index.
+        InputError: a bridge is given without an index, or new vectors without a bridge.
     """
     from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer
@@ -348,7 +352,7 @@ def check_probe(config: ServeConfig) -> None:
 
 
 def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
-    """Check that the domains that API keys name are served, and that every version can apply the filters of the keys.
+    """Check that the names in API keys are served, and that each index that a key may search can apply its filter.
 
     Raises:
         InputError: a name is not served, a corpus lacks a column of a filter, or there is no corpus.

@@ -155,7 +155,7 @@ class Batcher:
 
     @property
     def queued_tokens(self) -> int:
-        """Count the tokens that are queued now."""
+        """Count the tokens that wait now, without those that are being encoded."""
         return self._queued_tokens
 
     @property
@@ -171,7 +171,7 @@ class Batcher:
         batch with rows of no other request is cancelled.
 
         Args:
-            rows: token ids.
+            rows: token ids, at least one row. The vectors have the same order.
             deadline_s: when the answer must be ready, on the event loop's clock. The caller must cancel at this time.
             flow: name of the domain; its requests take turns with other domains as one. None for a version.
 

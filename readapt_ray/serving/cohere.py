@@ -89,7 +89,14 @@ _WRITERS: dict[EmbeddingType, Callable[[NDArray[np.float32]], Any]] = {
 
 
 def embed_json(vectors: NDArray[np.float32], body: EmbedRequest, request_id: str, num_tokens: int) -> bytes:
-    """Write an `EmbedResponse` as JSON."""
+    """Write an `EmbedResponse` as JSON, with all `embedding_types` that the request asks for; float if it names none.
+
+    Args:
+        vectors: [N, D], in the order of the request's texts, which the answer repeats.
+        body: the request.
+        request_id: id of the request, for the answer's `id`.
+        num_tokens: number of tokens in all texts.
+    """
     meta = Meta(billed_units=BilledUnits(input_tokens=num_tokens))
     answer = {
         "id": request_id,

@@ -32,11 +32,14 @@ class ComputeThread:
         self._proof: asyncio.Task[Any] | None = None
 
     def wait_for(self, function: Callable[..., R], *given: Any) -> R:
-        """Run a function in the thread, block until it is done, and return its result."""
+        """Run a function in the thread, block until it is done, and return its result, or raise its exception.
+
+        It blocks the calling thread: in the event loop, call the object itself instead.
+        """
         return self._pool.submit(function, *given).result()
 
     async def __call__(self, function: Callable[..., R], *given: Any) -> R:
-        """Run a function in the thread, and await its result."""
+        """Run a function in the thread after all earlier ones, and await its result; its exceptions are raised."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, function, *given)
 
     def _timed(self, function: Callable[..., R], *given: Any) -> R:

@@ -35,7 +35,7 @@ class KnownFields(BaseModel):
 
 
 class Bounds(KnownFields):
-    """A range of values; dates are strings in ISO 8601."""
+    """A range of values: all given bounds must hold. Dates are strings in ISO 8601."""
 
     gt: _Comparable | None = None
     gte: _Comparable | None = None
@@ -88,8 +88,11 @@ class DocFilter:
     """A filter of a search: a passage passes if it meets all conditions that are given."""
 
     prefix: str | None = None
+    """Text that the doc_id must begin with; None for any."""
     doc_ids: tuple[str, ...] | None = None
+    """Ids of the passages, or of their documents if ingest split documents; None for any."""
     conditions: tuple[Condition, ...] = ()
+    """Conditions on columns; all must hold."""
     within: "DocFilter | None" = None
     """Filter of the API key, which a passage must pass as well."""
     is_exact: bool = False
@@ -97,7 +100,10 @@ class DocFilter:
 
 
 def doc_filter(fields: FilterFields, within: DocFilter | None = None) -> DocFilter | None:
-    """Make a filter from the fields of a request and the filter of its API key (`within`); None if both are empty."""
+    """Make a filter from the fields of a request and the filter of its API key (`within`); None if both are empty.
+
+    A passage must pass both. Columns are not checked here.
+    """
     own = None
     if fields.doc_ids is not None or fields.doc_id_prefix is not None or fields.filter is not None:
         doc_ids = None if fields.doc_ids is None else tuple(fields.doc_ids)

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 def domains_spec(name: str, config: DomainsConfig) -> "VersionSpec":
     """Return the specification that the shared encoder starts from, with paths that are valid on every node.
 
+    Without a data type in the options, it has the type of the first domain's index, or float32 without an index.
+
+    Args:
+        name: name of the version that the domains share.
+        config: its options. Bundles are factors (outputs of `readapt merge --factors`).
+
     Raises:
         ModelError: no base is given, and the first bundle cannot be read.
     """
@@ -46,7 +52,9 @@ def domains_spec(name: str, config: DomainsConfig) -> "VersionSpec":
 
 
 def check_domain_encoder(name: str, config: DomainsConfig) -> str:
-    """Return the fingerprint of the version whose encoder all domains share.
+    """Check that the first bundle (factors of a domain) can be read; return the fingerprint of the shared version.
+
+    The shared version is the one whose encoder all domains share. Its weights are not loaded.
 
     Raises:
         ModelError: the first bundle cannot be read.
@@ -130,10 +138,10 @@ def index_spec(config: DomainIndexConfig) -> "VersionSpec":
 
 
 def index_app_name(config: DomainIndexConfig, spec: "VersionSpec") -> str:
-    """Return the name of the Ray Serve application of a domain's index.
+    """Return the name of the Ray Serve application of a domain's index, such as readapt-index-legal-1a2b3c4d.
 
-    The name has a hash of the index, its location and its processes. So an update starts a changed index beside the
-    served one.
+    It ends with a hash of the index, the corpus, their locations, and the options of the processes. If one of them
+    changes, the name does too, so an update starts the new index beside the served one.
 
     Args:
         config: options of the index.
@@ -147,6 +155,12 @@ def index_app_name(config: DomainIndexConfig, spec: "VersionSpec") -> str:
 
 def check_indexes(config: ServeConfig, records: "Sequence[DomainRecord]") -> None:
     """Check that the index of each domain was made with the model, encoding and dtype that encode its queries.
+
+    Domains without an index are not checked.
+
+    Args:
+        config: options of the server.
+        records: from `domain_records`.
 
     Raises:
         ArtifactMissingError: an index or a corpus is not complete.
@@ -190,7 +204,7 @@ def _advice(record: "DomainRecord") -> str:
 
 
 def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":
-    """Return the description of each domain's index for the gateway, by the domain's name."""
+    """Return the description of each domain's index for the gateway, by domain; domains without one are left out."""
     from readapt_ray.serving.domains import DomainIndex
 
     found = {}

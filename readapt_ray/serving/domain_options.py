@@ -30,6 +30,14 @@ class DomainOptions(Config):
 def parse_domains(value: object) -> object:
     """Parse `legal=FACTORS,index=INDEX,med=FACTORS`, or read a YAML file of domains by name.
 
+    `index`, `corpus` and `knowledge_scale` belong to the domain before them. Values are not checked here.
+
+    Args:
+        value: text; without "=" it is the path of a YAML file. Anything else, such as a dict, is returned unchanged.
+
+    Returns:
+        The options of each domain by its name: {"legal": {"factors": ..., "index": ...}, ...}.
+
     Raises:
         InputError: an entry is not NAME=FACTORS, or a name is given twice.
     """
@@ -57,10 +65,10 @@ def parse_domains(value: object) -> object:
 
 
 def parse_scales(text: str | None) -> tuple[float, float] | None:
-    """Parse `MIN..MAX` into two numbers; None, if requests cannot choose a scale, stays None.
+    """Parse `MIN..MAX` into (MIN, MAX); None, if requests cannot choose a scale, stays None.
 
     Raises:
-        ValueError: the text is not a range of finite numbers.
+        ValueError: the text is not a range of finite numbers, or MIN is over MAX.
     """
     if text is None:
         return None

@@ -44,9 +44,13 @@ class DomainIndex:
     encoder_fingerprint: str
     """Fingerprint of the encoder that made its vectors."""
     slices: Mapping[str, int]
+    """Number of vectors in each part of the index, by the part's deployment."""
     has_words: bool
+    """Whether the index has BM25 scores."""
     is_split: bool
+    """Whether passages are parts of documents."""
     corpus: str | None
+    """Folder or URI of its corpus; None without one."""
     corpus_fingerprint: str | None
 
     def described(self, info: VersionInfo) -> VersionInfo:
@@ -59,7 +63,7 @@ class Searcher(Protocol):
     """Interface of objects that search an index."""
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """Find the k best passages of each query [Q, D]."""
+        """Find the k best passages of each query [Q, D] that pass the filter; None for no filter."""
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
         """Find the k best passages of each text by BM25."""
@@ -120,15 +124,24 @@ class DomainBackend:
         return await self.shared.encode(rows)
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """Find the k best passages per query [Q, D] in this domain's index; call it only if there is one."""
+        """Find the k best passages per query [Q, D] in this domain's index.
+
+        Call it only if the domain has an index (`info.slices` is not empty).
+        """
         return await self._searcher.search(vectors, top_k, wanted)
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
-        """Find the k best passages per text by BM25 in this domain's index; call it only if there is one."""
+        """Find the k best passages per text by BM25 in this domain's index.
+
+        Call it only if the domain has an index with BM25 scores (`info.has_words`).
+        """
         return await self._searcher.search_words(texts, top_k, wanted)
 
     async def check(self) -> float:
-        """Test the encoder that all domains share; return the seconds that it took."""
+        """Check that the shared encoder answers; return the seconds that it took to encode.
+
+        The domain's factors and index are not tested.
+        """
         return await self.shared.check()
 
     async def num_reembedded(self) -> int | None:
@@ -137,7 +150,10 @@ class DomainBackend:
 
 
 def policy_of_domains(policy: LossPolicy) -> LossPolicy:
-    """Return the policy for lost parts of a domain's index: `error` replaces `wait`, which would block others."""
+    """Return the policy for lost parts of a domain's index: `error` instead of `wait`; other policies are unchanged.
+
+    Requests that wait for one domain would take the slots of other domains.
+    """
     return policy if policy.lost_shards != "wait" else policy.model_copy(update={"lost_shards": "error"})
 
 
@@ -146,12 +162,20 @@ class DomainUnavailableError(Exception):
 
 
 def domain_down(error: DomainUnavailableError) -> RequestError:
-    """Return the error (status 503) for a request to a domain whose factors cannot be used."""
+    """Return the error for a request to a domain whose factors cannot be used.
+
+    It has status 503, the code `domain_unavailable`, the message of `error`, and Retry-After 10 s.
+    """
     return RequestError(str(error), status=503, code="domain_unavailable", retry_after_s=10)
 
 
 def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, float] | None) -> tuple[float, ...]:
     """Return the scale of each knowledge adapter for a request; () for a version that is no domain.
+
+    Args:
+        backend: the domain or version that answers.
+        wanted: scale that the request asks for, for all adapters; None for the ones that the domain is served with.
+        allowed: smallest and largest scale that a request may ask for; None if requests cannot choose.
 
     Raises:
         RequestError: the request gives a scale that is not allowed, or asks for a version that is no domain.
@@ -173,6 +197,8 @@ def index_name_at_scale(
     versions: Mapping[str, Version], name: str, scales: Sequence[float], allowed: frozenset[str] | None
 ) -> str:
     """Return the name under which the index of a domain at these scales is served.
+
+    It is `name` itself at the scales that the domain is served with; else another served domain with the same factors.
 
     Args:
         versions: all served versions.
@@ -205,7 +231,7 @@ def index_name_at_scale(
 async def load_and_mark_rows(
     backend: Backend, rows: Sequence[Sequence[int]], scales: tuple[float, ...] | None = None
 ) -> Sequence[Sequence[int]]:
-    """Load the factors of a domain, and return the rows with its name; rows for a version are returned unchanged.
+    """Load the factors of a domain, and return its rows as `DomainRow`; rows for a version are returned unchanged.
 
     Args:
         backend: the domain or the version.
@@ -270,7 +296,9 @@ class RequestSlots:
 
 
 def encoder_fingerprint_at(backend: Backend, scales: Sequence[float]) -> str:
-    """Return the fingerprint of the encoder that makes vectors with these scales."""
+    """Return the fingerprint of the encoder that makes vectors with these scales; a version that is no domain ignores
+    the scales.
+    """
     return backend.fingerprint_of(scales) if isinstance(backend, DomainBackend) else backend.info.encoder_fingerprint
 
 

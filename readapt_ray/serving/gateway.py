@@ -57,8 +57,8 @@ class GatewayConfig(Config):
     policy: LossPolicy = LossPolicy()
     """What to do when a part of an index is lost."""
     whole_until_s: float = 0.0
-    """Unix time in seconds. A gateway that starts before it belongs to an update, and fails unless it can serve every
-    version; then the update is undone. One that starts later replaces a dead one, and serves what is up."""
+    """Unix time in seconds. A gateway that starts before it belongs to an update, and fails if a version that is up
+    cannot be served; then the update is undone. One that starts later replaces a dead one, and serves what it can."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +113,11 @@ class Gateway:
         return with_cors(guard, self._setup.cors_origins) if self._setup.cors_origins else guard
 
     async def setup(self) -> tuple[GatewaySetup, GatewayConfig | None]:
-        """Return the fixed options of this gateway, and what it serves; None before it serves anything."""
+        """Return the fixed options of this gateway, and its present state; None before it serves anything."""
         return self._setup, self._state
 
     async def stop_accepting(self, *, give_up: bool = False) -> tuple[str, int]:
-        """Answer new requests with 503 from now on; with `give_up`, running requests too.
+        """Answer new requests with 503 from now on; with `give_up`, running requests too. See `Guard.stop_accepting`.
 
         Returns:
             The id of this gateway, and the number of its requests in progress.
@@ -127,7 +127,8 @@ class Gateway:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve what `user_config` says (a `GatewayConfig`); Ray Serve calls this at the start and at a change.
 
-        Versions that are not up 30 s after the first are added later.
+        It waits until at least one version is up. Versions that are not up 30 s after that are added later. During an
+        update (`whole_until_s`) a new gateway raises the error of a version that cannot be served.
         """
         if self._completing is not None:
             self._completing.cancel()
@@ -220,7 +221,10 @@ async def _description(app: str) -> tuple[Any, VersionInfo]:
 
 
 async def gather_metrics() -> str:
-    """Collect the metrics of this package from all nodes, in Prometheus' text format."""
+    """Collect the metrics of this package from all nodes, in Prometheus' text format.
+
+    A node that does not answer within 5 s is logged and left out.
+    """
     urls = [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for node in await asyncio.to_thread(ray.nodes)

@@ -93,8 +93,10 @@ class Guard:
     def stop_accepting(self, *, give_up: bool = False) -> int:
         """Answer new requests with 503 from now on; with `give_up`, running requests too.
 
+        /health, /healthz and /metrics are still answered. It may be called again.
+
         Returns:
-            The number of requests in progress.
+            The number of POST requests in progress.
         """
         self._is_stopping = True
         for task in self._tasks if give_up else ():
@@ -328,7 +330,10 @@ def _stopping() -> RequestError:
 
 
 def with_cors(app: App, origins: Sequence[str]) -> App:
-    """Wrap an app so that web pages of these origins can call it. Preflight requests need no API key."""
+    """Wrap an app so that web pages of these origins can call it by GET and POST; "*" allows all origins.
+
+    Preflight requests are answered here and need no API key.
+    """
     return CORSMiddleware(
         app,
         allow_origins=origins,
@@ -339,7 +344,7 @@ def with_cors(app: App, origins: Sequence[str]) -> App:
 
 
 async def send_error(send: Send, error: RequestError) -> None:
-    """Send an error as the answer of an ASGI app."""
+    """Send an error as the whole answer of an ASGI app: status, headers, and a JSON body in OpenAI's form."""
     content = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]

@@ -67,7 +67,8 @@ def preferred(host: str, timeout_s: float) -> Iterator[None]:
     """Set environment variables so that a Ray that starts during the block serves through HAProxy.
 
     Do nothing if `RAY_SERVE_ENABLE_HA_PROXY` is set, if HAProxy is not installed, or if it cannot serve this host.
-    After the block the variables are removed, since they are for the processes of Ray and not for this one.
+    Variables that are already set are kept. After the block the added ones are removed, since they are for the
+    processes of Ray and not for this one.
 
     Args:
         host: address that the server listens on.
@@ -86,7 +87,14 @@ def preferred(host: str, timeout_s: float) -> Iterator[None]:
 
 
 def watch(host: str, port: int) -> None:
-    """Start HAProxy again whenever it dies, from a thread; do nothing if this process's Ray does not use HAProxy."""
+    """Start HAProxy again whenever it dies, from a thread, until `unwatch`.
+
+    Do nothing if this process has not started a Ray that serves through HAProxy (`preferred`).
+
+    Args:
+        host: an address of this machine that HAProxy listens on, not 0.0.0.0.
+        port: its port.
+    """
     binary = _binary()
     folders = [folder for folder in _FOLDERS if (folder / STANDBY_CONFIG).exists()]
     if binary and folders:
@@ -94,7 +102,10 @@ def watch(host: str, port: int) -> None:
 
 
 def unwatch() -> None:
-    """Stop watching HAProxy, and end the one that the watching thread started."""
+    """Stop watching HAProxy, and end the one that the watching thread started; the one that Ray started keeps running.
+
+    Do nothing if it is not watched.
+    """
     while _STANDBYS:
         _STANDBYS.pop().end()
     for folder in _FOLDERS:
@@ -102,7 +113,7 @@ def unwatch() -> None:
 
 
 def remove_folders() -> None:
-    """Remove the files of every HAProxy that this process started."""
+    """Remove the folders of every HAProxy that this process started; it also runs when the process ends."""
     for folder in _FOLDERS:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -49,14 +49,15 @@ def has_routes(config: str) -> bool:
 
 
 def error_file(folder: Path, status: int) -> Path:
-    """Return the path of the file with the answer for an error status."""
+    """Return the path of the file with the answer for an error status, such as FOLDER/503.http."""
     return folder / f"{status}.http"
 
 
 def for_clients_alone(config: str) -> str:
-    """Return a configuration without control socket and statistics, which Ray's next HAProxy needs for itself.
+    """Return a configuration that serves only clients: without control socket and statistics.
 
-    Without the socket, Ray notices that the HAProxy that it started is gone, and starts another.
+    Ray's next HAProxy needs these for itself. Without the socket, Ray notices that the HAProxy that it started is gone,
+    and starts another.
     """
     section, lines = "", []
     for line in config.splitlines():
@@ -77,7 +78,10 @@ def _standby_to_replace(folder: Path) -> list[str]:
 
 
 def main(binary: str, header_s: str, folder: Path, *arguments: str) -> None:
-    """Replace this process by HAProxy, which is killed when the Ray process that started it ends.
+    """Replace this process by HAProxy, which is killed when the Ray process that started it ends. Never returns.
+
+    First it changes Ray's configuration file in place (`rewritten`). If that has routes, it also writes `standby.cfg`,
+    and HAProxy takes over from a standby one that runs.
 
     Args:
         binary: path of HAProxy.

@@ -17,6 +17,10 @@ _READ_AT_ONCE = 64
 def texts_of(store: PassageStore, found: Iterable[Sequence[Ranked]]) -> dict[str, Passage]:
     """Return title and text of the passages that were found, by id; ids that the corpus lacks are left out.
 
+    Args:
+        store: the corpus.
+        found: the hits of each query; a passage that several queries found is read once.
+
     Raises:
         RequestError: the texts are too long for one answer, which repeats a passage for each query that found it.
     """

@@ -63,7 +63,9 @@ class SearchableShard:
             lists.make_direct_map()
 
     def rows(self, wanted: DocFilter) -> NDArray[np.int64]:
-        """Return the rows that pass a filter, ascending.
+        """Return the indices of the rows of this shard that pass a filter, ascending; deleted rows never pass.
+
+        If ingest split documents, the id of a document matches all of its passages.
 
         Raises:
             InputError: the filter names a column that does not exist, or values that this column cannot hold.
@@ -99,7 +101,7 @@ class SearchableShard:
             yield from (each for each in self.ids[first:end] if parent_of(each) == doc_id)
 
     def passing(self, wanted: DocFilter | None) -> NDArray[np.bool_] | None:
-        """Return a mask of the rows that pass a filter, [N]; None if there is no filter."""
+        """Return a mask of the rows that pass a filter, bool [N], False if deleted; None if there is no filter."""
         if wanted is None:
             return None
         passing = np.zeros(len(self.shard.doc_ids), bool)
@@ -117,6 +119,8 @@ def search_rows(
     shard: IndexShard, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64], *, max_scanned: float
 ) -> Iterator[Hits]:
     """Search only some rows of a shard, in parts; yield the k best rows per query for each part.
+
+    The k best over all parts are the result. Places without a hit have the score -inf.
 
     Args:
         shard: the shard.
@@ -153,7 +157,12 @@ def max_scanned(wanted: DocFilter) -> float:
 
 
 def is_mapped(record: ShardRecord, records: Sequence[ShardRecord]) -> bool:
-    """Return whether a shard is memory-mapped. Shards of a slice that were trained together are merged in memory."""
+    """Return whether a shard is memory-mapped. Shards of a slice that were trained together are merged in memory.
+
+    Args:
+        record: the shard.
+        records: all shards of its slice.
+    """
     return record.trained is None or sum(each.trained == record.trained for each in records) == 1
 
 
@@ -238,7 +247,13 @@ class IndexSlice:
     def of(
         cls, shards: Sequence[IndexShard], corpus: Sequence[Location] = (), *, is_split: bool = False
     ) -> "IndexSlice":
-        """Make a slice from shards that are already in memory."""
+        """Make a slice from shards that are already in memory.
+
+        Args:
+            shards: the shards.
+            corpus: Parquet files with the passages, to filter by their columns; empty for no such filters.
+            is_split: whether passages are parts of documents.
+        """
         made = cls.__new__(cls)
         made.shards = _searchable(shards, corpus, is_split=is_split)
         return made
@@ -249,10 +264,13 @@ class IndexSlice:
         return sum(len(each.ids) for each in self.shards)
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None = None) -> Hits:
-        """Return the k best passages per query [Q, D]; with a filter, of those that pass it.
+        """Return the k best passages per query [Q, D], best first; with a filter, of those that pass it.
+
+        If fewer than k passages are found, the last places have the score -inf.
 
         Raises:
-            InputError: the dimensions differ, or this kind of index cannot be filtered.
+            InputError: the dimensions differ, top_k is under 1, this kind of index cannot be filtered, or the filter
+                names a column that does not exist.
         """
         if wanted is None:
             return search_shards((each.shard for each in self.shards), queries, top_k)
@@ -278,7 +296,8 @@ class IndexSlice:
         """Search with a filter, step by step: yield None between two blocks, and the k best per query at the end.
 
         Raises:
-            InputError: the dimensions differ, or this kind of index cannot be filtered.
+            InputError: the dimensions differ, this kind of index cannot be filtered, or the filter names a column that
+                does not exist or values that it cannot hold.
         """
         best = TopK(len(queries), top_k)
         parts = itertools.chain.from_iterable(

@@ -49,11 +49,11 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
 
     Each entry is `name: key`, or
     `name: {key: ..., requests_per_minute: 600, within: {filter: {tenant: acme}}, domains: [legal]}`. A key may be given
-    as `sha256:` and its digest.
+    as `sha256:` and its digest. Whether the domains are served is not checked here.
 
     Raises:
-        InputError: the file does not exist or is no such list, a key is too short, or two entries have the same name or
-            the same key.
+        InputError: the file does not exist or is no such list, a key has under 16 characters, an entry has an unknown
+            field or a wrong value, or two entries have the same name or the same key. No message shows a key.
     """
     if uri is None:
         text, where = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
@@ -136,7 +136,10 @@ def _within(name: str, given: Any, where: str) -> DocFilter:
 
 @contextlib.contextmanager
 def out_of_environment() -> Iterator[None]:
-    """Remove the keys from the environment during the block, so that the processes of Ray do not inherit them."""
+    """Remove READAPT_API_KEYS from the environment during the block, so that Ray's processes do not inherit the keys.
+
+    It is set again after the block. Call `read_keys` before.
+    """
     text = os.environ.pop(ENVIRONMENT, None)
     try:
         yield
@@ -180,7 +183,10 @@ class KeyRing:
         return found if scheme.lower() == "bearer" else None
 
     def wait_s(self, key: ApiKey) -> float:
-        """Count one request; return 0 if it is within the key's rate, else the seconds until one is allowed again."""
+        """Count one request; return 0 if it is within the key's rate, else the seconds until one is allowed again.
+
+        A request over the rate is not counted. Up to ten seconds' worth may come at once. A key without a rate gives 0.
+        """
         bucket = self._buckets.get(key.name)
         return bucket.take() if bucket else 0.0
 

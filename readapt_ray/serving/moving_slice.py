@@ -114,7 +114,13 @@ class _MovingShard:
 
 
 def num_bytes(num_vectors: int, dimension: int, factory: str) -> int:
-    """Return the bytes that new vectors of all passages take, with the copy that is made while a block grows."""
+    """Return the bytes that new vectors of all passages take, with the copy that is made while a block grows.
+
+    Args:
+        num_vectors: number of passages in the slice.
+        dimension: dimension of the new vectors.
+        factory: Flat (4 bytes per number) or SQfp16 (2 bytes).
+    """
     vector_bytes = (4 if factory == "Flat" else 2) * dimension
     return num_vectors * (_PLACE_BYTES + vector_bytes) + min(_BLOCK_BYTES, num_vectors * vector_bytes)
 
@@ -153,6 +159,9 @@ class MovingSlice:
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None = None) -> Hits:
         """Return the k best passages per query [Q, D] of the new model; with a filter, of those that pass it.
+
+        Scores of old vectors are rescaled, so that they compare with scores of new ones. Places without a hit have the
+        score -inf.
 
         Raises:
             InputError: the dimensions differ, or the filter names a column that does not exist.
@@ -220,7 +229,9 @@ class MovingSlice:
         return found, num_changed
 
     def prepare(self, located: Sequence[Located], vectors: NDArray[np.float32]) -> list[Move]:
-        """Prepare what `move` applies.
+        """Prepare what `move` applies; the slice is not changed yet.
+
+        Apply the moves before the next `prepare`, which starts from the state of the slice at that time.
 
         Args:
             located: passages to move; their `places` are rows of `vectors`.
@@ -236,7 +247,10 @@ class MovingSlice:
         return moves
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Apply prepared moves: from now on search these passages by their new vectors instead of their old ones."""
+        """Apply prepared moves: from now on search these passages by their new vectors instead of their old ones.
+
+        If none of a shard's passages has an old vector left, the shard's old vectors are freed.
+        """
         shards = list(self._shards)
         for each in moves:
             shard = shards[each.shard]

@@ -54,6 +54,8 @@ _State = tuple[int | None, int | None]
 def check_new_vectors(name: str, config: VersionConfig) -> None:
     """Check that the passages of a version can move to the vectors in `new_vectors`; without that option, do nothing.
 
+    Vectors of another corpus are only logged: passages with the same doc_id and content move.
+
     Raises:
         InputError: the version has no index or no bridge, or the bridge is of an older release.
         ArtifactMissingError: the folder has no vectors, and no `embed` writes any.
@@ -111,7 +113,7 @@ def vector_factory(index: VectorIndex) -> str:
 def follow(
     base: IndexSlice, spec: VersionSpec, index: VectorIndex, number: int, compute: Callable[..., Any]
 ) -> tuple[MovingSlice, "Follower"]:
-    """Return a slice with all new vectors that exist by now, and the follower that adds later ones.
+    """Return a slice with all new vectors that exist by now, and the follower that adds later ones in its thread.
 
     Args:
         base: the slice with the old vectors.
@@ -180,11 +182,11 @@ class Follower:
         self._stopped = threading.Event()
 
     def start(self) -> None:
-        """Start a daemon thread that polls every five seconds, until all passages have moved."""
+        """Start a daemon thread that polls every five seconds, until all passages have moved or `stop` is called."""
         threading.Thread(target=self._run, name="new-vectors", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop polling."""
+        """Stop polling; a poll in progress still ends."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -192,7 +194,10 @@ class Follower:
             self.poll()
 
     def poll(self) -> None:
-        """Read the files that are new or changed, and move their passages; log failures and try them again later."""
+        """Read the files that are new or changed, and move their passages; log failures and try them again later.
+
+        It blocks until all these files are read, and updates the metric `readapt_reembedded_share`.
+        """
         before, files = self._moving.num_reembedded, 0
         for name in self._attempt("", self._new_or_changed) or ():
             files += bool(self._attempt(name, functools.partial(self._take, name)))

@@ -285,7 +285,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             )
 
     def names(self) -> list[str]:
-        """Return the names that clients can give as `model`: the domains, or else the versions."""
+        """Return the names that clients can give as `model`, without suffixes: the domains, or else the versions."""
         return list(self.domains or self.each_version())
 
     def each_version(self) -> dict[str, VersionConfig]:
@@ -309,7 +309,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         }
 
     def each_domain(self) -> dict[str, DomainOptions]:
-        """Return the options of each domain by name: factors, index, corpus and scale.
+        """Return the options of each domain by name: factors, index, corpus and scale; {} without domains.
 
         Raises:
             InputError: an option of a domain is unknown or wrong.
@@ -322,7 +322,10 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         }
 
     def domain_indexes(self) -> dict[str, DomainIndexConfig]:
-        """Return the options of the index of each domain that has one, by the domain's name."""
+        """Return the options of the index of each domain that has one, by the domain's name; {} without domains.
+
+        A domain without a corpus gets the server's `corpus`.
+        """
         encodes = {"num_replicas", "max_replicas", "bridge", "new_vectors"}
         common = {name: getattr(self, name) for name in VersionConfig.model_fields if name not in encodes}
         return {
@@ -335,14 +338,21 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         }
 
     def routing(self) -> Routing:
-        """Return how requests are routed to the versions."""
+        """Return how requests are routed to the versions; without `default`, the first name is the default.
+
+        Raises:
+            InputError: an entry of `split` is not NAME=WEIGHT, or no weight is over 0. Names are not checked.
+        """
         same = {name: getattr(self, name) for name in SideOptions.model_fields}
         default = self.default or self.names()[0]
         return Routing.parse(same | {"default": default, "split": parse_split(self.split)})
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a host name or address is a loopback one, which only this machine can reach."""
+    """Return whether a host is `localhost` or a loopback address (127.0.0.1, ::1), which only this machine can reach.
+
+    Other names give False; they are not looked up.
+    """
     if host == "localhost":
         return True
     try:

@@ -50,45 +50,65 @@ class RayBackend:
         self.policy = policy
 
     def with_index(self, info: VersionInfo, slices: Mapping[str, Any], policy: LossPolicy) -> "RayBackend":
-        """Return a backend with the same encoder and another index."""
+        """Return a new backend with the same encoder and another index.
+
+        Args:
+            info: description of the encoder, with the fields of that index.
+            slices: handles of its `IndexReplica` deployments, by the names of the slices.
+            policy: what to do if a slice does not answer.
+        """
         return RayBackend(info, self._encoder, slices, policy)
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
         """Return the vectors [N, D] of N rows of token ids, from any replica that is alive.
 
+        It retries while replicas die, so the caller must set a deadline.
+
         Raises:
             FingerprintMismatchError: the replicas hold another version by now.
+            RequestError: with status 503: the version was removed, or cannot be started.
         """
         vectors: NDArray[np.float32] = await _persistently(self._encoder.encode, self.info.fingerprint, rows)
         return vectors
 
     async def prepare(self, source: DomainSource) -> None:
-        """Load the factors of a domain into the memory of a replica, unless they are there.
+        """Load the factors of a domain into the memory of one replica, unless they are there.
+
+        Another replica that encodes the rows later loads them too.
 
         Raises:
             DomainUnavailableError: its factors cannot be used.
+            RequestError: with status 503: the version was removed, or cannot be started.
         """
         problem = await _persistently(self._encoder.prepare, self.info.fingerprint, source)
         if problem:
             raise DomainUnavailableError(problem)
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """Return the k best passages per query [Q, D], and the slices that did not answer.
+        """Return the k best passages per query [Q, D], best first, and the slices that did not answer.
+
+        With the policy `wait` it waits for a lost slice without a limit, so the caller must set a deadline.
+
+        Args:
+            vectors: the queries.
+            top_k: k.
+            wanted: filter that passages must pass; None for all passages.
 
         Raises:
             FingerprintMismatchError: a slice holds another version by now.
-            InputError: the index cannot be filtered.
-            RequestError: a slice is lost and the policy is `error`, or all slices are lost.
+            InputError: the index cannot be filtered, or lacks a column of the filter.
+            RequestError: a slice is lost and the policy is `error`, or all are lost; or a slice was removed and the
+                policy is not `partial`.
         """
         return await self._searched("search", vectors, top_k, wanted)
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
-        """Return the k best passages per text by BM25, and the slices that did not answer.
+        """Return the k best passages per text by BM25, best first, and the slices that did not answer; as `search`.
 
         Raises:
             FingerprintMismatchError: a slice holds another version by now.
-            InputError: the index cannot be filtered so.
-            RequestError: a slice is lost and the policy is `error`, or all slices are lost.
+            InputError: the corpus lacks a column of the filter.
+            RequestError: as in `search`.
         """
         return await self._searched("search_words", texts, top_k, wanted)
 
@@ -124,6 +144,8 @@ class RayBackend:
 
     async def check(self) -> float:
         """Test encoder and slices by encoding and searching; return the seconds that the encoder took.
+
+        A part that does not answer within 2.5 s counts as failed.
 
         Raises:
             PartsDownError: some parts do not answer or fail; the log says why.

@@ -24,8 +24,11 @@ class CheckResult(BaseModel):
 
     ready: bool
     reason: str = ""
+    """What does not work; empty if the version is ready."""
     encode_s: float | None = None
+    """Seconds that the encoder took for a sentence, with the wait for its batch; null if the version is not ready."""
     num_vectors: int | None = None
+    """Number of vectors in its index, 0 without one; null if the version is not ready."""
     num_reembedded: int | None = None
     """Number of passages that are searched by new vectors; null if passages of the version do not move."""
 
@@ -50,7 +53,10 @@ class CachedCall(Generic[R]):
         self._made_s = 0.0
 
     async def result(self) -> R:
-        """Return the latest result; call the function again if it is older than one second."""
+        """Return the latest result, or raise its exception; call the function again if it is older than one second.
+
+        A caller that is cancelled does not cancel the call that others share.
+        """
         if self._task is None or (self._task.done() and time.monotonic() > self._made_s + _RECENT_S):
             self._task = asyncio.get_running_loop().create_task(self._made())
         return await asyncio.shield(self._task)
@@ -63,7 +69,9 @@ class CachedCall(Generic[R]):
 
 
 async def check_versions(versions: Mapping[str, Version], missing: Mapping[str, str]) -> Readiness:
-    """Test each version by encoding and searching, and return the results.
+    """Test each version by encoding and searching, all at once, for at most 3 s; return the results.
+
+    `ready` is true if every version works; false without any version.
 
     Args:
         versions: versions that are up, by name.
@@ -94,5 +102,8 @@ async def _check(version: Version) -> CheckResult:
 
 
 def without_folders(cause: str) -> str:
-    """Remove the folders of paths from a message: /readyz needs no API key, so anybody can read it."""
+    """Remove the folders of paths from a message: "no file /data/run/a.bin" gives "no file a.bin".
+
+    /readyz needs no API key, so anybody can read its messages.
+    """
     return re.sub(r"[^\s'\"(]*/", "", cause)

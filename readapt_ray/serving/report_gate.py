@@ -10,7 +10,7 @@ from readapt_ray.serving.options import VersionConfig
 
 
 def check_report(uri: str, versions: Mapping[str, VersionConfig]) -> None:
-    """Refuse versions that a report does not allow.
+    """Refuse versions that a report does not allow; do nothing if it allows all.
 
     Args:
         uri: output of `readapt evaluate --require`.

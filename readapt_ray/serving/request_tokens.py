@@ -40,7 +40,12 @@ class _KindTokenizer:
 
 
 class InputTokenizer:
-    """Turns the texts of a request into rows of token ids, or raises an error that says what is wrong with them."""
+    """Turns the texts of a request into rows of token ids, or raises an error that says what is wrong with them.
+
+    Args:
+        tokenizer: the transformers tokenizer of the model.
+        encoding: templates, special tokens and maximum lengths.
+    """
 
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         self._tokenizer = tokenizer
@@ -80,11 +85,11 @@ class InputTokenizer:
                 first, size = place, 0
 
     def max_tokens(self, kind: Kind) -> int:
-        """Return the maximum length of a text of this kind, in tokens."""
+        """Return the maximum length of a text of this kind, in tokens, with template and special tokens."""
         return self._limits[kind]
 
     def all_ids(self, text: str, kind: Kind, *, param: str) -> list[int]:
-        """Return all token ids of a text, even if they are more than the limit.
+        """Return all token ids of a text with template and special tokens, even if they are more than the limit.
 
         Raises:
             RequestError: the text is empty, not valid Unicode, or over twice as long as one within the limit can be.

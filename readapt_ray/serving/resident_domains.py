@@ -45,7 +45,7 @@ class ResidentDomains:
         """Return a domain; load its factors first unless they are in memory. Concurrent callers share one load.
 
         Raises:
-            DomainUnavailableError: its factors cannot be used.
+            DomainUnavailableError: its factors cannot be used, or could not be used in the last ten seconds.
         """
         found = self._encoder.find(source)
         if found is not None:
@@ -92,10 +92,12 @@ class ResidentDomains:
             return domain
 
     async def encode(self, rows: Sequence[DomainRow]) -> NDArray[np.float32]:
-        """Return the vectors [N, D] of N rows of any domains, in forward passes whose domains fit in memory together.
+        """Return the vectors [N, D] of N rows of any domains, in the order of the rows; N is at least 1.
+
+        Each row is encoded with its own scales. Domains that do not fit in memory together get separate forward passes.
 
         Raises:
-            DomainUnavailableError: one of the domains cannot be used.
+            DomainUnavailableError: one of the domains cannot be used; no vector is returned then.
         """
         places: dict[DomainSource, list[int]] = {}
         for place, row in enumerate(rows):

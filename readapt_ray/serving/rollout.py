@@ -15,7 +15,7 @@ _SAID_S = 30.0
 
 
 def ray_serve() -> Any:
-    """Import Ray Serve, and keep its logger from writing to the user's terminal."""
+    """Return the module `ray.serve`, after setting its logger to errors alone: it would fill the user's terminal."""
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -23,7 +23,13 @@ def ray_serve() -> Any:
 
 
 def deploy(applications: Mapping[str, Any]) -> None:
-    """Deploy these applications together, and wait until all are up. A log line every 30 s says what is pending.
+    """Deploy these applications together, and wait without a limit until all are up; without any, do nothing.
+
+    An application that runs under the same name is replaced; others keep running. A log line every 30 s says what is
+    pending.
+
+    Args:
+        applications: bound applications, by name. The gateway gets the path `/`, others get none.
 
     Raises:
         ReadaptError: a process of an application did not start.
@@ -53,7 +59,7 @@ def deploy(applications: Mapping[str, Any]) -> None:
 def wait_for_old_gateways(seconds: float) -> None:
     """Wait until the gateways that an update replaced have answered their requests, for at most `seconds`.
 
-    After that, nothing uses the versions that the update leaves out.
+    If they end in time, nothing uses the versions that the update leaves out. Else it returns all the same.
     """
     deadline_s = time.monotonic() + seconds
     while time.monotonic() < deadline_s:
@@ -64,7 +70,7 @@ def wait_for_old_gateways(seconds: float) -> None:
 
 
 def delete(applications: Collection[str]) -> None:
-    """Remove these applications, if they exist."""
+    """Remove these applications from this Ray, if they exist, and wait until they are gone."""
     for each in applications:
         ray_serve().delete(each)
 
@@ -89,7 +95,11 @@ def _pending(applications: Collection[str]) -> list[str]:
 
 
 def last_lines(deployments: Mapping[str, Any]) -> dict[str, str]:
-    """Return the last line of Ray Serve's message about each deployment that has one."""
+    """Return the last line of Ray Serve's message about each deployment that has one, by the deployment's name.
+
+    Args:
+        deployments: as in the status of an application in `serve.status()`.
+    """
     lines = {
         name: [line.strip() for line in each.message.splitlines() if line.strip()] for name, each in deployments.items()
     }

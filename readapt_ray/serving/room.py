@@ -20,7 +20,11 @@ Resources = Mapping[str, float]
 def check_room(added: Sequence[VersionConfig]) -> None:
     """Check that each process of new versions fits on a node, beside the processes that run already.
 
-    A cluster that may start more nodes is not checked: `rollout.deploy` logs what waits.
+    It retries for up to 10 s, since processes that have just ended release their resources late. A cluster that may
+    start more nodes is not checked: `rollout.deploy` logs what waits.
+
+    Args:
+        added: options of the versions to start; of each, the minimum number of processes is counted.
 
     Raises:
         InputError: a process fits on no node.

@@ -302,7 +302,7 @@ class ErrorResponse(BaseModel):
 
 
 class RequestError(Exception):
-    """A request that cannot be answered: an HTTP status, and an error in OpenAI's form."""
+    """A request that cannot be answered: an HTTP status, and an error in OpenAI's form (see `error_body`)."""
 
     def __init__(
         self,
@@ -326,7 +326,7 @@ class RequestError(Exception):
 
 
 def invalid(message: str, param: str) -> RequestError:
-    """Return the error (status 400) for a field whose value cannot be used."""
+    """Return the error for a field whose value cannot be used (status 400, code `invalid_value`); `param` names it."""
     return RequestError(message, param=param, code="invalid_value")
 
 
@@ -336,7 +336,14 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 def error_body(
     message: str, *, status: int = 400, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
-    """Return an error in the form that OpenAI's clients read."""
+    """Return the JSON body of an error in the form that OpenAI's clients read; its type follows from the status.
+
+    Args:
+        message: text for the user.
+        status: HTTP status.
+        param: name of the request's field that is wrong; None if it is no field.
+        code: short name of the error for programs, such as "invalid_value".
+    """
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -369,7 +376,11 @@ _EXPECTED = {
 
 
 def describe_validation(first: Mapping[str, Any]) -> dict[str, dict[str, str | None]]:
-    """Return the first error that pydantic found in a body in OpenAI's form, with the name of the wrong field."""
+    """Return the body of an error in OpenAI's form, with the name of the wrong field.
+
+    Args:
+        first: first item of `errors()` of pydantic's exception.
+    """
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "value_error" and place[:1] != ["filter"]:
         return error_body(first["msg"].removeprefix("Value error, "), code="invalid_value")

@@ -47,7 +47,10 @@ class SearchBatches:
         self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """Return the k best per query [Q, D] of a request. If the caller is cancelled, its queries leave the queue.
+        """Return the k best per query [Q, D] of a request, in the order of its queries.
+
+        Only requests with the same `top_k` and dimension share a batch. If the caller is cancelled, its queries leave
+        the queue.
 
         Raises:
             Exception: whatever the search raised.

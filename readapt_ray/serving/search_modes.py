@@ -22,7 +22,7 @@ _MAX_CHARACTERS = 1 << 15
 
 
 def check_mode(mode: Mode, backend: Backend) -> None:
-    """Refuse a mode that the index does not support.
+    """Refuse a mode that the index does not support; `dense` is always supported.
 
     Raises:
         RequestError: the mode needs BM25 scores, and the index has none.
@@ -69,8 +69,12 @@ async def search_documents(
 ) -> Found:
     """Return the k best passages per query; if documents were split, the best passage of each of the k best documents.
 
+    Split documents may take several searches, each deeper, for queries that lack documents. The parts of the index that
+    did not answer are in `missing`.
+
     Args:
-        mode, backend, vectors, texts, wanted: as for `search_by_mode`.
+        mode, backend, vectors, texts, wanted: as for `search_by_mode`, but bm25 needs `vectors` too: one row per query,
+            of any dimension.
         top_k: number of passages per query, or of documents if they were split.
     """
     most = min(backend.info.num_vectors, _DEEPEST * top_k, MAX_HITS)
@@ -115,6 +119,9 @@ async def search_by_mode(
     wanted: DocFilter | None,
 ) -> Found:
     """Search once, and return the k best passages per query; `hybrid` returns only the best passage per split document.
+
+    `hybrid` fuses the 100 best of both rankings, or the k best if k is larger, by reciprocal rank. Its scores are the
+    fused ones.
 
     Args:
         mode: how to search.

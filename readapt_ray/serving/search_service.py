@@ -111,12 +111,12 @@ class SearchService:
         """Describe the version of this name.
 
         Raises:
-            RequestError: no version has this name, or the API key may not use it.
+            RequestError: no version has this name, it is not up, or the API key may not use it.
         """
         return self._registry.model(name, trace.domains)
 
     async def readiness(self) -> Readiness:
-        """Test whether every version encodes and searches; results of the last second are reused."""
+        """Test whether every version encodes and searches; a result of the last second is reused."""
         return await self._readiness.result()
 
     async def embed(self, body: schema.EmbeddingsRequest, trace: Trace) -> bytes:
@@ -195,10 +195,10 @@ class SearchService:
         )
 
     async def count_tokens(self, body: schema.TokenizeRequest, trace: Trace) -> schema.TokenizeResponse:
-        """Tokenize a text of any length, with template and special tokens, and return the ids and their number.
+        """Tokenize a text, even one over the limit, with template and special tokens; return the ids and their number.
 
         Raises:
-            RequestError: there is no such model, the text is empty or not valid Unicode, or the deadline passed.
+            RequestError: no such model; the text is empty, far too long or not Unicode; or the deadline passed.
         """
         name, version, kind_of_model = self._registry.resolve_model(body.model, trace.domains)
         trace.version = name

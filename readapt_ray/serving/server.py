@@ -43,18 +43,20 @@ _UPDATE_S = 600.0
 
 
 def serve(config: ServeConfig, *, blocking: bool = True) -> str:
-    """Start a server and serve until Ctrl-C or SIGTERM; without `blocking`, return once it is ready.
+    """Start a server and serve until Ctrl-C or SIGTERM, then stop it; without `blocking`, return once it is ready.
 
-    With `update`, change a running server and return; with `write_config`, write the file and start nothing.
+    Without `blocking`, the caller stops it by `stop`. With `update`, change a running server and return when the change
+    is complete; if it fails, the server is as before. With `write_config`, write the file and start nothing.
 
     Returns:
-        The base URL, such as `http://127.0.0.1:8000`; with `write_config`, the file.
+        The base URL, such as `http://127.0.0.1:8000`; with `write_config`, the path of the file.
 
     Raises:
         InputError: nothing was started. The port is taken; this Ray serves already (with `update`: serves nothing);
             other machines could ask without API keys; the exporter of traces is not installed; a retriever, index or
             corpus cannot be used or does not fit; the nodes have no room; or recall cannot be measured.
-        ReadaptError: a replica could not start.
+        ArtifactConflictError: the file of `write_config` exists, and `readapt serve` did not write it.
+        ReadaptError: a replica could not start, or the server is not ready within a minute after all have started.
     """
     versions = config.each_version()
     keys = read_keys(config.api_keys)
@@ -249,7 +251,10 @@ def _drain(seconds: float) -> None:
 
 
 def stop() -> None:
-    """Stop serving and free the port; do nothing if nothing is served. Ray itself keeps running."""
+    """Stop serving and free the port; do nothing if nothing is served. Ray itself keeps running.
+
+    All applications of this Ray Serve are stopped. Requests in progress are not drained first, as `serve` does.
+    """
     import ray
 
     haproxy.unwatch()

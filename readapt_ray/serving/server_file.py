@@ -18,7 +18,11 @@ _VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_MODE")
 
 
 def write(port: int, ray_address: str) -> dict[str, str]:
-    """Write the file of the server at a port.
+    """Write the file of the server at a port, replacing an older one. If it cannot be written, this is only logged.
+
+    Args:
+        port: port that the server listens on.
+        ray_address: address of its Ray, as RAY_ADDRESS takes it.
 
     Returns:
         The environment variables with which another process connects to its Ray.
@@ -41,7 +45,9 @@ def remove(port: int) -> None:
 
 
 def join(port: int) -> None:
-    """Set the environment variables to connect to the Ray of the server at a port, unless RAY_ADDRESS is set.
+    """Set this process's environment variables to connect to the Ray of the server at a port.
+
+    If RAY_ADDRESS is set, do nothing.
 
     Raises:
         InputError: no server of this user wrote a file for this port.

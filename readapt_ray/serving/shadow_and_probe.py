@@ -46,9 +46,17 @@ class SideSearches:
     def shadow(
         self, registry: Registry, name: str, body: SearchRequest, found: Found, *, within: DocFilter | None
     ) -> None:
-        """Start a search with the shadow version, and compare its results with the answer.
+        """Repeat some searches with the shadow version in the background, and count how far the results agree.
 
-        Not every search is repeated: only a share, only searches by text, and none while the shadow version is busy.
+        Only searches by text are repeated: a random share of them (`Routing.shadow_share`), and none while texts wait
+        for the shadow version's encoder or four side searches run.
+
+        Args:
+            registry: the versions that are served, and the routing that names the shadow version.
+            name: the version that answered.
+            body: the request.
+            found: the answer.
+            within: the filter of the client's API key; None for no restriction.
         """
         shadow = registry.routing.draw_shadow(name)
         if shadow is None or body.query is None or len(self.tasks) >= _MAX_SEARCHES:
@@ -67,9 +75,18 @@ class SideSearches:
         *,
         within: DocFilter | None,
     ) -> None:
-        """Start an exact search for the same vectors, to measure recall.
+        """Repeat some searches by exact search in the background, to measure recall.
 
-        Only some searches are repeated: dense ones without a filter or missing parts, and only one at a time.
+        Only dense searches with no filter and no missing parts are repeated: a random share of them
+        (`Routing.recall_probe`), and only one at a time. Up to 10 best passages are compared.
+
+        Args:
+            registry: the versions that are served.
+            name: the version that answered.
+            vectors: vectors of the queries.
+            body: the request.
+            found: the answer.
+            within: the filter of the client's API key. A search with one is not repeated.
         """
         if (
             body.mode != "dense"

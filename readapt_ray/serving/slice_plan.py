@@ -1,4 +1,7 @@
-"""Distribute the shards of an index over processes, and estimate the memory of each from manifests and footers."""
+"""Deal the shards of an index round robin to processes, and estimate the memory of each process.
+
+The estimate reads only manifests and footers. It does not influence which process gets which shards.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,7 +38,9 @@ class PlannedSlice(NamedTuple):
 
 
 def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
-    """Distribute the shards of a version's index over slices; return [] without an index.
+    """Deal the shards of a version's index round robin to `index_actors` slices, and estimate the memory of each.
+
+    There are never more slices than shards. Without an index, the list is empty.
 
     Raises:
         InputError: `num_gpus_per_index_actor` is set with an index that GPUs cannot search, or with `new_vectors`.

@@ -58,9 +58,17 @@ class RequestSpans:
     def record(
         self, trace: Trace, *, method: str, path: str, status: int, seconds: float, headers: Mapping[str, str]
     ) -> None:
-        """Record a request that has just ended and took `seconds`.
+        """Record a request that has just ended and took `seconds`; it is sent later, in the background.
 
         Its parts (queue, encode, search) are recorded one after the other, and the last ends with the request.
+
+        Args:
+            trace: facts about the request, with the seconds of its parts.
+            method: HTTP method.
+            path: path of its URL.
+            status: status of the answer; from 500 on, the span is an error.
+            seconds: seconds from request to answer.
+            headers: headers of the request, with lower-case names; `traceparent` names the parent span.
         """
         ended_ns = time.time_ns()
         attributes: dict[str, Any] = {
@@ -90,7 +98,7 @@ class RequestSpans:
         span.end(ended_ns)
 
     def flush(self) -> None:
-        """Send the spans that are not sent yet."""
+        """Send the spans that are not sent yet, and wait for it (at most 30 s)."""
         self._provider.force_flush()
 
 

@@ -24,13 +24,17 @@ class Trace:
 
     request_id: str = ""
     key: str = ""
+    """Name of the API key, never the key itself; empty without one."""
     within: DocFilter | None = None
     """Filter of the API key, which restricts every search of the request; None for no restriction."""
     domains: frozenset[str] | None = None
     """Names of the domains or versions that the API key may use; None for all."""
     version: str = ""
+    """Name of the version or domain that answers; empty before it is chosen."""
     num_items: int = 0
+    """Number of texts or queries."""
     num_tokens: int = 0
+    """Number of tokens that were encoded for them."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds that each part of the work took: queue, encode, search."""
 
@@ -83,7 +87,7 @@ class Telemetry:
         self._search.observe(seconds, {"version": version})
 
     def batch(self, version: str, budget: int, num_rows: int, num_tokens: int, seconds: float) -> None:
-        """Record the rows, the tokens and the time of a batch; `budget` is the number of tokens that fit in it."""
+        """Record the rows, the tokens and the seconds of a batch; `budget` is the maximum number of its tokens."""
         tags = {"version": version}
         self._batch_rows.observe(num_rows, tags)
         self._batch_tokens.inc(num_tokens, tags)
@@ -99,12 +103,20 @@ class Telemetry:
         self._partial.inc(1, {"version": version})
 
     def probed(self, version: str, num_found: int, num_expected: int) -> None:
-        """Count a search that was repeated exactly: how many of the best passages the index found, of how many."""
+        """Count a query that was repeated exactly: how many of the (up to 10) best passages the index had found."""
         _add(self._recall_found, num_found, {"version": version})
         _add(self._recall_expected, num_expected, {"version": version})
 
     def compared(self, version: str, shadow: str, num_shared: int, num_expected: int, score_difference: float) -> None:
-        """Count a search of the shadow version: how many of the first 10 passages both versions found, of how many."""
+        """Count a query that a shadow version repeated.
+
+        Args:
+            version: name of the version that answered.
+            shadow: name of the shadow version.
+            num_shared: number of passages that both have among their first 10.
+            num_expected: number of passages that both could share: 10, or fewer if fewer were asked for or found.
+            score_difference: difference of their best scores; only its size is recorded.
+        """
         tags = {"version": version, "shadow": shadow}
         _add(self._shadow_shared, num_shared, tags)
         _add(self._shadow_expected, num_expected, tags)

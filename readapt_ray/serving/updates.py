@@ -55,6 +55,10 @@ class _Lock:
 def check_server(config: ServeConfig, running: Set[str]) -> None:
     """Check that this Ray runs a server at the port and host of the update.
 
+    Args:
+        config: options of the update.
+        running: names of the Ray Serve applications on this Ray.
+
     Raises:
         InputError: it runs no server, or one at another port or host.
     """
@@ -72,10 +76,10 @@ def check_server(config: ServeConfig, running: Set[str]) -> None:
 
 
 def served_gateway() -> "tuple[GatewaySetup, GatewayConfig]":
-    """Return the fixed options of the running gateway, and what it serves.
+    """Return the fixed options of the running gateway, and its state: what it serves now.
 
     Raises:
-        InputError: the gateway does not answer.
+        InputError: the gateway does not answer within a minute.
     """
     setup, state = _answer(GATEWAY_DEPLOYMENT, GATEWAY_APP, "setup")
     return setup, state
@@ -130,14 +134,16 @@ def _answer(deployment: str, application: str, method: str) -> Any:
 
 
 def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerprints: Mapping[str, str]) -> None:
-    """Check that versions with the name of a running version are this version.
+    """Refuse an update that would change a running version under its old name.
 
     Args:
-        kept: name and options of each version of the update that runs already, by its application.
-        fingerprints: fingerprint of each version of the update, by its name.
+        kept: name and options of each version of the update whose Ray Serve application already runs, by the name of
+            the application.
+        fingerprints: fingerprint of each version of the update, by the version's name.
 
     Raises:
-        InputError: a running version has another fingerprint or other processes, or it does not answer.
+        InputError: the retriever, index or corpus of a version changed, an option of its processes (such as
+            num_replicas) changed, or it does not answer within a minute.
     """
     for each, (name, version) in kept.items():
         served = _answer(ENCODER_DEPLOYMENT, each, "describe")
@@ -156,7 +162,10 @@ def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerpri
 
 @contextlib.contextmanager
 def sigterm_ends_it() -> Iterator[None]:
-    """Make SIGTERM raise an exception in the block, as Ctrl-C does, so that an update that it ends is undone."""
+    """Make SIGTERM raise `Terminated` in the block, as Ctrl-C raises, so that an update that it ends is undone.
+
+    The former handler is set again after the block. Outside the main thread, which alone gets signals, do nothing.
+    """
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -50,7 +50,11 @@ class VersionSpec:
     """Maximum memory for the factors of all domains, in bytes."""
 
     def fingerprint(self, encoder: str) -> str:
-        """Return the fingerprint of the version, from the fingerprint of its encoder and its other parts."""
+        """Return the fingerprint of the version: a hash of its encoder, index, corpus, bridge and new vectors.
+
+        Args:
+            encoder: fingerprint of the encoder: model, encoding and dtype.
+        """
         parts = {"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint}
         parts |= {"bridge": self.bridge_fingerprint} if self.bridge else {}
         return fingerprint(parts | ({"new_vectors": self.new_vectors} if self.new_vectors else {}))

@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 
 class Ranked(NamedTuple):
-    """A search result: a passage and its score."""
+    """A search result: the id of a passage, and its score; higher is better."""
 
     doc_id: str
     score: float
@@ -110,10 +110,10 @@ class Backend(Protocol):
         """Return the vectors [N, D] of N rows of token ids."""
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """Find the k best passages of each query [Q, D]."""
+        """Find the k best passages of each query [Q, D], best first; with a filter, of those that pass it."""
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
-        """Find the k best passages of each text by BM25."""
+        """Find the k best passages of each text by BM25, best first; with a filter, of those that pass it."""
 
     async def check(self) -> float:
         """Test encoder and index by encoding and searching; return the seconds that the encoder took.
@@ -192,7 +192,7 @@ class Routing(SideOptions):
                 raise InputError(f"{option} names {name!r}, which is not served; the versions are {shortened(names)}")
 
     def among(self, names: Collection[str]) -> "Routing":
-        """Return a copy whose split and shadow have only versions in `names`; the default stays."""
+        """Return a copy whose split and shadow have only versions in `names`; the default stays as it is."""
         split = {name: weight for name, weight in self.split.items() if name in names and weight}
         return self.model_copy(update={"split": split, "shadow": self.shadow if self.shadow in names else ""})
 
@@ -220,7 +220,7 @@ class Routing(SideOptions):
 
 
 def parse_split(entries: tuple[str, ...]) -> dict[str, float]:
-    """Parse `("base=0.1", "adapted=0.9")` into weights by name.
+    """Parse `("base=0.1", "adapted=0.9")` into weights by version name, unchecked; the last of a repeated name wins.
 
     Raises:
         InputError: an entry is not NAME=WEIGHT.
@@ -383,12 +383,12 @@ def _modes(info: VersionInfo) -> list[schema.Mode]:
 
 
 async def in_thread_if_large(num_hits: int, function: Callable[..., R], *given: Any) -> R:
-    """Call a function; in a thread if it handles many hits, which would block the event loop."""
+    """Call a function; in a thread if it handles over 500 hits, which would block the event loop."""
     return function(*given) if num_hits <= INLINE_HITS else await asyncio.to_thread(function, *given)
 
 
 def merge_ranked(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k: int) -> list[list[Ranked]]:
-    """Merge the results of all parts of an index into the k best per query, best first, ties by doc_id."""
+    """Merge the results of all parts of an index, each per query and best first, into the k best, ties by doc_id."""
     return [
         list(itertools.islice(heapq.merge(*(part[query] for part in parts), key=_best_first), top_k))
         for query in range(num_queries)

@@ -90,7 +90,7 @@ class EncoderReplica:
         self._created = int(time.time())
 
     async def describe(self) -> VersionInfo:
-        """Return what gateways need to know about this version."""
+        """Return what gateways need to know about this version: fingerprints, encoding, tokenizer, slices, corpus."""
         config = self._model.config
         return VersionInfo(
             fingerprint=self._fingerprint,
@@ -115,10 +115,15 @@ class EncoderReplica:
         )
 
     async def encode(self, version: str, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """Return the vectors [N, D] of rows of token ids.
+        """Return the vectors [N, D] of rows of token ids; with domains, each row must be a `DomainRow`.
+
+        Args:
+            version: fingerprint of the version that the caller means.
+            rows: token ids, with template and special tokens.
 
         Raises:
             FingerprintMismatchError: the rows are meant for another version.
+            DomainUnavailableError: the factors of a row's domain cannot be used.
         """
         _check_fingerprint(version, self._fingerprint)
         if self._domains is not None:
@@ -127,6 +132,8 @@ class EncoderReplica:
 
     async def prepare(self, version: str, source: DomainSource) -> str:
         """Load the factors of a domain into memory; return why they cannot be used, or "" if they can.
+
+        Call it only if this version has domains.
 
         Raises:
             FingerprintMismatchError: the call is meant for another version.
@@ -212,7 +219,7 @@ class IndexReplica:
 
         Raises:
             FingerprintMismatchError: the queries are meant for another version.
-            InputError: the index cannot be filtered.
+            InputError: the index cannot be filtered, or lacks a column of the filter.
         """
         from readapt_ray.retrieval.exact import joined
 
@@ -231,7 +238,7 @@ class IndexReplica:
 
         Raises:
             FingerprintMismatchError: the texts are meant for another version.
-            InputError: the index cannot be filtered so.
+            InputError: the corpus lacks a column of the filter, or there is no corpus.
         """
         _check_fingerprint(version, self._fingerprint)
         return _ranked(await self._in_turns(self._slice.search_words(texts, top_k, wanted)))
@@ -244,7 +251,7 @@ class IndexReplica:
         return hits
 
     async def check(self, version: str) -> int:
-        """Search for a fixed vector; return the number of vectors in this slice.
+        """Search for a fixed vector; return the number of vectors in this slice, without deleted ones.
 
         Raises:
             FingerprintMismatchError: the call is meant for another version.
@@ -255,7 +262,10 @@ class IndexReplica:
         return self._slice.num_vectors
 
     async def num_reembedded(self, version: str) -> int:
-        """Count the passages of this slice that are searched by new vectors.
+        """Count the passages of this replica's slice that are searched by new vectors; 0 if passages do not move.
+
+        Args:
+            version: fingerprint of the version that the caller means.
 
         Raises:
             FingerprintMismatchError: the call is meant for another version.
@@ -319,6 +329,9 @@ def _domain_encoder(spec: VersionSpec, bundle: OpenModel) -> DomainEncoder:
 
 def open_first_readable(bundles: Sequence[str]) -> OpenModel:
     """Open the first bundle that can be opened, and log why the ones before it cannot.
+
+    Args:
+        bundles: folders or URIs of factors (outputs of `readapt merge --factors`), at least one.
 
     Raises:
         ModelError: none can be opened; the error is about the last one.

@@ -22,10 +22,11 @@ _KEY_WORDS = ("key", "token", "secret", "pass", "auth", "sig", "credential")
 
 
 def check_endpoint(url: str) -> None:
-    """Check that the URL of an endpoint is valid and holds no key.
+    """Check that the URL of an endpoint is valid and holds no key. Nothing is sent.
 
     Raises:
-        ValueError: the text is no http(s) URL, or it holds a key.
+        ValueError: the text is no http(s) URL, or it holds a user, a password, or a query parameter whose name looks
+            like a key (`?api_key=...`, `?token=...`).
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -63,11 +64,15 @@ class EndpointWriter:
     def answer(self, asks: Sequence[Ask], *, temperature: float, max_tokens: int, seed: int) -> list[Answer]:
         """Return an answer to each prompt, in their order.
 
+        A prompt that the endpoint's content filter refuses gets an empty answer with 0 tokens. If the endpoint does not
+        report tokens, four characters count as one. After an error no more requests are sent, and the call's other
+        answers are lost.
+
         Args:
             asks: the prompts.
             temperature: sampling temperature; 0 takes the likeliest token.
             max_tokens: maximum number of tokens per answer.
-            seed: seed of the sampling, if the endpoint supports one.
+            seed: the seed sent with a prompt is this plus the number of the prompt. Some endpoints ignore it.
 
         Raises:
             InputError: the endpoint refuses the key, the model or the request.

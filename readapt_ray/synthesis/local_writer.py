@@ -17,7 +17,12 @@ class LocalWriter:
     """A causal language model of transformers, with its tokenizer."""
 
     def __init__(self, source: OpenModel, *, dtype: torch.dtype, device: str) -> None:
-        """Load the model.
+        """Load the model. Only safetensors are read, and no code of the folder runs.
+
+        Args:
+            source: full weights of a causal language model, with its tokenizer.
+            dtype: data type of weights and computation.
+            device: torch device, such as "cpu" or "cuda".
 
         Raises:
             ModelError: the folder holds no causal language model, or some of its weights are missing.
@@ -47,7 +52,9 @@ class LocalWriter:
     def answer(self, asks: Sequence[Ask], *, temperature: float, max_tokens: int, seed: int) -> list[Answer]:
         """Return an answer to each prompt, in their order.
 
-        Prompts of similar length share a batch. Sampling depends on the seed and the number of a batch's first prompt.
+        A model with a chat template gets each prompt as a message of the user; another gets it with "Question:" at the
+        end. Prompts of similar length share a batch. Sampling depends on the seed and the number of a batch's first
+        prompt, so a prompt may be answered otherwise in other company. The global seed of torch is changed.
 
         Args:
             asks: the prompts.
@@ -56,7 +63,7 @@ class LocalWriter:
             seed: seed of the sampling.
 
         Raises:
-            ModelError: a prompt with its answer is longer than the maximum length of the model.
+            ModelError: a prompt and `max_tokens` more exceed the maximum length of the model; none is answered.
         """
         encoded = [self._encoded(ask.prompt, max_tokens) for ask in asks]
         order = sorted(range(len(asks)), key=lambda place: (len(encoded[place]), place))

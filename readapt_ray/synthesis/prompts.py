@@ -11,7 +11,11 @@ DEFAULT_PROMPT: Final = (
 
 
 def passage_text(title: str | None, text: str, max_chars: int) -> str:
-    """Join title and text of a passage, and cut them after a word to at most `max_chars` characters."""
+    """Join title and text of a passage by a line break, and cut them to at most `max_chars` characters.
+
+    The cut is after a whole word; in the middle if the first `max_chars` characters have no space. An empty or missing
+    title adds nothing.
+    """
     whole = "\n".join(each.strip() for each in (title or "", text) if each.strip())
     if len(whole) <= max_chars:
         return whole

@@ -59,23 +59,30 @@ REASONS = {
 
 
 class Taken(NamedTuple):
-    """The query of an answer; or an empty query, and in `reason` the key of `REASONS` that says why."""
+    """The query of an answer with an empty reason; or an empty query with a reason."""
 
     query: str
     reason: str
+    """Key of `REASONS` that says why there is no query; empty if there is one."""
 
 
 def num_words(text: str) -> int:
-    """Count the words of a text; in scripts without spaces, such as Chinese or Thai, two characters count as a word."""
+    """Estimate the number of words of a text: its parts between spaces, plus one per two characters without spaces.
+
+    The latter are characters of scripts that write no spaces between words, such as Chinese or Thai.
+    """
     return len(text.split()) + len(_NO_SPACES.findall(text)) // 2
 
 
 def take_query(answer: str, passage: str) -> Taken:
-    """Extract the query from an answer.
+    """Extract the query from an answer, or return the reason why it is not usable.
 
-    The query is the first line that is not empty, except for lines that announce another one by a colon at their end.
-    List marks, labels such as `Question:`, bold marks and quotes around it are removed. Text between <think> and
-    </think> is ignored.
+    The query is the first line that is not empty, after lines that announce another one by a colon at their end. List
+    marks, labels such as `Question:`, phrases such as `Sure! Here is a question:`, bold and code marks, and quotes
+    around it are removed. Text between <think> and </think> is ignored, and all text after a <think> without end. An
+    answer with several queries gives the first alone.
+
+    All reasons but `repeated` and `not_found` can be returned: these need other answers, or an index.
 
     Args:
         answer: text that the language model wrote.

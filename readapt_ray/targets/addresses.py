@@ -26,13 +26,17 @@ class Address:
     folder: str = ""
     """Folder of an embedded database; empty for a server."""
     user: str | None = None
+    """User before the `@`, as PostgreSQL has it; None if none is given."""
     host: str = ""
+    """Host of the server; empty for an embedded database."""
     port: int | None = None
+    """Port of the server; None for the default port of the database."""
     options: dict[str, str] = field(default_factory=dict)
+    """Options after the `?`, not yet checked; see `check_options`."""
 
     @property
     def uri(self) -> str:
-        """Return the address as a URI; the path of a folder is absolute, so that workers find it."""
+        """Return the address as a URI. A folder's path is absolute if `parse` made the address, so workers find it."""
         if not self.host:
             return f"{self.scheme}:{self.folder}/{self.name}".rstrip("/")
         user = f"{self.user}@" if self.user else ""
@@ -41,20 +45,24 @@ class Address:
         return f"{self.scheme}://{user}{self.host}{port}/{urllib.parse.quote(self.name)}{options}"
 
     def http_url(self, default_port: int) -> str:
-        """Return the HTTP URL of the server, which is https with `?tls=true`."""
+        """Return the HTTP URL of the server without a path, such as http://host:6333; https with `?tls=true`.
+
+        Args:
+            default_port: port to use if the URI has none.
+        """
         return f"http{'s' if self.has_tls else ''}://{self.host}:{self.port or default_port}"
 
     @property
     def has_tls(self) -> bool:
-        """Return whether the connection is encrypted: `?tls=true`."""
+        """Return whether the connection is encrypted: `?tls=true`. False if the option is missing."""
         return self.options.get("tls", "false") == "true"
 
 
 def parse(uri: str, *, variables: str) -> Address:
-    """Parse the URI of a target into its parts.
+    """Parse the URI of a target into its parts. Scheme and options are not checked, and nothing is connected.
 
     Args:
-        uri: URI of the target.
+        uri: a server (`qdrant://host:6333/COLLECTION`) or a folder (`lancedb:FOLDER/TABLE`).
         variables: names of the environment variables for credentials, for the error message.
 
     Raises:
@@ -94,6 +102,10 @@ def absolute(folder: str) -> str:
 def check_options(address: Address, known: Collection[str]) -> None:
     """Check the options after the `?` of a URI.
 
+    Args:
+        address: the parsed URI.
+        known: names of the options that the target has. The values of options other than `tls` are not checked.
+
     Raises:
         InputError: the target does not have such an option, or `tls` is neither true nor false.
     """
@@ -109,6 +121,9 @@ def check_options(address: Address, known: Collection[str]) -> None:
 @contextlib.contextmanager
 def client_of(extra: str) -> Iterator[None]:
     """Turn an ImportError of the block into an error that says which extra to install.
+
+    Args:
+        extra: name of the extra of readapt-ray, such as "qdrant".
 
     Raises:
         InputError: the client is not installed.

@@ -35,32 +35,39 @@ class FilesTarget:
         """Do nothing: there is no connection."""
 
     def check(self, layout: Layout) -> None:
-        """Accept vectors of any dimension."""
+        """Accept vectors of any dimension, and columns of any name."""
 
     def record(self) -> Record | None:
-        """Return the record in its file; without that, None if the folder is empty, else {}."""
+        """Return the record in its file; without that, None if the folder is missing or has no file, else {}."""
         if (self._folder / _RECORD).is_file():
             return dict(json.loads((self._folder / _RECORD).read_text()))
         return {} if any(self._folder.entries()[0]) else None
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Write the record."""
+        """Write the record; files of rows come with `write`."""
         del layout
         self.set_record(record)
 
     def set_record(self, record: Record) -> None:
-        """Replace the file of the record."""
+        """Replace the export record `readapt_export.json` in the folder, or write it for the first time."""
         (self._folder / _RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
 
     def drop(self) -> None:
-        """Delete all files that exports have written."""
+        """Delete all files that exports have written; other files in the folder stay."""
         for file in self._files():
             file.delete()
             _numbers_of(file).delete()
         (self._folder / _RECORD).delete()
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Write rows to a new file, and remove them from the files of earlier exports."""
+        """Write rows to `part`.parquet and `part`.npy, and remove their doc_ids from the files of earlier exports.
+
+        Files of the same part are replaced. All rows are held in memory at once. Without rows, nothing is written.
+
+        Args:
+            part: such as `part-00000-1a2b3c4d`; files that end with the same 8 digits belong to this export.
+            batches: the rows.
+        """
         tables = list(batches)
         if not tables:
             return
@@ -71,14 +78,14 @@ class FilesTarget:
         _write(self._folder / own, rows)
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Remove the rows with these doc_ids from their files."""
+        """Remove the rows with these doc_ids, by writing their files again; other doc_ids are ignored."""
         self._remove(pa.array(doc_ids, pa.string()), self._files())
 
     def finish(self) -> None:
         """Do nothing: there is no index."""
 
     def count(self) -> int:
-        """Return the number of rows."""
+        """Return the number of rows in all files, from their footers."""
         total = 0
         for file in self._files():
             with file.open_input() as stream, pq.ParquetFile(stream) as opened:
@@ -86,7 +93,10 @@ class FilesTarget:
         return total
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search all files exactly, with one file in memory at a time; ties by doc_id."""
+        """Return the doc_ids of the k nearest rows of each vector [Q, D], best first, ties by doc_id.
+
+        All rows are compared (inner product), with one file in memory at a time.
+        """
         best: list[list[tuple[float, str]]] = [[] for _ in vectors]
         for file in self._files():
             with file.open_input() as stream:

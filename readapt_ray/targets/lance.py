@@ -41,7 +41,7 @@ class LanceTarget:
         check_columns(layout, lambda name: "." in name, "LanceDB")
 
     def record(self) -> Record | None:
-        """Return the record in the table of records; None without this table, {} if readapt did not create it."""
+        """Return the record of this table; None if the table does not exist, {} if readapt did not create it."""
         names = self._database.table_names(limit=1_000_000)
         if self._name not in names:
             return None
@@ -59,11 +59,11 @@ class LanceTarget:
         _merge(self._database.create_table(_RECORDS, schema=rows.schema, exist_ok=True), "name", rows)
 
     def drop(self) -> None:
-        """Drop the table."""
+        """Drop the table. Its record stays in the table of records, until `create` replaces it."""
         self._database.drop_table(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Merge all rows of a file of vectors in one commit."""
+        """Merge all rows of a file of vectors in one commit; without rows, do nothing. They are in memory at once."""
         del part
         tables = list(batches)
         if tables:
@@ -71,14 +71,14 @@ class LanceTarget:
             _merge(table, "doc_id", pa.concat_tables(tables).cast(table.schema))
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete the rows with these doc_ids."""
+        """Delete the rows with these doc_ids, 1,000 per commit; missing ones are ignored."""
         table = self._database.open_table(self._name)
         for first in range(0, len(doc_ids), _IDS_PER_DELETE):
             quoted = ("'" + each.replace("'", "''") + "'" for each in doc_ids[first : first + _IDS_PER_DELETE])
             table.delete(f"doc_id IN ({', '.join(quoted)})")
 
     def finish(self) -> None:
-        """Compact the many small files that the commits have written."""
+        """Compact the many small files that the commits have written. No vector index is built."""
         self._database.open_table(self._name).optimize()
 
     def count(self) -> int:
@@ -86,7 +86,10 @@ class LanceTarget:
         return int(self._database.open_table(self._name).count_rows())
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the table with one query per vector."""
+        """Return the doc_ids of the k nearest rows of each vector [Q, D], best first, with one request per vector.
+
+        The search is exact, unless somebody added a vector index to the table.
+        """
         table = self._database.open_table(self._name)
         answers = (
             table.search(each, vector_column_name="vector")

@@ -46,17 +46,17 @@ class MilvusTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse vectors with too many dimensions."""
+        """Refuse vectors with more than 32,768 dimensions."""
         check_dimension(layout, _MAX_DIMENSION, "Milvus")
 
     def record(self) -> Record | None:
-        """Return the record in the collection's properties; None without one, {} if readapt did not create it."""
+        """Return the record in the collection's properties; None without a collection, {} if it is not from readapt."""
         if not self._client.has_collection(self._name):
             return None
         return dict(json.loads(self._client.describe_collection(self._name)["properties"].get(_KEY, "{}")))
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Create the collection with its record."""
+        """Create the collection with its record, but no index yet; title and text get fields if they are sent."""
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
         schema.add_field("doc_id", self._types.VARCHAR, is_primary=True, max_length=_MAX_BYTES)
         schema.add_field("vector", self._types.FLOAT_VECTOR, dim=layout.dimension)
@@ -70,11 +70,15 @@ class MilvusTarget:
         self._client.alter_collection_properties(self._name, properties={_KEY: json.dumps(dict(record))})
 
     def drop(self) -> None:
-        """Drop the collection."""
+        """Drop the collection with its record."""
         self._client.drop_collection(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Upsert entities, with one request per batch."""
+        """Upsert entities, with one request per batch.
+
+        Raises:
+            InputError: a doc_id, title or text has more than 65,535 bytes. Earlier batches are already written.
+        """
         del part
         for rows in batches:
             entities = payloads(rows)
@@ -86,7 +90,7 @@ class MilvusTarget:
             )
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete the entities with these doc_ids, by a filter: the client would not quote ids."""
+        """Delete the entities with these doc_ids, by a filter (the client would not quote ids); ignore missing ones."""
         self._client.delete(self._name, filter=f"doc_id in {json.dumps(list(doc_ids), ensure_ascii=False)}")
 
     def finish(self) -> None:
@@ -98,12 +102,15 @@ class MilvusTarget:
         self._client.load_collection(self._name)
 
     def count(self) -> int:
-        """Return the number of entities."""
+        """Return the number of entities. Call `finish` first, which loads the collection."""
         found = self._client.query(self._name, filter="", output_fields=["count(*)"], consistency_level="Strong")
         return int(found[0]["count(*)"])
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the collection for all vectors in one request."""
+        """Return the doc_ids of the k nearest rows of each vector [Q, D], best first, with one request for all vectors.
+
+        Call `finish` first, which loads the collection.
+        """
         found = self._client.search(
             self._name,
             data=vectors.tolist(),

@@ -40,7 +40,9 @@ TARGETS: dict[str, Kind] = {
 
 
 def parse(uri: str) -> addresses.Address:
-    """Parse the URI of a target into its parts.
+    """Check the scheme of a target's URI, and parse it into its parts. Nothing is connected.
+
+    Of `files:FOLDER` the folder is the whole path, and the name is empty.
 
     Raises:
         InputError: no target has this scheme, the URI holds credentials, or it lacks a part.
@@ -61,7 +63,12 @@ def parse(uri: str) -> addresses.Address:
 
 @contextlib.contextmanager
 def open_target(address: addresses.Address) -> Iterator[Target]:
-    """Open a target during the block, and close it after. Errors of its client become a `TargetError`.
+    """Open a target during the block, and close it after. The collection is not created.
+
+    Every exception of the block that is not a ReadaptError becomes a `TargetError`: it may come from the client.
+
+    Args:
+        address: from `parse`; a scheme that `TARGETS` lacks raises a TargetError.
 
     Raises:
         InputError: the client is not installed, or the URI has an unknown option.

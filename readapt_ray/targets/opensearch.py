@@ -57,7 +57,7 @@ class OpenSearchTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse vectors with too many dimensions, and columns with reserved names."""
+        """Refuse vectors with more than 16,000 dimensions, and columns with reserved names such as `_id`."""
         check_dimension(layout, _MAX_DIMENSION, "OpenSearch")
         check_columns(layout, _OWN_FIELDS.__contains__, "OpenSearch")
 
@@ -88,7 +88,11 @@ class OpenSearchTarget:
         self._client.indices.delete(index=self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Index documents in bulk, with one request per batch."""
+        """Index documents in bulk, with one request per batch.
+
+        Raises:
+            InputError: a doc_id has more than 512 bytes. Earlier batches are already written.
+        """
         del part
         for rows in batches:
             documents = payloads(rows)
@@ -112,11 +116,14 @@ class OpenSearchTarget:
         self._client.indices.refresh(index=self._name)
 
     def count(self) -> int:
-        """Return the number of documents."""
+        """Return the number of documents that are visible to searches. Call `finish` first."""
         return int(self._client.count(index=self._name)["count"])
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the index with one request per vector."""
+        """Return the doc_ids of the k nearest documents of each vector [Q, D], best first, with one request per vector.
+
+        The search is approximate (HNSW). Call `finish` first.
+        """
         found = (
             self._client.search(
                 index=self._name,

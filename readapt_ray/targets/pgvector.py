@@ -54,7 +54,7 @@ class PgvectorTarget:
         self._connection.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse vectors with more dimensions than an HNSW index of their type can have."""
+        """Refuse vectors with more dimensions than an HNSW index can have: 2,000 for `vector`, 4,000 for `halfvec`."""
         kind = self._kind(layout)
         if layout.dimension > _MOST[kind]:
             fits = "add &type=halfvec to the URI (16-bit numbers), or " if layout.dimension <= _MOST["halfvec"] else ""
@@ -79,7 +79,7 @@ class PgvectorTarget:
         return dict(values) if isinstance(values, dict) and "export" in values else {}
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Create the table with its record in one transaction."""
+        """Create the table with its record in one transaction, and the extension `vector` if the database lacks it."""
         kind = self._psycopg.sql.SQL(f"{self._kind(layout)}({layout.dimension})")
         self._run("CREATE EXTENSION IF NOT EXISTS vector")
         self._run(
@@ -94,12 +94,15 @@ class PgvectorTarget:
         self._connection.commit()
 
     def drop(self) -> None:
-        """Drop the table."""
+        """Drop the table with its index and record."""
         self._run("DROP TABLE {table}")
         self._connection.commit()
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Copy rows into a temporary table and merge them, all rows of a file in one transaction."""
+        """Copy rows into a temporary table and merge them, all rows of a file in one transaction.
+
+        NUL characters are removed from columns other than doc_id, title and text, since PostgreSQL cannot store them.
+        """
         del part
         kind = self._stored_kind()
         self._run("CREATE TEMPORARY TABLE arriving (LIKE {table}) ON COMMIT DROP")
@@ -118,7 +121,7 @@ class PgvectorTarget:
         self._connection.commit()
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete the rows with these doc_ids."""
+        """Delete the rows with these doc_ids in one transaction; missing ones are ignored."""
         self._run("DELETE FROM {table} WHERE doc_id = ANY(%s)", [list(doc_ids)])
         self._connection.commit()
 
@@ -135,7 +138,10 @@ class PgvectorTarget:
         return int(self._run("SELECT count(*) FROM {table}").fetchone()[0])
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the table with one query per vector; `<#>` is the negative inner product."""
+        """Return the doc_ids of the k nearest rows of each vector [Q, D], best first, with one query per vector.
+
+        `<#>` is the negative inner product. The search is approximate if PostgreSQL uses the HNSW index.
+        """
         kind = self._stored_kind()
         query = f"SELECT doc_id FROM {{table}} ORDER BY vector <#> %s::{kind} LIMIT %s"
         return [[row[0] for row in self._run(query, [_as_kind(each, kind), top_k]).fetchall()] for each in vectors]

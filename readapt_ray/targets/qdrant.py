@@ -45,11 +45,11 @@ class QdrantTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse vectors with too many dimensions."""
+        """Refuse vectors with more than 65,536 dimensions."""
         check_dimension(layout, _MAX_DIMENSION, "Qdrant")
 
     def record(self) -> Record | None:
-        """Return the record in the collection's metadata; None without one, {} if readapt did not create it."""
+        """Return the record in the collection's metadata; None without a collection, {} if it is not from readapt."""
         if not self._client.collection_exists(self._name):
             return None
         return dict((self._client.get_collection(self._name).config.metadata or {}).get(_KEY, {}))
@@ -58,7 +58,7 @@ class QdrantTarget:
         """Create a collection that ranks by inner product, like our exact search.
 
         Raises:
-            InputError: the server is too old to store the record.
+            InputError: the server is too old to store the record; the collection is removed again.
         """
         vectors = self._models.VectorParams(size=layout.dimension, distance=self._models.Distance.DOT)
         self._client.create_collection(self._name, vectors_config=vectors, metadata={_KEY: dict(record)})
@@ -75,7 +75,7 @@ class QdrantTarget:
         self._client.delete_collection(self._name)
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Upsert points, with one request per batch."""
+        """Upsert points, with one request per batch, and wait until they are stored."""
         del part
         for rows in batches:
             points = self._models.Batch(
@@ -86,7 +86,7 @@ class QdrantTarget:
             self._client.upsert(self._name, points=points, wait=True)
 
     def delete(self, doc_ids: Sequence[str]) -> None:
-        """Delete the points of these doc_ids."""
+        """Delete the points of these doc_ids; missing ones are ignored."""
         ids = self._models.PointIdsList(points=[_point_id(each) for each in doc_ids])
         self._client.delete(self._name, points_selector=ids, wait=True)
 
@@ -98,7 +98,7 @@ class QdrantTarget:
         return int(self._client.count(self._name, exact=True).count)
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Search the collection with one request per vector."""
+        """Return the doc_ids of the k nearest points of each vector [Q, D], best first, with one request per vector."""
         found = (
             self._client.query_points(self._name, query=each.tolist(), limit=top_k, with_payload=["doc_id"])
             for each in vectors

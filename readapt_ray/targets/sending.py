@@ -71,16 +71,24 @@ class Lookups:
 
 @dataclass(frozen=True)
 class Done:
-    """Counts of the rows of one file: all, sent, deleted, and new since the earlier export."""
+    """Counts of the rows of one file of vectors, or of one ledger of an earlier export."""
 
     num_rows: int
+    """Number of vectors in the file; 0 for a ledger."""
     num_sent: int
+    """Number of rows that were sent: new and changed ones."""
     num_deleted: int
+    """Number of rows that were deleted; 0 for a file of vectors."""
     num_new: int
+    """Number of rows whose doc_id the earlier export lacks; without an earlier export, all."""
 
 
 def look_up(job: ExportJob) -> Lookups:
-    """Build the lookups: doc_ids of the corpus, and for an update also of the vectors and the earlier export."""
+    """Read all doc_ids that an export needs, and build the lookups by doc_id.
+
+    They are the doc_ids of the corpus (if a payload is sent), and for an update also the doc_ids of the vectors and the
+    digests of the earlier export. Lookups that are not needed are None.
+    """
     passages = _rows_by_id(job.passages) if job.passages else None
     if job.previous is None:
         return Lookups(passages=passages, before=None, now=None)
@@ -102,7 +110,17 @@ def _columns(rows: ParquetRows, names: tuple[str, ...]) -> Iterator[pa.Table]:
 
 
 def send_file(job: ExportJob, lookups: Lookups, number: int) -> Done:
-    """Send the new and changed rows of a file of vectors, and write its ledger; do nothing if the ledger exists.
+    """Send the new and changed rows of a file of vectors, then write its ledger; send nothing if the ledger exists.
+
+    Without an earlier export, all rows are sent. A failed request is retried up to 3 times, after 1, 2 and 4 s.
+
+    Args:
+        job: what all tasks of the export share.
+        lookups: from `look_up`.
+        number: position of the file in `job.vectors.counts`.
+
+    Returns:
+        The counts, which the ledger stores.
 
     Raises:
         CorruptFileError: the passage of a vector is not in the corpus.
@@ -129,7 +147,17 @@ def send_file(job: ExportJob, lookups: Lookups, number: int) -> Done:
 
 
 def delete_lost(job: ExportJob, lookups: Lookups, number: int) -> Done:
-    """Delete the rows of an earlier ledger that have no vector now, and write a ledger; do nothing if that exists.
+    """Delete the rows of an earlier ledger that have no vector now, then write a ledger; do nothing if that exists.
+
+    Call it only if the job has an earlier export. A failed request is retried as in `send_file`.
+
+    Args:
+        job: what all tasks of the export share.
+        lookups: from `look_up`.
+        number: position of the ledger in `job.previous.counts`.
+
+    Returns:
+        The counts, which the new ledger stores.
 
     Raises:
         TargetError: the database cannot be reached or refuses the deletion.

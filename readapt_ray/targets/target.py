@@ -36,7 +36,7 @@ class Layout:
 
     @property
     def schema(self) -> pa.Schema:
-        """Return the schema of all columns of a row."""
+        """Return the schema of a row: `doc_id`, `vector` (D float32 numbers), then the payload."""
         vector = pa.list_(pa.float32(), self.dimension)
         return pa.schema([("doc_id", pa.string()), ("vector", vector), *self.payload])
 
@@ -46,7 +46,7 @@ class Target(Protocol):
 
     @property
     def max_writers(self) -> int:
-        """Return the maximum number of tasks that may write at once."""
+        """Return the maximum number of tasks that may write at once, each with its own connection."""
 
     def close(self) -> None:
         """Close the connection."""
@@ -62,16 +62,16 @@ class Target(Protocol):
         """Return the record of the collection; None if there is no collection, {} if readapt did not create it."""
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Create the collection, and store its record."""
+        """Create the collection, and store its record. It must not exist: `record` returned None, or it was dropped."""
 
     def set_record(self, record: Record) -> None:
-        """Replace the record of the collection."""
+        """Replace the record of the collection, which must exist."""
 
     def drop(self) -> None:
-        """Remove the collection."""
+        """Remove the collection with its rows. It must exist."""
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Add rows; a row replaces the one with the same doc_id.
+        """Add rows; a row replaces the one with the same doc_id. Searches may miss them until `finish`.
 
         Args:
             part: name of the file of vectors that the rows come from, with 8 digits of the export's fingerprint.
@@ -85,10 +85,14 @@ class Target(Protocol):
         """Make all written rows searchable; build the index if the database does not build it by itself."""
 
     def count(self) -> int:
-        """Return the number of rows."""
+        """Return the number of rows. Call `finish` first: some databases do not count rows before."""
 
     def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
-        """Return the doc_ids with the largest inner product for each vector [Q, D], best first."""
+        """Return the doc_ids of the k rows with the largest inner product for each vector [Q, D], best first.
+
+        Fewer than k if the collection has fewer rows. The result is approximate if the index of the database is. Call
+        `finish` first.
+        """
 
 
 def matrix(rows: pa.Table) -> NDArray[np.float32]:
@@ -100,7 +104,11 @@ def matrix(rows: pa.Table) -> NDArray[np.float32]:
 
 
 def payloads(rows: pa.Table) -> list[dict[str, Any]]:
-    """Return doc_id and payload of each row as JSON values; columns that are null, NaN or infinite are left out."""
+    """Return doc_id and payload of each row as a dict of JSON values, without the vector.
+
+    Columns that are null, NaN or infinite are left out of a row. Dates and times become ISO 8601 text, and other values
+    that JSON lacks become `str(value)`.
+    """
     plain = rows.drop_columns(["vector"]).to_pylist()
     found = ({name: _json(value) for name, value in row.items()} for row in plain)
     return [{name: value for name, value in row.items() if value is not None} for row in found]
@@ -121,6 +129,11 @@ def _json(value: Any) -> Any:
 def check_dimension(layout: Layout, most: int, database: str) -> None:
     """Refuse vectors with more dimensions than a database can index.
 
+    Args:
+        layout: has the dimension.
+        most: maximum number of dimensions.
+        database: its name, for the message.
+
     Raises:
         InputError: the vectors have more than `most` dimensions.
     """
@@ -134,6 +147,11 @@ def check_dimension(layout: Layout, most: int, database: str) -> None:
 def check_columns(layout: Layout, refused: Callable[[str], bool], database: str) -> None:
     """Refuse columns of passages whose names a database does not allow.
 
+    Args:
+        layout: has the columns. `doc_id` and `vector` are not checked.
+        refused: returns whether the database does not allow a name.
+        database: its name, for the message.
+
     Raises:
         InputError: there is such a column; the message names the first.
     """
@@ -145,10 +163,16 @@ def check_columns(layout: Layout, refused: Callable[[str], bool], database: str)
 
 
 def check_bytes(rows: Iterable[Mapping[str, Any]], column: str, most: int, database: str) -> None:
-    """Refuse rows whose text in one column has more than `most` bytes of UTF-8.
+    """Refuse rows whose text in one column has more than `most` bytes of UTF-8; a row without the column passes.
+
+    Args:
+        rows: rows as `payloads` returns them.
+        column: name of the column.
+        most: maximum number of bytes.
+        database: its name, for the message.
 
     Raises:
-        InputError: there is such a row; the message names its doc_id.
+        InputError: there is such a row; the message names the doc_id of the first.
     """
     for row in rows:
         size = len(str(row.get(column, "")).encode())
