@@ -69,6 +69,11 @@ class TableFormat(Protocol):
 
 
 def shares(file: Location, advance: Advance) -> Callable[[int], None]:
-    """Return a function that converts a number of bytes read to the fraction of the file, and calls `advance` with it."""
+    """Return a function that reports progress: it takes the bytes read so far, and calls `advance` with their fraction.
+
+    Args:
+        file: the file that is read.
+        advance: called with the fraction of the file that was read, from 0 to 1.
+    """
     size_bytes = max(file.size_bytes(), 1)
     return lambda read_bytes: advance(read_bytes / size_bytes)
