@@ -32,7 +32,11 @@ def locked(root: Location) -> Iterator[leases.Lease]:
 
 
 def publish(root: Location, there: list[Generation], new: Generation, lock: leases.Lease) -> Generation:
-    """Make a generation the present one by appending it to the list in `refresh.json`."""
+    """Make a generation the present one by writing `refresh.json`: the generations `there`, then the new one.
+
+    Raises:
+        ArtifactConflictError: another process has taken over the lock. Then nothing is written.
+    """
     lock.confirm()
     generations.write(root, [*there, new])
     return new
