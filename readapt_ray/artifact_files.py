@@ -177,12 +177,12 @@ def record_of(location: Location, name: str) -> Location:
 
 
 def is_single_file(location: Location) -> bool:
-    """Return whether an output is a single `.trec` file, with its records beside it, and not a folder."""
+    """Return whether an output is a single file (its name ends with .trec) with its records beside it, not a folder."""
     return location.name.endswith(SINGLE_FILE_SUFFIX)
 
 
 def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split names into those that match a pattern and those that match none.
+    """Split names into those that match a pattern and those that match none, in this order.
 
     A temporary file of an unfinished write is matched by its final name.
     """
@@ -230,7 +230,8 @@ def unpacked(names: Names) -> Iterator[str]:
 def own_files(location: Location, record: Mapping[str, Any]) -> set[str]:
     """Return the files of a folder that are ours according to its manifest or lease, temporary files included.
 
-    If the lease itself changed late, the folder was copied as a whole or the clocks differ. Then times are ignored.
+    Empty for an output that is one file. If the lease itself changed late, the folder was copied as a whole or the
+    clocks differ. Then times are ignored.
     """
     if is_single_file(location):
         return set()
@@ -267,13 +268,16 @@ def is_late(file: Location, lease: Mapping[str, Any]) -> bool:
 
 
 def matching_files(location: Location, patterns: Iterable[str]) -> set[str]:
-    """Return the files of a folder that match a pattern, without temporary ones."""
+    """Return the files of a folder that match a pattern, without temporary ones; empty if the output is one file."""
     found = [] if is_single_file(location) else split_by_owner(location.entries()[0], patterns)[0]
     return {name for name in found if final_name(name) == name}
 
 
 def tidied_files(location: Location, patterns: Iterable[str]) -> set[str]:
-    """Remove temporary files of killed writers that match a pattern, and return the complete files that match."""
+    """Delete the temporary files whose final name matches a pattern, and return the names of complete files that match.
+
+    Call it only while holding the output's lease and when no writer runs. Empty for an output that is one file.
+    """
     found = set() if is_single_file(location) else {*split_by_owner(location.entries()[0], patterns)[0]}
     remove_temporary(location, found)
     return {name for name in found if final_name(name) == name}
@@ -309,7 +313,7 @@ def clear(location: Location, patterns: Collection[str]) -> None:
 
 
 def remove_temporary(location: Location, names: Iterable[str]) -> None:
-    """Remove the temporary files among `names`, which killed writers left."""
+    """Remove the temporary files among `names`, which killed writers left. No writer may be running."""
     remove(location, [name for name in names if final_name(name) != name])
 
 

@@ -115,7 +115,7 @@ class Workspace:
     details: dict[str, Any] = field(default_factory=dict)
 
     def progress(self, done: int, total: int | None = None, *, unit: str = "", note: str = "") -> None:
-        """Report how far the work is, to the user and to `readapt status`."""
+        """Report to the user and to `readapt status` that `done` of `total` units are done in all."""
         self.reporter.update(done, total, unit=unit, note=note)
 
 
@@ -291,9 +291,12 @@ def produce_again(artifact: Artifact, output: str, work: Callable[[Workspace], N
 
     Args:
         artifact: the existing artifact.
-        output: the other folder. Unfinished work with another fingerprint there is replaced.
+        output: the other folder. An artifact or unfinished work with another fingerprint there is replaced.
         work: fills the workspace with the same content in other files. If a killed process left files there, `work`
             resumes from them.
+
+    Raises:
+        ArtifactConflictError: another process is writing the other folder.
     """
     location, manifest = Location(output), artifact.manifest
     old_lease = leases.wait_until_dead(record_of(location, LEASE_NAME), location)

@@ -38,7 +38,11 @@ _SETTLE_S = 0.5
 
 
 def owner() -> dict[str, Any]:
-    """Return the fields of a lease that identify this process."""
+    """Return the fields by which a lease names its holder: a new random id, this machine and this process.
+
+    The id is new in each call, so that two leases of one process differ. By the other fields, another process on the
+    same machine checks whether the holder still runs.
+    """
     return {
         "owner": uuid.uuid4().hex,
         **_machine(),
@@ -177,7 +181,7 @@ class Lease:
         return float(round(self._fields["seconds_before"] + time.monotonic() - self._started_s, 3))
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the lease and write it.
+        """Change fields of the lease and write it, with a new heartbeat.
 
         Raises:
             ArtifactConflictError: another process took the artifact over. Its lease is not changed.
