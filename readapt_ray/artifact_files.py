@@ -195,7 +195,7 @@ def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[
 
 
 def packed(names: Iterable[str]) -> list[str | list[str]]:
-    """Shorten a list of file names for a record: consecutive numbers become one entry.
+    """Shorten a list of file names for a record: consecutive numbers become one entry. Their order is not kept.
 
     Example:
         packed(["a", "part-08", "part-09", "part-10"]) == ["a", ["part-", "08", "10", ""]]
@@ -290,7 +290,7 @@ def final_name(name: str) -> str:
 
 
 def remove(location: Location, names: Iterable[str]) -> None:
-    """Remove files from a folder, and the subfolders that become empty.
+    """Remove files (relative names) from a folder, and the subfolders that become empty. Missing files are ignored.
 
     Raises:
         StorageError: permission to remove a file is missing.
@@ -356,7 +356,7 @@ def in_the_way(location: Location, *, but: Collection[str]) -> list[str]:
 
 
 def named(names: Sequence[str]) -> str:
-    """Join the first four names for a message, and say how many more there are: "a, b, c, d and 7 more"."""
+    """Join the first four names for a message, and say how many more there are, if any: "a, b, c, d and 7 more"."""
     shown = [name.encode(errors="backslashreplace").decode() for name in names[:_NUM_NAMED]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more:,} more" if more else "")

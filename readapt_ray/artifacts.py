@@ -77,7 +77,9 @@ class Manifest:
     details: dict[str, Any]
     """Other facts that the stage records, by name."""
     seconds: float
+    """How long the work took, over all processes that did a part of it."""
     created: str
+    """When it was completed (UTC, ISO 8601)."""
     versions: dict[str, str]
     files: Names = ()
     """Names of the files. Files with consecutive numbers take one entry: `[before, first, last, after]`."""
@@ -204,6 +206,7 @@ def open_artifact(uri: str, stage: str) -> Artifact:
 
     Raises:
         ArtifactMissingError: there is no artifact, it is unfinished, or another stage made it.
+        CorruptFileError: its manifest cannot be parsed.
     """
     location = Location(uri)
     manifest = read_manifest(location)

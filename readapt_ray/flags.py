@@ -71,7 +71,7 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
 
 
 def config_parser(command: str, description: str, config_class: type[Config]) -> Parser:
-    """Return the parser of a command whose options are the fields of a config class."""
+    """Return the parser of a command whose options are the fields of a config class, and `--config` (a YAML file)."""
     parser = Parser(command, description, epilog=_notes(config_class))
     groups = add_flags(parser, config_class)
     groups[0].add_argument(

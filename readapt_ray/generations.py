@@ -128,7 +128,7 @@ def as_of(root: Location, number: int | None) -> Generation:
 
 
 def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """Fill in the options of a config that are not given (retriever, corpus, ...) with the folders of a generation.
+    """Return a config's values, with options that are not given (retriever, corpus ...) set to folders of a generation.
 
     Args:
         values: the given values of the config. `root` is the root of `readapt refresh`; `as_of` is the number of the

@@ -85,7 +85,10 @@ def is_foreign(file: Location) -> bool:
 
 
 def is_alive(lease: Mapping[str, Any]) -> bool:
-    """Return whether the process of a lease seems to run, without waiting. Another machine's clock is trusted."""
+    """Return whether the process of a lease seems to run, without waiting.
+
+    A process on another machine counts as running if its heartbeat is less than 30 s old. Its clock is trusted.
+    """
     known = _is_alive_here(lease)
     return abs(time.time() - float(lease["heartbeat"])) < STALE_S if known is None else known
 

@@ -43,7 +43,7 @@ class StepState:
 
     @property
     def seconds(self) -> float:
-        """How many seconds it took to make the artifact; 0 if there is none."""
+        """How many seconds it took to make the artifact (so far, if it is unfinished); 0 if there is none."""
         return float(self.record["seconds"]) if self.record else 0.0
 
 

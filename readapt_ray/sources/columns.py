@@ -59,6 +59,11 @@ class ColumnChoice:
     def parse(cls, columns: Sequence[str], keep: Sequence[str]) -> "ColumnChoice":
         """Parse the items of `--columns` and `--keep`.
 
+        Args:
+            columns: items FIELD=COLUMN, such as "doc_id=docid". For title and text, several columns:
+                "text=abstract+body".
+            keep: items NAME or NAME:TYPE, such as "year:int64" (see `TYPES`).
+
         Raises:
             InputError: an item is not FIELD=COLUMN, a field is unknown or given twice, or a kept column's name is
                 not allowed.

@@ -55,7 +55,13 @@ def write_partitions(
 
 
 def write_copies(location: Location, records: NDArray[np.void], places: Sequence[NDArray[np.int64]]) -> None:
-    """Write, for each partition, the records at its indices in `places`. A record may go to several partitions."""
+    """Write, for each partition, the records at its indices in `places`. A record may go to several partitions.
+
+    Args:
+        location: the file to write.
+        records: structured array [N].
+        places: for each partition, indices of records: int64 [any].
+    """
     with location.open_output() as file:
         file.write(np.cumsum([0, *map(len, places)]).astype("<u8").tobytes())
         for each in places:

@@ -27,15 +27,21 @@ class PieceJob:
 
     output: Location
     table_format: str
+    """A key of `FORMATS`."""
     options: ReadOptions
     kept: pa.Schema
+    """The kept columns."""
     splitting: Splitting | None
+    """How to split documents into passages. None: they are not split."""
     rows_per_file: int
     deduplicate: Deduplication
     near_threshold: float
+    """Jaccard similarity from which on passages are near duplicates."""
     num_pieces: int
     num_partitions: int
+    """Number of partitions of doc_ids, and of contents."""
     num_near_partitions: int
+    """Number of partitions of bands of MinHashes."""
     earlier: Mapping[str, EarlierPart]
     """Parts of an earlier corpus, for `PartWriter`."""
     known: Mapping[int, KnownPiece]

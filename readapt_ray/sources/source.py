@@ -74,7 +74,7 @@ REASONS: Final[dict[str, str]] = {
 
 
 def in_words(by_reason: Mapping[str, int]) -> str:
-    """Return counts of bad rows per reason as text: "it has no id: 2"."""
+    """Return counts of bad rows per reason (a key of `REASONS`) as text: "it has no id: 2"; "" if there are none."""
     return "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in by_reason.items())
 
 

@@ -57,14 +57,18 @@ class TableFormat(Protocol):
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield the rows of a file.
+        """Yield the rows of a file, and a bad row for each one that cannot be read.
 
         Args:
             file: the file to read.
             label: name of the file in places and errors.
             options: how to read it.
             advance: called with the fraction of the file that was read, from 0 to 1.
-            span: the part of the file to read; None means all.
+            span: the part of the file to read; None means all. At the end its `num_lines` is set. A format that cannot
+                be split at all reads the whole file.
+
+        Raises:
+            CorpusError: the file is damaged, or columns are missing.
         """
 
 

@@ -47,7 +47,11 @@ class AdapterLoss:
 def adapter_of(retriever: str) -> Artifact | None:
     """Return the adapter that was merged into a retriever.
 
-    None if the retriever was not made by merge, if several adapters were merged, or if the adapter is missing.
+    None if the retriever was not made by merge, if several adapters were merged, or if the adapter is missing or has
+    changed since.
+
+    Args:
+        retriever: the model, by any name that `open_model` takes.
     """
     folder = Location(str(models.open_model(retriever).folder))
     merged = artifacts.read_manifest(folder)

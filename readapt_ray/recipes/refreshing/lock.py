@@ -16,6 +16,8 @@ LOCK_NAME = "refreshing.json"
 def locked(root: Location) -> Iterator[leases.Lease]:
     """Hold the lock of a root during the `with` block. The lock of a killed process is taken over.
 
+    After an error the lock file `refreshing.json` stays, but the next process can take it over at once.
+
     Raises:
         ArtifactConflictError: another process refreshes or cleans the root, or another program wrote the lock file.
     """
