@@ -42,7 +42,7 @@ class BadRows:
 
         Args:
             reasons: number of rows per reason (a key of `REASONS`).
-            first: the first of these rows. They are logged and kept until 20 are known.
+            first: the first of these rows. They are kept (with "skip" also logged) until 20 are known.
 
         Raises:
             CorpusError: the policy is "fail", and `first` has a row.

@@ -146,7 +146,7 @@ class NearDuplicates:
         self._sketches: dict[int, Any] = {}
 
     def earlier(self, passage: Passage, row: int) -> int | None:
-        """Return the row of the first kept passage that this one equals or is similar to.
+        """Return the row of the kept passage that this one equals, else of the first one that it is similar to.
 
         None if it is new. Then it is stored as `row`, to compare later passages with.
         """
