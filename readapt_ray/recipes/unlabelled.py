@@ -25,8 +25,8 @@ def steps_for_corpus(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
     """Return the steps of a run, adapted to whether its corpus has queries. Unchanged if there is no corpus yet.
 
     Without queries, the steps that need them are replaced by `drift`, and pack withholds one passage in 20 (at most
-    200). If passages were withheld by an earlier run, they stay withheld. So a run that gets queries later does not
-    train again.
+    200), unless section train sets withhold, exclude or only. If passages were withheld by an earlier run, they stay
+    withheld. So a run that gets queries later does not train again.
 
     Args:
         config: the options of the run.

@@ -36,7 +36,7 @@ _DETECTED: Final = "corpus.jsonl, passages/*.parquet, or files that end with " +
 
 
 def open_source(name: str, format: Format, options: ReadOptions) -> Source:
-    """Open a source of passages by its name. A data set of the hub is downloaded; others are not read yet.
+    """Open a source of passages by its name. A data set of the hub is downloaded for this.
 
     Args:
         name: a path or URI, `ir_datasets:NAME`, `hub:OWNER/NAME`, `python-docs:PACKAGE,...`, or a corpus of the catalog (its
