@@ -177,12 +177,12 @@ def record_of(location: Location, name: str) -> Location:
 
 
 def is_single_file(location: Location) -> bool:
-    """Return whether an output is a single `.trec` file, with its records beside it, and not a folder."""
+    """Return whether an output is a single file (its name ends with .trec) with its records beside it, not a folder."""
     return location.name.endswith(SINGLE_FILE_SUFFIX)
 
 
 def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Split names into those that match a pattern and those that match none.
+    """Split names into those that match a pattern and those that match none, in this order.
 
     A temporary file of an unfinished write is matched by its final name.
     """
@@ -195,7 +195,7 @@ def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[
 
 
 def packed(names: Iterable[str]) -> list[str | list[str]]:
-    """Shorten a list of file names for a record: consecutive numbers become one entry.
+    """Shorten a list of file names for a record: consecutive numbers become one entry. Their order is not kept.
 
     Example:
         packed(["a", "part-08", "part-09", "part-10"]) == ["a", ["part-", "08", "10", ""]]
@@ -230,7 +230,8 @@ def unpacked(names: Names) -> Iterator[str]:
 def own_files(location: Location, record: Mapping[str, Any]) -> set[str]:
     """Return the files of a folder that are ours according to its manifest or lease, temporary files included.
 
-    If the lease itself changed late, the folder was copied as a whole or the clocks differ. Then times are ignored.
+    Empty for an output that is one file. If the lease itself changed late, the folder was copied as a whole or the
+    clocks differ. Then times are ignored.
     """
     if is_single_file(location):
         return set()
@@ -267,13 +268,16 @@ def is_late(file: Location, lease: Mapping[str, Any]) -> bool:
 
 
 def matching_files(location: Location, patterns: Iterable[str]) -> set[str]:
-    """Return the files of a folder that match a pattern, without temporary ones."""
+    """Return the files of a folder that match a pattern, without temporary ones; empty if the output is one file."""
     found = [] if is_single_file(location) else split_by_owner(location.entries()[0], patterns)[0]
     return {name for name in found if final_name(name) == name}
 
 
 def tidied_files(location: Location, patterns: Iterable[str]) -> set[str]:
-    """Remove temporary files of killed writers that match a pattern, and return the complete files that match."""
+    """Delete the temporary files whose final name matches a pattern, and return the names of complete files that match.
+
+    Call it only while holding the output's lease and when no writer runs. Empty for an output that is one file.
+    """
     found = set() if is_single_file(location) else {*split_by_owner(location.entries()[0], patterns)[0]}
     remove_temporary(location, found)
     return {name for name in found if final_name(name) == name}
@@ -286,7 +290,7 @@ def final_name(name: str) -> str:
 
 
 def remove(location: Location, names: Iterable[str]) -> None:
-    """Remove files from a folder, and the subfolders that become empty.
+    """Remove files (relative names) from a folder, and the subfolders that become empty. Missing files are ignored.
 
     Raises:
         StorageError: permission to remove a file is missing.
@@ -309,7 +313,7 @@ def clear(location: Location, patterns: Collection[str]) -> None:
 
 
 def remove_temporary(location: Location, names: Iterable[str]) -> None:
-    """Remove the temporary files among `names`, which killed writers left."""
+    """Remove the temporary files among `names`, which killed writers left. No writer may be running."""
     remove(location, [name for name in names if final_name(name) != name])
 
 
@@ -352,7 +356,7 @@ def in_the_way(location: Location, *, but: Collection[str]) -> list[str]:
 
 
 def named(names: Sequence[str]) -> str:
-    """Join the first four names for a message, and say how many more there are: "a, b, c, d and 7 more"."""
+    """Join the first four names for a message, and say how many more there are, if any: "a, b, c, d and 7 more"."""
     shown = [name.encode(errors="backslashreplace").decode() for name in names[:_NUM_NAMED]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more:,} more" if more else "")

@@ -77,7 +77,9 @@ class Manifest:
     details: dict[str, Any]
     """Other facts that the stage records, by name."""
     seconds: float
+    """How long the work took, over all processes that did a part of it."""
     created: str
+    """When it was completed (UTC, ISO 8601)."""
     versions: dict[str, str]
     files: Names = ()
     """Names of the files. Files with consecutive numbers take one entry: `[before, first, last, after]`."""
@@ -115,7 +117,7 @@ class Workspace:
     details: dict[str, Any] = field(default_factory=dict)
 
     def progress(self, done: int, total: int | None = None, *, unit: str = "", note: str = "") -> None:
-        """Report how far the work is, to the user and to `readapt status`."""
+        """Report to the user and to `readapt status` that `done` of `total` units are done in all."""
         self.reporter.update(done, total, unit=unit, note=note)
 
 
@@ -204,6 +206,7 @@ def open_artifact(uri: str, stage: str) -> Artifact:
 
     Raises:
         ArtifactMissingError: there is no artifact, it is unfinished, or another stage made it.
+        CorruptFileError: its manifest cannot be parsed.
     """
     location = Location(uri)
     manifest = read_manifest(location)
@@ -291,9 +294,12 @@ def produce_again(artifact: Artifact, output: str, work: Callable[[Workspace], N
 
     Args:
         artifact: the existing artifact.
-        output: the other folder. Unfinished work with another fingerprint there is replaced.
+        output: the other folder. An artifact or unfinished work with another fingerprint there is replaced.
         work: fills the workspace with the same content in other files. If a killed process left files there, `work`
             resumes from them.
+
+    Raises:
+        ArtifactConflictError: another process is writing the other folder.
     """
     location, manifest = Location(output), artifact.manifest
     old_lease = leases.wait_until_dead(record_of(location, LEASE_NAME), location)

@@ -42,8 +42,14 @@ _PROVENANCE = "## Where the runs are from"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command `readapt` and return its exit code.
 
+    It changes this process: signal handlers, log handlers and warnings. Errors are printed to stderr. With
+    READAPT_DEBUG set, an unexpected one is raised instead.
+
     Args:
         arguments: the command and its flags; None means those of this process.
+
+    Raises:
+        SystemExit: after `COMMAND --help`, with code 0.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else "--help"

@@ -93,7 +93,7 @@ def options_text(config_class: type[BaseModel]) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """Return "(default: ...)" or "(required)" for an option; empty text if the default is empty."""
+    """Return "(default: ...)" or "(required)" for an option; empty text if the default is None or empty."""
     if field.is_required():
         return "(required)"
     if field.default is None or field.default in ("", ()) or field.default_factory is not None:
@@ -239,7 +239,10 @@ class StageConfig(Config):
         return dict(self.model_dump(mode="json"))
 
     def identity(self, known: Container[str] | None = None) -> dict[str, Any]:
-        """Return the options that decide the result.
+        """Return the options that the fingerprint of the output is made from, as JSON values.
+
+        Left out are `output`, `overwrite`, the options that never change the result (`operational`), and those that
+        name inputs (`inputs`): the fingerprint has the content of an input, not its path.
 
         Args:
             known: names of the options that an older release had. Newer options with their default value are left out,
@@ -269,7 +272,7 @@ def _without_paths(value: Any) -> Any:
 
 
 def is_list(annotation: Any) -> bool:
-    """Return whether an option takes several values."""
+    """Return whether an option takes several values: its type is a tuple or list, or a union with one."""
     return any(typing.get_origin(each) in (tuple, list) for each in _alternatives(annotation))
 
 

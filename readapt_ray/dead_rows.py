@@ -40,7 +40,7 @@ def name_without_mark(name: str) -> str:
 
 
 def is_partly(name: str) -> bool:
-    """Return whether the name of a part says that it has dead rows."""
+    """Return whether the name of a part says that it has dead rows (it ends with `-partly.parquet`)."""
     return name.endswith(f"{_MARK}{_SUFFIX}")
 
 
@@ -147,7 +147,7 @@ class LiveRows:
         return pa.concat_tables(tables)
 
     def batches(self, num_rows: int, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield all live rows in batches of at most `num_rows`."""
+        """Yield all live rows in batches of at most `num_rows`; a batch may be empty. `columns` None means all."""
         first = 0
         for batch in self.parquet.iter_batches(num_rows, columns=None if columns is None else list(columns)):
             yield self._living(batch, first)

@@ -31,6 +31,8 @@ def shows_tracebacks() -> bool:
 def cache_folder() -> Path:
     """Return the cache folder for downloaded models and servers' local copies: READAPT_CACHE, or ~/.cache/readapt.
 
+    It may not exist yet.
+
     Raises:
         InputError: the path exists and is not a folder.
     """

@@ -42,7 +42,7 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def extended(uri: str, tail: str) -> str:
-    """Append `tail` to the path of a local path or URI. The options of a URI stay at its end."""
+    """Append `tail`, such as "/corpus" or "-blocks", to the path of a local path or URI. Options of a URI stay last."""
     if "://" not in uri:
         return f"{uri.rstrip('/')}{tail}"
     head, query = _split(uri)

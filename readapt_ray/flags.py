@@ -71,7 +71,7 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
 
 
 def config_parser(command: str, description: str, config_class: type[Config]) -> Parser:
-    """Return the parser of a command whose options are the fields of a config class."""
+    """Return the parser of a command whose options are the fields of a config class, and `--config` (a YAML file)."""
     parser = Parser(command, description, epilog=_notes(config_class))
     groups = add_flags(parser, config_class)
     groups[0].add_argument(
@@ -83,7 +83,7 @@ def config_parser(command: str, description: str, config_class: type[Config]) ->
 
 
 def given(config_class: type[Config], options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options of a config that the command line sets, by name."""
+    """Return the options of a config that the command line sets, by name. `options` is what the parser returned."""
     found = {name: getattr(options, name, None) for name in config_class.model_fields}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -93,7 +93,14 @@ GROUPS = ("Input and output", "Settings", "Speed and memory", "Safety")
 
 
 def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._ArgumentGroup]:
-    """Add a flag per option of a config, and return the argument groups in the order of GROUPS."""
+    """Add a flag to the parser for each option of a config that is not a section; return the argument groups.
+
+    A section is an option that is a dict; only a YAML file can hold it. A boolean option also gets `--no-NAME`. The
+    usage line is replaced, so add other required flags before.
+
+    Returns:
+        A group per title in GROUPS, in that order.
+    """
     groups = [parser.add_argument_group(title) for title in GROUPS]
     fields = sorted(config_class.model_fields.items(), key=lambda item: _rank(*item))
     required = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]

@@ -94,7 +94,7 @@ def read(root: Location) -> list[Generation]:
 
 
 def write(root: Location, generations: Sequence[Generation]) -> None:
-    """Write the list of generations. The last one becomes the present generation."""
+    """Replace the list of generations by this one, oldest first. The last one becomes the present generation."""
     entries = [dataclasses.asdict(each) for each in generations]
     (root / FILE_NAME).write_text(
         json.dumps({"format_version": _FORMAT_VERSION, "generations": entries}, indent=1) + "\n"
@@ -128,7 +128,7 @@ def as_of(root: Location, number: int | None) -> Generation:
 
 
 def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """Fill in the options of a config that are not given (retriever, corpus, ...) with the folders of a generation.
+    """Return a config's values, with options that are not given (retriever, corpus ...) set to folders of a generation.
 
     Args:
         values: the given values of the config. `root` is the root of `readapt refresh`; `as_of` is the number of the
@@ -154,7 +154,7 @@ def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str,
 
 
 def absolute(name: str) -> str:
-    """Return a model's or source's name; an existing local path is made absolute."""
+    """Return a model's or source's name. An existing local path is made absolute; any other name stays as it is."""
     location = Location(name)
     return location.path if location.is_local and location.exists() else name
 

@@ -32,7 +32,7 @@ def note_cluster(*, num_nodes: int, num_cpus: int, gpus: dict[str, int]) -> None
 
 
 def machine_info() -> dict[str, Any]:
-    """Describe the driver's machine, and the cluster if one was joined."""
+    """Describe the driver's machine (`driver`), and the cluster if one was joined (`cluster`), for the manifest."""
     found: dict[str, Any] = {"driver": _this_machine()}
     return found | ({"cluster": dict(_cluster)} if _cluster else {})
 
@@ -137,7 +137,7 @@ def has_bfloat16_units() -> bool:
 
 @functools.cache
 def is_amd() -> bool:
-    """Return whether this machine has an AMD CPU."""
+    """Return whether this machine has an AMD CPU; False if that cannot be found out."""
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

@@ -38,7 +38,11 @@ _SETTLE_S = 0.5
 
 
 def owner() -> dict[str, Any]:
-    """Return the fields of a lease that identify this process."""
+    """Return the fields by which a lease names its holder: a new random id, this machine and this process.
+
+    The id is new in each call, so that two leases of one process differ. By the other fields, another process on the
+    same machine checks whether the holder still runs.
+    """
     return {
         "owner": uuid.uuid4().hex,
         **_machine(),
@@ -81,7 +85,10 @@ def is_foreign(file: Location) -> bool:
 
 
 def is_alive(lease: Mapping[str, Any]) -> bool:
-    """Return whether the process of a lease seems to run, without waiting. Another machine's clock is trusted."""
+    """Return whether the process of a lease seems to run, without waiting.
+
+    A process on another machine counts as running if its heartbeat is less than 30 s old. Its clock is trusted.
+    """
     known = _is_alive_here(lease)
     return abs(time.time() - float(lease["heartbeat"])) < STALE_S if known is None else known
 
@@ -177,7 +184,7 @@ class Lease:
         return float(round(self._fields["seconds_before"] + time.monotonic() - self._started_s, 3))
 
     def update(self, **changes: Any) -> None:
-        """Change fields of the lease and write it.
+        """Change fields of the lease and write it, with a new heartbeat.
 
         Raises:
             ArtifactConflictError: another process took the artifact over. Its lease is not changed.

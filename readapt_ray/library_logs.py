@@ -73,7 +73,10 @@ _caught = _Caught()
 
 
 def silence() -> None:
-    """Stop libraries from logging to the terminal. Their lines go to the files of `written_to` and `add_file`."""
+    """Stop libraries from logging to the terminal. Their lines go to the files of `written_to` and `add_file`.
+
+    Only handlers that the libraries already have are removed. It may be called again.
+    """
     for name in _LIBRARIES:
         logger = logging.getLogger(name)
         for handler in [each for each in logger.handlers if _writes_to_terminal(each)]:
@@ -97,7 +100,10 @@ def _writes_to_terminal(handler: logging.Handler) -> bool:
 
 
 def add_file(file: Path) -> logging.Handler:
-    """Write the libraries' log lines to a file until the process ends."""
+    """Write the libraries' log lines to a file until the process ends, and return the handler.
+
+    Only lines from level INFO on are written, and none before `silence` was called.
+    """
     handler = LogFile(file, _FORMAT)
     _files.append(handler)
     return handler

@@ -20,7 +20,9 @@ class _StderrHandler(logging.Handler):
 
 
 def write_to_terminal() -> None:
-    """Write log lines to stderr, with the time, from level READAPT_LOG_LEVEL on.
+    """Write the package's log lines to stderr, with the time, from level READAPT_LOG_LEVEL on.
+
+    It replaces the handlers of the package's logger and stops propagation to the root logger. It may be called again.
 
     Raises:
         InputError: READAPT_LOG_LEVEL is not a log level.
@@ -46,5 +48,5 @@ def show_progress() -> None:
 
 
 def quiet() -> None:
-    """Log only warnings from now on: stages show no progress."""
+    """Log only warnings and errors from now on: stages show no progress."""
     logger.setLevel(logging.WARNING)

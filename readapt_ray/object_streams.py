@@ -43,7 +43,7 @@ class Upload(io.RawIOBase):
         return self._stream is None
 
     def put(self, path: str) -> None:
-        """Write a small object from memory to its final path, with one request."""
+        """Write a small object (see `is_small`) from memory to its final path, with one request."""
         with self._filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(bytes(self._held))  # sent when the stream is closed
 
@@ -77,7 +77,7 @@ class Upload(io.RawIOBase):
 
 
 def open_upload(filesystem: pafs.FileSystem, temporary: str) -> Any:
-    """Open a stream that writes to a temporary path. On S3 the first 4 MB are kept in memory."""
+    """Open a stream that writes to a temporary path. On S3 the first 4 MB are kept in memory (see `Upload`)."""
     if filesystem.type_name == "s3":
         return Upload(filesystem, temporary)
     return filesystem.open_output_stream(temporary, compression=None)
@@ -90,6 +90,8 @@ def is_held(stream: object) -> TypeGuard[Upload]:
 
 def read_if_small(file: Any, max_bytes: int = 0) -> Any:
     """Read an open file of an object store into memory if it is small (up to 512 KB); return a large one as it is.
+
+    A file that is read is closed, and a stream of its bytes is returned.
 
     Args:
         file: the file, open for reading.

@@ -27,6 +27,9 @@ def refuse_what_is_there(
 ) -> None:
     """Refuse an output that holds something else, with an error that names what is in the way.
 
+    An output that is free, that holds the same artifact (complete or not), or that may be replaced is accepted. Nothing
+    is removed here.
+
     Args:
         location: the output.
         config: the stage's options; `overwrite` allows another artifact to be replaced.

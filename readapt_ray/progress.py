@@ -51,7 +51,10 @@ class ProgressReporter:
             self._row.remove()
 
     def update(self, done: int, total: int | None = None, *, unit: str = "", note: str = "") -> None:
-        """Report that `done` of `total` units are done. `note` is shown beside them, such as a loss."""
+        """Report that `done` of `total` units are done in all. `note` is shown beside them, such as a loss.
+
+        A total or unit that is left out stays as before. A note does not.
+        """
         now_s = time.monotonic()
         if self._last_log_s is None or done < self.done or (unit and unit != self.unit):
             self._rated_from = None

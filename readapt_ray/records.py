@@ -44,7 +44,10 @@ _HASH_BYTES = 16
 
 
 def content_hash(title: str | None, text: str) -> bytes:
-    """Hash title and text to 16 bytes. Among ten billion texts, the chance that any two collide is 1.5 in 10^19."""
+    """Hash title and text to 16 bytes, to find equal passages. A missing title counts as an empty one.
+
+    Among ten billion texts, the chance that any two collide is 1.5 in 10^19.
+    """
     content = f"{title or ''}\0{text}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
 

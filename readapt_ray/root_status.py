@@ -23,7 +23,8 @@ def rows(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> 
 
     Args:
         root: the folder of a run, or any folder of artifacts.
-        usd_per_hour: returns the cluster's price for a stage. Then each row also has `usd`. None means no costs.
+        usd_per_hour: returns the cluster's price for a stage, by its name. Then each row also has `usd`. None means no
+            costs.
 
     Raises:
         InputError: the folder does not exist.
@@ -88,12 +89,23 @@ def _note_failure(found: dict[str, dict[str, Any]], root: Location, failed: Mapp
 
 
 def status_table(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> str:
-    """Return the state of all artifacts under a root as an aligned text table, as `readapt status` prints it."""
+    """Return the state of all artifacts under a root as an aligned text table, as `readapt status` prints it.
+
+    Args:
+        root: the folder of a run, or any folder of artifacts.
+        usd_per_hour: returns the cluster's price for a stage, by its name. Then the table has a column of costs.
+
+    Raises:
+        InputError: the folder does not exist.
+    """
     return as_table(rows(root, usd_per_hour), root.uri)
 
 
 def as_table(found: Sequence[dict[str, Any]], root: str) -> str:
-    """Return rows as an aligned text table, with their total in the last line."""
+    """Return rows (of `rows`) as an aligned text table, with their total in the last line.
+
+    If there are no rows, a sentence with the name `root` is returned.
+    """
     if not found:
         return f"no artifact under {root}"
     has_cost = "usd" in found[0]

@@ -14,7 +14,11 @@ from readapt_ray.storage import Location
 
 
 def share(source: Location, target: Location) -> None:
-    """Give a file a second location: by hard link, else by a copy inside the store, else by a copy through this machine."""
+    """Make a file also available at `target`, replacing what is there. The source stays.
+
+    On one local disk it is a hard link; inside one object store the store copies it; else it is copied through this
+    machine.
+    """
     if source.is_local and target.is_local:
         with contextlib.suppress(OSError):  # another disk, or one without links
             _link(source.local_path, target.local_path)

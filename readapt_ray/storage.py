@@ -121,17 +121,17 @@ class Location:
         return bool(self.info().type == pafs.FileType.Directory)
 
     def size_bytes(self) -> int:
-        """Return the length of the file in bytes."""
+        """Return the length of the file in bytes. Raises TypeError if there is no file: check `exists` first."""
         return int(self.info().size)
 
     def info(self) -> pafs.FileInfo:
-        """Return type, size and modification time, as the filesystem reports them."""
+        """Return type (NotFound if there is nothing), size and modification time, as the filesystem reports them."""
         return self.filesystem.get_file_info(self.path)
 
     def files(self, suffix: str = "", *, recursive: bool = False) -> list["Location"]:
         """Return the files in this folder, sorted by name; an empty list if the folder does not exist.
 
-        Temporary files of unfinished writes are left out.
+        `recursive` adds the files of its subfolders. Temporary files of unfinished writes are left out.
         """
         return [self / relative for relative, _ in self.listing(suffix, recursive=recursive)]
 
@@ -150,7 +150,7 @@ class Location:
         return sorted(found, key=lambda pair: pair[0])
 
     def children(self) -> tuple[list[str], list[str]]:
-        """Return the names of the files and folders directly in this folder, without temporary ones."""
+        """Return the names of the files, and those of the folders, directly in this folder, without temporary ones."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         infos = [each for each in self.filesystem.get_file_info(selector) if not each.base_name.startswith(_TEMPORARY)]
         files = [each.base_name for each in infos if each.type == pafs.FileType.File]
@@ -158,12 +158,9 @@ class Location:
         return sorted(files), sorted(folders)
 
     def entries(self, *, recursive: bool = True) -> tuple[list[str], list[str]]:
-        """List everything in this folder, temporary files too, as paths relative to it.
+        """List everything in this folder, temporary files too: relative paths of files, and of folders, each sorted.
 
-        Links are not followed.
-
-        Returns:
-            Files (links count as files) and folders, both sorted by name.
+        Links are not followed and count as files. Both lists are empty if the folder does not exist.
         """
         files: list[str] = []
         folders: list[str] = []
@@ -265,7 +262,7 @@ class Location:
 
     @contextlib.contextmanager
     def open_output(self) -> Iterator[IO[bytes]]:
-        """Open a binary file to write. It gets its final name only if the block ends without an error.
+        """Open a binary file to write. It gets its final name, replacing a file there, if the block ends without error.
 
         Raises:
             StorageError: the disk is full, or this user may not write there.
@@ -336,7 +333,11 @@ class Location:
                 os.rmdir(self.path)
 
     def copy_to(self, target: "Location") -> None:
-        """Copy the file, or the folder with its content. The bytes go through this machine."""
+        """Copy the file, or the files of the folder, to `target`. The bytes go through this machine.
+
+        Files of the same name are replaced; other files of a target folder stay. A file appears only when it is
+        complete, but the files of a folder appear one by one.
+        """
         if self.is_folder():
             for relative, _ in self.listing(recursive=True):
                 (self / relative).copy_to(target / relative)
@@ -371,7 +372,7 @@ class Location:
     def content_fingerprint(self, suffixes: tuple[str, ...] = ("",)) -> dict[str, str]:
         """Return a digest per file, by relative name: SHA-256 on a local disk, size and time on an object store.
 
-        Objects are not downloaded for this, because a corpus may have terabytes.
+        Of a folder, files with these suffixes count. Objects are not downloaded, because a corpus may have terabytes.
         """
         if self.is_file():
             infos = [(self.name, self, self.info())]

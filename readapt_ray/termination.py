@@ -64,6 +64,8 @@ _stop = _Stop()
 def handle_sigterm(give_up: Callable[[], None] | None = None, *, is_ray_gone: Callable[[], bool] | None = None) -> None:
     """Raise `Terminated` in the main thread on SIGTERM, from now on in this process, and never lose a SIGTERM or Ctrl-C.
 
+    Does nothing outside the main thread. If called again, earlier signals are forgotten.
+
     Args:
         give_up: ends the process. It is called in a thread if the process still runs 20 s after a signal, and on a second
             signal. If omitted, cleanup has no time limit.
@@ -83,9 +85,10 @@ def take_back() -> None:
 
 
 def is_from_sigterm(stop: BaseException) -> bool:
-    """Return whether an exception means that SIGTERM ended the work.
+    """Return whether SIGTERM ended the work, judged by the exception that ended it.
 
-    Our handler raises `Terminated`. Ray's handler exits with the signal's number as exit code.
+    True for our `Terminated`, for a SystemExit with the signal's number as exit code (Ray's handler), and for any other
+    exception but SystemExit once SIGTERM has been received.
     """
     if isinstance(stop, SystemExit):
         return stop.code == signal.SIGTERM
@@ -93,7 +96,7 @@ def is_from_sigterm(stop: BaseException) -> bool:
 
 
 def has_sigterm() -> bool:
-    """Return whether SIGTERM was received."""
+    """Return whether SIGTERM was received since the last `handle_sigterm`."""
     return _stop.is_sigterm
 
 

@@ -30,7 +30,7 @@ RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "e
 
 
 def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
-    """Return the config class and the function of a stage, by its name."""
+    """Return the config class and the function of a stage: (EmbedConfig, embed) for "embed"."""
     module = importlib.import_module(f"readapt_ray.stages.{stage}")
     return getattr(module, STAGES[stage].config), getattr(module, stage)
 
@@ -84,7 +84,8 @@ def stage_config(stage: str, options: Section, rules: SectionRules, **wired: Any
     """Make the config of a stage from the user's section of options and the options that the recipe sets (`wired`).
 
     Raises:
-        InputError: the section sets an option that the recipe sets or refuses, or that is unknown or wrong.
+        InputError: the section sets an option that the recipe sets, refuses (unless the value is the default), or that
+            is unknown or wrong.
     """
     where = rules.where.format(stage=stage)
     twice = sorted(options.keys() & wired.keys())
@@ -112,7 +113,7 @@ def make(stage: str, options: Section, rules: SectionRules, **wired: Any) -> Art
 
 
 def pack_options(train_options: Section) -> Section:
-    """Return those options of train that pack takes too."""
+    """Return those options of train that pack takes too, and `overwrite`, as far as they are given."""
     from readapt_ray.cluster.pack_options import PACK_OPTIONS
 
     return {name: train_options[name] for name in (*PACK_OPTIONS, "overwrite") if name in train_options}
@@ -192,12 +193,15 @@ class Step:
 
 
 def by_stage(steps: Iterable[Step]) -> dict[str, Any]:
-    """Return the config of the last step of each stage, by stage. Steps of the general corpus are left out."""
+    """Return the config of the last step of each stage, by stage name.
+
+    Steps on the general corpus (a second corpus, which shows what the adaptation loses) are left out.
+    """
     return {step.stage: step.config for step in steps if not step.is_general}
 
 
 def plan_run(config: RunConfig) -> list[Step]:
-    """Return the steps of a run, in order.
+    """Return the steps of a run on a corpus with queries, in order. See `unlabelled.steps_for_corpus` for one without.
 
     Raises:
         InputError: options of sections are unknown or wrong. One message names all of them with their sections.

@@ -33,10 +33,14 @@ _MAX_TIMED_ROWS = 1_000_000
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare retrievers, write `compare.json` and `compare.md`, and return the content of `compare.json`.
 
+    Both files of an earlier comparison are replaced. `rows` has a row per retriever and model made from it: `means` of
+    the measures, `comparison` with the first row (None there), times per query in ms, bytes and dimension.
+
     Raises:
         InputError: a retriever cannot be found or used, a measure is unknown, or an option is wrong. This is checked
             before anything is encoded.
         ArtifactMissingError: the corpus is not an output of ingest.
+        ArtifactConflictError: the output holds results that are not of a comparison.
     """
     folder = Location(config.output)
     outputs.refuse_foreign_results(folder / "compare.json", {"corpus", "rows", "measures"}, folder / "compare.md")

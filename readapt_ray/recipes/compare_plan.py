@@ -320,10 +320,10 @@ class Plan:
 
     @staticmethod
     def check_outputs(candidates: Sequence[Candidate]) -> None:
-        """Check that no two different steps have the same output.
+        """Check that steps with the same output have equal options. Candidates may share a step.
 
         Raises:
-            InputError: two have. The message names their retrievers.
+            InputError: two different steps would write to one output. The message names their retrievers.
         """
         known: dict[str, tuple[str, Any]] = {}
         for each in candidates:

@@ -85,7 +85,9 @@ def check_memory(
     dimension: int | None,
     num_passages: int | None,
 ) -> None:
-    """Check that each stage that will run fits in memory, and add those that do not to `problems`.
+    """Check that each stage that will run fits in memory, and add an error to `problems` for each that does not.
+
+    A stage is skipped if a model, config or number that its check needs is missing.
 
     Args:
         due: configs of the steps that will run, by stage.

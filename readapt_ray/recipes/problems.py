@@ -16,7 +16,9 @@ class Problems:
 
     @contextlib.contextmanager
     def collecting(self, *left_out: str) -> Iterator[None]:
-        """Record an error that the `with` block raises, and continue after the block.
+        """Record a ReadaptError or an unreadable path that the `with` block raises, and continue after the block.
+
+        Other errors are not caught. Errors with the same message are recorded once.
 
         Args:
             left_out: names of options that cannot be used if the block fails.
@@ -39,7 +41,7 @@ class Problems:
         return bool(self._found)
 
     def raise_them(self) -> None:
-        """Raise the recorded errors, if any.
+        """Raise the recorded errors; do nothing if there are none.
 
         Raises:
             InputError: a single message that lists all errors. If there is only one, that error itself is raised.

@@ -68,7 +68,14 @@ def recipe(root: str) -> RunConfig:
 
 
 def run(root: str) -> None:
-    """Run the quickstart under the folder `root`, and print the measures, changed answers and an answer over HTTP."""
+    """Run the quickstart, and print the measures, changed answers and an answer over HTTP.
+
+    All output goes to the local folder `root`. It uses two CPUs (READAPT_NUM_CPUS is set to 2 unless it is set
+    already). A second run reuses all results.
+
+    Raises:
+        ArtifactConflictError: the folder holds files that readapt did not write.
+    """
     os.environ.setdefault("READAPT_NUM_CPUS", str(_NUM_CPUS))
     outputs.refuse_foreign_results(Location(root) / _ANSWER_NAME, {"index", "question"})
     outputs.refuse_foreign_results(Location(root) / chain.RUN_NAME, {"config", "steps"})

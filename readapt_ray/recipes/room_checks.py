@@ -53,7 +53,8 @@ def check_disk(
         left: the steps that will run.
         pretrained: gives the size of the adapted model; None if it could not be opened.
         dimension: numbers per vector; None if not known.
-        corpora: manifests of the ingested corpora, by name. If there are none, only models are counted.
+        corpora: manifests of the ingested corpora, by name ("corpus", "general/corpus"). If there are none, only models
+            are counted.
 
     Raises:
         StorageError: the disk has too little free space.
@@ -129,7 +130,7 @@ def check_batch(train: Any) -> None:
     """Check, before earlier stages run, that each batch has at least one block for every training worker.
 
     The number of workers is the option `num_workers`, else READAPT_NUM_GPUS, else the GPUs of the cluster of RAY_ADDRESS
-    or of this machine.
+    or of this machine. A batch size of "auto" is not checked.
 
     Args:
         train: options of train; None if nothing will be trained.

@@ -13,6 +13,9 @@ GENERAL_REPORT = f"{GENERAL}/report"
 def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
     """Return the closing text of a run: its artifacts, the path of the report, and the next commands, ready to paste.
 
+    The next command is `serve`, unless a requirement of evaluate does not hold; and `tune`, if no retriever was
+    measured.
+
     Args:
         config: the options of the run.
         made: its artifacts, by their folder under the root.

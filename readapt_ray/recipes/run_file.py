@@ -34,7 +34,10 @@ def read_run(file: str, changes: Mapping[str, Any], problems: Problems | None = 
 def changed(
     values: dict[str, Any], changes: Mapping[str, Any], problems: Problems | None = None, *, where: str
 ) -> RunConfig:
-    """Make the config of a run from a mapping of options and changes to it. See `read_run` for the arguments."""
+    """Make the config of a run from a mapping of options and changes to it. See `read_run` for the arguments.
+
+    `values` is changed in place. `where` is the name of the file in errors.
+    """
     found = Problems() if problems is None else problems
     for name, value in _by_name(changes):
         with found.collecting(name.partition(".")[0]):
@@ -66,7 +69,10 @@ def _wrong_options(values: Mapping[str, Any]) -> set[str]:
 
 
 def parse_changes(texts: Iterable[str], problems: Problems) -> dict[str, Any]:
-    """Parse each `NAME=VALUE` of `--set` (see `parse_change`). Errors are added to `problems`."""
+    """Parse each `NAME=VALUE` of `--set` into values by name (see `parse_change`). Errors are added to `problems`.
+
+    Of a name that is given twice, the last value counts.
+    """
     changes: dict[str, Any] = {}
     for text in texts:
         with problems.collecting(text.partition("=")[0].partition(".")[0]):

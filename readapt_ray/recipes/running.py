@@ -50,13 +50,15 @@ def run(
         config: the options of the run.
         overwrite: make all stale artifacts again: those made with other options or from other inputs.
         from_stage: like overwrite, but only for this stage and later ones.
-        problems: errors that were already found in the options of the config.
+        problems: errors that were already found in the options of the config. They are raised together with those that
+            are found here.
 
     Returns:
         The artifacts, by their folder under the root (`corpus`, `adapter`, `adapted`, `report` ...).
 
     Raises:
-        InputError: one message with all errors that were found before the first stage; or an error of a stage.
+        InputError: one message with all errors that were found before the first stage. Then no stage was started.
+        ReadaptError: a stage failed. It is recorded in `run.json`, and the same run resumes.
     """
     logger.info("checking the run before its first stage")
     problems = Problems() if problems is None else problems

@@ -43,7 +43,7 @@ class StepState:
 
     @property
     def seconds(self) -> float:
-        """How many seconds it took to make the artifact; 0 if there is none."""
+        """How many seconds it took to make the artifact (so far, if it is unfinished); 0 if there is none."""
         return float(self.record["seconds"]) if self.record else 0.0
 
 
@@ -55,6 +55,9 @@ def step_states(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, re
         noted: the entries of the steps in `run.json`. An entry has an artifact's `fingerprint` and the `options` that the run
             asked for; `replaces` is the fingerprint of an artifact that an unfinished run was replacing.
         reads_models: whether to hash the given models, to find out whether they changed.
+
+    Returns:
+        The state of each step, in the same order.
 
     Raises:
         CorruptFileError: a manifest cannot be read.
@@ -82,7 +85,7 @@ def step_states(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, re
 
 
 def record_of(step: Step) -> tuple[Mapping[str, Any] | None, bool]:
-    """Return the manifest at a step's output, else the lease or None, and whether it is a manifest (complete)."""
+    """Return the manifest at a step's output and True; without one, the lease (or None) and False."""
     manifest = artifacts.read_manifest(step.config.output)
     if manifest is not None:
         return dataclasses.asdict(manifest), True
@@ -102,7 +105,11 @@ def _changed_options(step: Step, record: Mapping[str, Any], asked: Mapping[str, 
 
 
 def inputs_of(step: Step) -> Iterator[tuple[str, str]]:
-    """Yield option and value of each input that a step reads, such as ("corpus", "run/corpus")."""
+    """Yield (option, value) for each input that a step reads, such as ("corpus", "run/corpus").
+
+    Inputs are the options in `config.inputs`: artifacts, models, files and sources. An option with several values
+    yields one pair per value; one that is not set yields none.
+    """
     for name in sorted(step.config.inputs):
         value = getattr(step.config, name)
         if isinstance(value, str | tuple):

@@ -24,7 +24,9 @@ _ONE_IN = 20
 def steps_for_corpus(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
     """Return the steps of a run, adapted to whether its corpus has queries. Unchanged if there is no corpus yet.
 
-    If passages were withheld by an earlier run, they stay withheld. So a run that gets queries later does not train again.
+    Without queries, the steps that need them are replaced by `drift`, and pack withholds one passage in 20 (at most
+    200), unless section train sets withhold, exclude or only. If passages were withheld by an earlier run, they stay
+    withheld. So a run that gets queries later does not train again.
 
     Args:
         config: the options of the run.
@@ -47,7 +49,7 @@ def steps_for_corpus(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
 
 
 def has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
-    """Return whether queries and qrels exist for search and evaluate.
+    """Return whether queries and qrels exist for search and evaluate; True if `steps` lacks evaluate (wrong options).
 
     Raises:
         CorpusError: only one of them exists, a file that the user gave is missing, or `evaluate.require` needs them.
@@ -72,7 +74,11 @@ def has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
 
 
 def check_general(config: RunConfig, steps: Sequence[Step]) -> None:
-    """Check, after its ingest, that the general corpus has queries and qrels.
+    """Check, after its ingest, that the general corpus of the run has queries and qrels.
+
+    Args:
+        config: the options of the run.
+        steps: its steps. The step evaluate of the general corpus must be among them.
 
     Raises:
         CorpusError: one of them is missing.

@@ -23,10 +23,10 @@ _FILE_MAGIC = b"ARROW1"
 
 @contextlib.contextmanager
 def open_parquet(file: Location, label: str) -> Iterator[pq.ParquetFile]:
-    """Open a Parquet file to read.
+    """Open a Parquet file for a `with` block, and close it at its end. `label` is the file's name in errors.
 
     Raises:
-        CorpusError: the file is cut short, or is not Parquet.
+        CorpusError: the file is missing, cut short, or not Parquet.
     """
     try:
         parquet = pq.ParquetFile(file.open_input())
@@ -44,14 +44,15 @@ def parquet_rows(
     advance: Advance = lambda _: None,
     span: Span | None = None,
 ) -> Iterator[Values | BadRow]:
-    """Yield place and values of each row of a Parquet file, in the columns that `pick` chooses.
+    """Yield place and values of each row of a Parquet file, and a bad row for each row with text that is not UTF-8.
 
     Args:
         file: the file to read.
-        label: name of the file in places and errors. A place is the label and the row number from 1.
-        pick: chooses columns from the names in the file.
-        advance: called with the fraction of the file that was read.
-        span: the row groups to read; None means all.
+        label: name of the file in places and errors. A place is the label and the row number from 1; with a span, rows
+            are counted from its beginning.
+        pick: takes the column names of the file, and returns those to read. Values are in the order that it returns.
+        advance: called with the fraction of the file's rows that were read.
+        span: the row groups to read; None means all. At the end its `num_lines` is set to the number of rows.
     """
     with open_parquet(file, label) as parquet:
         yield from _parquet_rows(parquet, label, pick(parquet.schema_arrow.names), advance, span)
@@ -105,14 +106,14 @@ class Parquet:
         return "row groups"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the file's schema."""
+        """Read the columns from the file's schema. None if the file has no rows."""
         with open_parquet(file, label) as parquet:
             return schema_layout(parquet.schema_arrow, label, options) if parquet.metadata.num_rows else None
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield each row of the file."""
+        """Yield each row of the file, or of the row groups in `span`."""
         with open_parquet(file, label) as parquet:
             if parquet.metadata.num_rows:
                 columns = schema_layout(parquet.schema_arrow, label, options).columns
@@ -121,7 +122,12 @@ class Parquet:
 
 
 def schema_layout(schema: pa.Schema, label: str, options: ReadOptions) -> Layout:
-    """Return which columns of an Arrow schema make a passage."""
+    """Return which columns of an Arrow schema make a passage: the columns that the user chose, else well-known names.
+
+    Raises:
+        CorpusError: there is no id or text column, or a chosen column is missing. `label` names the file in the
+            message.
+    """
     columns = passage_columns(schema.names, label, options.columns)
     return Layout(columns, tuple(schema.names), tuple(schema.field(name).type for name in columns.kept))
 
@@ -138,7 +144,7 @@ class Arrow:
         return "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the file's schema."""
+        """Read the columns from the file's schema. None if the file has no rows."""
         with _open_arrow(file, label) as (schema, batches):
             has_rows = any(batch.num_rows for batch, _ in batches)
             return schema_layout(schema, label, options) if has_rows else None
@@ -146,7 +152,7 @@ class Arrow:
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield each row of the file."""
+        """Yield each row of the file. It is always read as a whole: `span` only takes the number of rows."""
         layout = self.layout(file, label, options)
         if layout is not None:
             for row in arrow_rows(file, label, lambda _: layout.columns.names, advance, span):
@@ -160,7 +166,11 @@ def arrow_rows(
     advance: Advance = lambda _: None,
     span: Span | None = None,
 ) -> Iterator[Values | BadRow]:
-    """Yield place and values of each row of an Arrow file. See `parquet_rows` for the arguments."""
+    """Yield place and values of each row of an Arrow file, and a bad row for each row with text that is not UTF-8.
+
+    See `parquet_rows` for the arguments. The whole file is read: `span` only takes the number of rows. `advance` is
+    called with the fraction of the bytes.
+    """
     number, size_bytes = 0, max(file.size_bytes(), 1)
     with _open_arrow(file, label) as (schema, batches):
         columns = pick(schema.names)
@@ -204,9 +214,14 @@ def _batches(reader: Any, raw: IO[bytes], label: str, is_file: bool) -> Iterator
 
 
 def saved_files(folder: Location, files: Sequence[DataFile]) -> list[DataFile]:
-    """Leave out files that the library `datasets` cached beside a saved data set.
+    """Return `files` without those that the library `datasets` cached beside a saved data set.
 
-    If a folder has a `state.json`, only the files listed there belong to the data set.
+    Of a folder (`folder` itself or one below it) with a `state.json`, only the files that it lists are kept. The files
+    of all other folders are kept.
+
+    Args:
+        folder: the data set.
+        files: files below it. Their labels are relative to it.
 
     Raises:
         CorpusError: a listed file is missing.

@@ -17,21 +17,24 @@ _Record = TypeVar("_Record", Query, Qrel)
 
 
 class BadRows:
-    """Counts bad rows, and skips them or raises an error, as the policy says."""
+    """Counts bad rows, and skips them or raises an error, as the policy says.
+
+    `reasons` has the number of bad rows per reason, `first` the first 20 of them.
+    """
 
     def __init__(self, policy: Literal["skip", "fail", "gather"]) -> None:
         """Set the policy.
 
         Args:
-            policy: "skip" logs the first rows, "fail" raises an error for the first one. "gather" does neither; `reasons`
-                and `first` are then passed on to another process.
+            policy: "skip" logs the first 20 rows, "fail" raises an error for the first one. "gather" does neither;
+                `reasons` and `first` are then passed on to another process.
         """
         self._policy = policy
         self.reasons: Counter[str] = Counter()
         self.first: list[BadRow] = []
 
     def add(self, row: BadRow) -> None:
-        """Count one bad row."""
+        """Count one bad row. See `add_counted` for what the policy does with it."""
         self.add_counted({row.reason: 1}, [row])
 
     def add_counted(self, reasons: Mapping[str, int], first: Iterable[BadRow]) -> None:
@@ -39,10 +42,10 @@ class BadRows:
 
         Args:
             reasons: number of rows per reason (a key of `REASONS`).
-            first: the first of these rows.
+            first: the first of these rows. They are kept (with "skip" also logged) until 20 are known.
 
         Raises:
-            CorpusError: the policy is "fail", and there is a bad row.
+            CorpusError: the policy is "fail", and `first` has a row.
         """
         self.reasons.update(reasons)
         for row in first:
@@ -55,7 +58,11 @@ class BadRows:
                 logger.warning("ingest: left out %s", row.message)
 
     def good(self, records: Iterable[_Record | BadRow]) -> list[_Record]:
-        """Return the good records as a list, and count the bad rows among them."""
+        """Return the good records as a list, and count the bad rows among them.
+
+        Raises:
+            CorpusError: the policy is "fail", and there is a bad row.
+        """
         found = []
         for record in records:
             if isinstance(record, BadRow):
@@ -65,7 +72,7 @@ class BadRows:
         return found
 
     def none_left(self, source: str) -> CorpusError:
-        """Return the error for a source that has no usable passage."""
+        """Return (do not raise) the error for a source without a usable passage; `source` names it in the message."""
         reasons = in_words(dict(sorted(self.reasons.items())))
         if not reasons:
             return CorpusError(f"{source!r} holds no rows; give a corpus with at least one passage")
@@ -75,7 +82,7 @@ class BadRows:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Return the counts and the first bad rows, for the manifest."""
+        """Return the counts and the first bad rows for the manifest, with keys `total`, `by_reason` and `first`."""
         return {
             "total": self.reasons.total(),
             "by_reason": dict(sorted(self.reasons.items())),

@@ -24,7 +24,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def clean_text(text: str) -> str:
     """Normalise a text: Unicode NFC, no control characters, no white space at the ends.
 
-    A run of white space becomes one newline if it contains a line break, else one space.
+    A run of white space (tabs count) becomes one newline if it contains a line break, else one space.
     """
     if text.isprintable() and "  " not in text:  # no control characters, and only single spaces
         return unicodedata.normalize("NFC", text).strip()
@@ -38,16 +38,21 @@ def clean_id(value: str) -> str:
 
 
 def encoded_white_space(text: str) -> str:
-    """Encode white space in a text as in a URL: a space becomes %20."""
+    """Encode white space in a text as in a URL: a space becomes %20. All other characters stay as they are."""
     if text.isprintable() and " " not in text:
         return text
     return _WHITE_SPACE.sub(lambda found: urllib.parse.quote(found[0]), text)
 
 
 def checked(row: Row, *, max_text_bytes: int) -> Passage | BadRow:
-    """Convert a row to a clean passage. Returns a bad row with the reason if that is not possible.
+    """Convert a row to a clean passage, without its kept columns; a bad row with the reason if that is not possible.
 
-    Ids are cleaned by `clean_id`. Numbers become text; NaN and null count as missing. A title without text is enough.
+    Ids are cleaned by `clean_id`. A whole number as id and a number as title become text; a number as text is refused.
+    NaN and null count as missing. A title without text is enough, and so is a text without title.
+
+    Args:
+        row: the raw row.
+        max_text_bytes: the row is bad if title and text together have this many UTF-8 bytes or more.
     """
     title, doc_id = title_text(row.title), id_text(row.doc_id)
     text = "" if title and not isinstance(row.text, str) and is_absent(row.text) else row.text
@@ -71,7 +76,10 @@ def checked(row: Row, *, max_text_bytes: int) -> Passage | BadRow:
 
 
 def id_text(value: object) -> str | None:
-    """Return a clean id from text or a whole number (also as float). "" if missing; None if the value cannot be an id."""
+    """Return a clean id from text, a UUID or a whole number (also as float): "7" for 7.0.
+
+    "" if the value is missing, null or blank; None if it cannot be an id, such as 7.5.
+    """
     if isinstance(value, str):
         return clean_id(value)
     if is_absent(value):
@@ -81,12 +89,16 @@ def id_text(value: object) -> str | None:
 
 
 def title_text(value: object) -> str | None:
-    """Return a title from text or a number. "" for null and NaN; None if the value cannot be a title."""
+    """Return a title from text (unchanged) or a number. "" if missing, null or NaN; None if it cannot be a title."""
     return value if isinstance(value, str) else "" if is_absent(value) else number_text(value)
 
 
 def kinds_of(row: Row, passage: Passage) -> Iterator[str]:
-    """Yield the kinds to count a passage under in the manifest, such as "title_only" and "float_as_id"."""
+    """Yield the kinds to count a passage under in the manifest.
+
+    Always one of "title_and_text", "title_only" and "text_only"; also "number_as_title" and "float_as_id" if they
+    apply.
+    """
     yield "title_and_text" if passage.title and passage.text else "title_only" if passage.title else "text_only"
     if not isinstance(row.title, str) and passage.title:
         yield "number_as_title"
@@ -95,7 +107,7 @@ def kinds_of(row: Row, passage: Passage) -> Iterator[str]:
 
 
 def shown(value: object) -> str:
-    """Return a value as text for a message, at most 60 characters."""
+    """Return a value as Python writes it (`repr`) for a message, cut to 60 characters."""
     return repr(value)[:_SHOWN_CHARS]
 
 
@@ -105,7 +117,7 @@ def num_bytes(text: str) -> int:
 
 
 def text_fault(text: object) -> str:
-    """Return the reason (a key of `REASONS`) why a value that is not a string cannot be a text."""
+    """Return why a value that is not a string cannot be a text: "missing_text", "null_text" or "text_not_string"."""
     return "missing_text" if text is MISSING else "null_text" if is_absent(text) else "text_not_string"
 
 

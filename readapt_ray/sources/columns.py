@@ -49,12 +49,20 @@ class ColumnChoice:
     """Columns to keep, each with the name of its type; None if no type was given."""
 
     def of(self, fields: Collection[str]) -> dict[str, tuple[str, ...]]:
-        """Return the columns that the user gave for some fields, by field."""
+        """Return the user's columns for those of `fields` that the user set; others are left out.
+
+        A title or text may have several columns, which are joined.
+        """
         return {field: names for field, names in self.fields if field in fields}
 
     @classmethod
     def parse(cls, columns: Sequence[str], keep: Sequence[str]) -> "ColumnChoice":
         """Parse the items of `--columns` and `--keep`.
+
+        Args:
+            columns: items FIELD=COLUMN, such as "doc_id=docid". For title and text, several columns:
+                "text=abstract+body".
+            keep: items NAME or NAME:TYPE, such as "year:int64" (see `TYPES`).
 
         Raises:
             InputError: an item is not FIELD=COLUMN, a field is unknown or given twice, or a kept column's name is
@@ -105,6 +113,9 @@ def _kept(item: str) -> tuple[str, str | None]:
 def kept_value(raw: object, kind: pa.DataType) -> Any:
     """Convert a raw value to the type of a kept column. Null, NaN and missing values become None.
 
+    For a text column, numbers become text, and lists, objects and booleans become JSON. For other columns, text is
+    parsed ("7", "true"), and blank text becomes None.
+
     Raises:
         ValueError: the value does not fit the type.
     """
@@ -140,7 +151,7 @@ def _number(raw: object, kind: pa.DataType) -> object:
 
 
 def number_text(value: object) -> str | None:
-    """Return a number as text, such as "7" for 7.0; None for NaN, infinity and values that are not numbers."""
+    """Return a number as text, such as "7" for 7.0; None for NaN, infinity, booleans and all other values."""
     if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
         return None
     if isinstance(value, int):
@@ -151,7 +162,7 @@ def number_text(value: object) -> str | None:
 
 
 def is_absent(value: object) -> bool:
-    """Return whether a value is null, NaN (pandas writes null as NaN) or missing."""
+    """Return whether a value is None, NaN (pandas writes null as NaN) or MISSING (the row does not have the field)."""
     return value is None or value is MISSING or (isinstance(value, float) and math.isnan(value))
 
 
@@ -170,7 +181,10 @@ class Columns:
         return (self.doc_id, *self.title, *self.text, *self.kept)
 
     def row(self, place: str, values: Sequence[object]) -> Row:
-        """Make a row from values in the order of `names`. `place` is file and line."""
+        """Make a row from values in the order of `names`. `place` is file and line.
+
+        Several title columns are joined by a space, several text columns by a line break.
+        """
         text_at = 1 + len(self.title)
         kept_at = text_at + len(self.text)
         title = _joined(values[1:text_at], " ") if self.title else None
@@ -193,7 +207,11 @@ def _joined(values: Sequence[object], between: str) -> object:
 
 
 def first_of(wanted: Sequence[str], found: Iterable[str]) -> str | None:
-    """Return the first wanted name that was found: exactly, or else with another case or separators. None if none was."""
+    """Return the name in `found` that matches the first possible one of `wanted`; None if none matches.
+
+    Exact matches of any wanted name come first. Then case, white space, `_` and `-` are ignored: "Doc-ID" matches
+    "docid".
+    """
     present = {str(name): name for name in found}
     exact = next((present[name] for name in wanted if name in present), None)
     if exact is not None:
@@ -209,12 +227,12 @@ def _plain(name: str) -> str:
 
 
 def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, is_sample: bool = False) -> Columns:
-    """Choose the columns for doc_id, title, text and kept values.
+    """Choose the columns for doc_id, title, text and kept values. Without a title column, `title` is empty.
 
     Args:
         found: column names of the file.
         label: name of the file in errors.
-        choice: columns that the user gave.
+        choice: columns that the user gave. For fields that it lacks, well-known names are tried.
         is_sample: whether `found` comes only from the first rows. Then a kept column with a given type may be missing.
 
     Raises:
@@ -269,7 +287,12 @@ def _listed(found: Sequence[str]) -> str:
 
 
 def kept_schema(choice: ColumnChoice, types: Sequence[pa.DataType]) -> pa.Schema:
-    """Return the schema in which kept columns are stored: with the user's types, else with those of the file."""
+    """Return the schema in which kept columns are stored: with the user's types, else as `stored_type` says.
+
+    Args:
+        choice: the user's choice of columns.
+        types: the type of each kept column in the file, in the order of `choice.keep`.
+    """
     return pa.schema(
         (name, TYPES[kind] if kind else stored_type(found))
         for (name, kind), found in zip(choice.keep, types, strict=True)
@@ -277,7 +300,11 @@ def kept_schema(choice: ColumnChoice, types: Sequence[pa.DataType]) -> pa.Schema
 
 
 def stored_type(kind: pa.DataType) -> pa.DataType:
-    """Return the type in which a column is stored: its own type if searches can filter by it, else text (JSON)."""
+    """Return the type in which a column is stored: its own type if searches can filter by it, else text.
+
+    Searches filter by numbers, booleans, dates, times (stored in microseconds), texts, and lists of one of these.
+    Objects and other values are stored as text (JSON).
+    """
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
@@ -291,7 +318,11 @@ def stored_type(kind: pa.DataType) -> pa.DataType:
 
 
 def type_of_values(values: Iterable[object]) -> pa.DataType:
-    """Return the Arrow type for JSON values: numbers, texts, booleans, dates or lists of one of these; mixed ones: text."""
+    """Return the Arrow type for JSON values: numbers, booleans, dates, texts or lists of one of these.
+
+    Null and missing values are ignored. Integers and floats together are float64. Other mixtures, objects and no value
+    at all are text.
+    """
     there = [value for value in values if not is_absent(value)]
     if there and all(isinstance(value, list) for value in there):
         inner = type_of_values(each for value in there if isinstance(value, list) for each in value)
@@ -307,7 +338,10 @@ def type_of_values(values: Iterable[object]) -> pa.DataType:
 
 
 def type_of_texts(texts: Iterable[object]) -> pa.DataType:
-    """Return the type of a CSV or TSV column: int64, float64 or text. `007` is text."""
+    """Return the type of a CSV or TSV column: int64, float64 or text. `007` is text. Blank fields are ignored.
+
+    A column with only blank fields is text.
+    """
     there = [str(text).strip() for text in texts if text is not None and str(text).strip()]
     if there and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", text) for text in there):
         return pa.int64()

@@ -19,7 +19,8 @@ _LANGUAGE: Final = re.compile(r"(?:\d{8}\.)?(?:[a-z]{2}(?:[-_][A-Za-z]{2,4})?|[a
 def in_card(readme: str) -> dict[str, list[str]]:
     """Return the configurations that a data set's card (README.md) lists, each with the patterns of its files.
 
-    Empty if the data set has a part `corpus`. `de-corpus` and `de-queries` belong to the configuration `de`.
+    Empty if the card lists none, or if one is called `corpus`: then the data set is one corpus in parts. `de-corpus`
+    and `de-queries` are parts of the configuration `de`, which then has no patterns.
     """
     fields, _ = split_front_matter(readme)
     configs = fields.get("configs")
@@ -45,7 +46,11 @@ def _patterns(data_files: Any) -> list[str]:
 
 
 def in_names(names: Iterable[str]) -> list[str]:
-    """Find configurations by the relative names of a folder's data files. Empty if the files are one corpus."""
+    """Find configurations by the relative names of a folder's data files, sorted. Empty if the files are one corpus.
+
+    Example:
+        in_names(["de/train.parquet", "fr/train.parquet"]) == ["de", "fr"]
+    """
     paths = [plain_name(name).split("/") if "/" not in name else name.split("/") for name in names]
     if paths and all(path[0] == "data" and len(path) > 2 for path in paths):
         paths = [path[1:] for path in paths]

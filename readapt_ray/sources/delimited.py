@@ -72,12 +72,16 @@ class Tsv:
     suffixes = (".tsv",)
 
     def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
-        """Return "lines" if a file can be split at its lines: not compressed, and no line breaks in quoted fields."""
+        """Return "lines" if a file can be split at its lines, else "nowhere".
+
+        It can be split if it is neither compressed nor UTF-16, and its first megabyte has no line breaks in quoted
+        fields.
+        """
         header = _header(file, label, _of_passages(options), is_tsv=True)
         return "nowhere" if (header and header.has_line_breaks) or not is_divisible(file) else "lines"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the header, or take the default ones."""
+        """Read the columns from the header, or take the default ones. None if the file has no rows."""
         return _layout(_header(file, label, _of_passages(options), is_tsv=True), label, options)
 
     def rows(
@@ -99,7 +103,7 @@ class Csv:
         return "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the header line."""
+        """Read the columns from the header line. None if the file is empty."""
         return _layout(_header(file, label, _of_passages(options), is_tsv=False), label, options)
 
     def rows(
@@ -133,17 +137,22 @@ def delimited_rows(
     advance: Advance = lambda _: None,
     span: Span | None = None,
 ) -> Iterator[Values | BadRow]:
-    """Yield place (file and line) and values of each row, in the columns that `pick` chooses.
+    """Yield place (file and line) and values of each row, and a bad row for a row with another number of columns.
+
+    The header line is not a row. An empty file has no rows.
 
     Args:
         file: the file to read.
         label: name of the file in places and errors.
         wanted: column names by which a header line is recognised.
-        pick: chooses columns from the names in the file.
+        pick: takes the column names, and returns those to read. The values, all text, are in the order that it returns.
         options: limits on the length of a line.
         is_tsv: whether fields are separated by tabs. If not, the separator is found from the first line.
         advance: called with the fraction of the file that was read.
-        span: the part of the file to read; None means all.
+        span: the range of bytes to read; None means all.
+
+    Raises:
+        CorpusError: a TSV file has neither a header nor a known number of columns, or the file is cut short.
     """
     header = _header(file, label, wanted, is_tsv=is_tsv)
     if header is None:

@@ -73,7 +73,10 @@ _BLOCKS: Final = frozenset(
 
 
 class Document(NamedTuple):
-    """The text of a file. `fields` has the front matter of Markdown and HTML, or the metadata of a PDF."""
+    """The text of a file. `title` is empty if none was found.
+
+    `fields` has the front matter of Markdown and HTML, or the metadata of a PDF; it is empty for plain text.
+    """
 
     title: str
     text: str
@@ -97,11 +100,12 @@ def read_document(name: str, data: bytes) -> Document:
     """Extract title, text and fields from the content of a file.
 
     Args:
-        name: the file's name; its suffix decides the kind.
+        name: the file's name. Its suffix decides the kind: PDF, HTML or Markdown, and plain text for any other. A
+            suffix of compression (.gz) is ignored.
         data: the content, decompressed.
 
     Raises:
-        UnreadableDocumentError: the text is not UTF-8, or the PDF cannot be read.
+        UnreadableDocumentError: plain text or Markdown is not UTF-8, or the PDF cannot be read.
     """
     name = plain_name(name)
     if name.endswith(PDF_SUFFIXES):
@@ -121,7 +125,11 @@ def read_document(name: str, data: bytes) -> Document:
 
 
 def split_front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """Split a text into its front matter, between lines of `---` (YAML) or `+++` (TOML), and the text after it."""
+    """Split a text into its front matter, between lines of `---` (YAML) or `+++` (TOML), and the text after it.
+
+    Of front matter that cannot be parsed, its lines `name: value` are taken. Without front matter, or if it is not a
+    mapping, the result is ({}, text).
+    """
     found = _FRONT.match(text)
     if found is None:
         return {}, text
@@ -149,7 +157,10 @@ def _title_of(fields: dict[str, Any]) -> str:
 
 
 def split_heading(text: str) -> tuple[str, str]:
-    """Return the first Markdown heading outside fenced code ("" if there is none), and the text without that line."""
+    """Return the first Markdown heading outside fenced code, and the text without that line.
+
+    Only headings with `#` count. Without one, the result is ("", text).
+    """
     lines = text.split("\n")
     fenced = False
     for at, line in enumerate(lines):

@@ -81,14 +81,21 @@ class ExactDuplicates:
         self._rows = RowTable()
 
     def earlier(self, passage: Passage, row: int) -> int | None:
-        """Return the row of the earlier passage that this one repeats; None if it is new. Then it is stored as `row`."""
+        """Return the row of the earlier passage that this one repeats; None if it is new. Then it is stored as `row`.
+
+        Call it for all passages in their order, with the number of each one's row.
+        """
         found = self._rows.get(self._key(passage))
         if found is None:
             self.remember(passage, row)
         return found
 
     def remember(self, passage: Passage, row: int) -> None:
-        """Store `row` as the row of all passages equal to this one."""
+        """Set the row that `earlier` returns for copies of this passage. It replaces the row stored before.
+
+        NearDuplicates stores the row of the similar passage here, so that an exact copy of a near duplicate is found at
+        once.
+        """
         self._rows.put(self._key(passage), row)
 
     def _key(self, passage: Passage) -> bytes:
@@ -108,21 +115,29 @@ class Sketches:
         self._empty = MinHash(num_perm=NUM_PERMUTATIONS, seed=1)
 
     def of(self, passage: Passage) -> Any:
-        """Return the MinHash of a passage's title and text."""
+        """Return the MinHash (of the package datasketch) of a passage's title and text."""
         sketch = self._empty.copy()
         sketch.update_batch(_shingles(f"{passage.title} {passage.text}"))
         return sketch
 
 
 def bands(threshold: float) -> Any:
-    """Return an empty index of MinHashes by bands (LSH). Only passages that share a band are compared."""
+    """Return an empty index of MinHashes by bands (datasketch's LSH). Only passages that share a band are compared.
+
+    Args:
+        threshold: the Jaccard similarity, from 0 to 1, for which number and size of the bands are chosen.
+    """
     from datasketch import MinHashLSH
 
     return MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS, weights=_LSH_WEIGHTS)
 
 
 class NearDuplicates:
-    """Finds passages whose set of three-word sequences has a Jaccard similarity of `threshold` or more to an earlier one."""
+    """Finds passages that are equal or similar to an earlier one.
+
+    Two passages are similar if their sets of three-word sequences have a Jaccard similarity of `threshold` or more. It
+    is estimated from MinHashes, so passages near the threshold may be missed or found wrongly.
+    """
 
     def __init__(self, *, threshold: float, title_tells_apart: bool) -> None:
         self._threshold = threshold
@@ -131,7 +146,10 @@ class NearDuplicates:
         self._sketches: dict[int, Any] = {}
 
     def earlier(self, passage: Passage, row: int) -> int | None:
-        """Return the row of the first kept passage that this one is similar to; None if it is new."""
+        """Return the row of the kept passage that this one equals, else of the first one that it is similar to.
+
+        None if it is new. Then it is stored as `row`, to compare later passages with.
+        """
         found = self._exact.earlier(passage, row)
         if found is not None:
             return found
@@ -156,7 +174,10 @@ def duplicate_finder(
 ) -> Callable[[Passage, int], int | None]:
     """Return a function that finds the earlier duplicate of a passage, as `ExactDuplicates.earlier` does.
 
-    With mode "none" it never finds one.
+    Args:
+        mode: "exact", "near" (which finds exact ones too), or "none": the function never finds one.
+        near_threshold: the Jaccard similarity from which on passages are near duplicates.
+        title_tells_apart: whether the same text under another title is no exact duplicate.
     """
     if mode == "exact":
         return ExactDuplicates(title_tells_apart=title_tells_apart).earlier

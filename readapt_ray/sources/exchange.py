@@ -27,7 +27,7 @@ ROW_BITS = 40
 
 
 def pieces_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the piece number of each row."""
+    """Return the piece number of each row: int64 [N] for rows uint64 [N]."""
     return (rows >> np.uint64(ROW_BITS)).astype(np.int64)
 
 
@@ -39,7 +39,14 @@ def partition_of(keys: NDArray[np.uint64], num_partitions: int) -> NDArray[np.ui
 def write_partitions(
     location: Location, records: NDArray[np.void], partitions: NDArray[np.integer], num_partitions: int
 ) -> None:
-    """Write records so that each partition can be read alone. Within a partition, records keep their order."""
+    """Write records so that each partition can be read alone. Within a partition, records keep their order.
+
+    Args:
+        location: the file to write.
+        records: structured array [N].
+        partitions: the partition of each record, from 0 to num_partitions - 1: integers [N].
+        num_partitions: number of partitions.
+    """
     order = np.argsort(partitions, kind="stable")
     offsets = np.searchsorted(partitions[order], np.arange(num_partitions + 1)).astype("<u8")
     with location.open_output() as file:
@@ -48,7 +55,13 @@ def write_partitions(
 
 
 def write_copies(location: Location, records: NDArray[np.void], places: Sequence[NDArray[np.int64]]) -> None:
-    """Write, for each partition, the records at its indices in `places`. A record may go to several partitions."""
+    """Write, for each partition, the records at its indices in `places`. A record may go to several partitions.
+
+    Args:
+        location: the file to write.
+        records: structured array [N].
+        places: for each partition, indices of records: int64 [any].
+    """
     with location.open_output() as file:
         file.write(np.cumsum([0, *map(len, places)]).astype("<u8").tobytes())
         for each in places:
@@ -58,14 +71,21 @@ def write_copies(location: Location, records: NDArray[np.void], places: Sequence
 def read_partition(
     files: Iterable[Location], number: int, num_partitions: int, dtype: np.dtype[np.void]
 ) -> NDArray[np.void]:
-    """Return the records of one partition from all files, in the order of the files."""
+    """Return the records of one partition from all files, in the order of the files; an empty array if there are none.
+
+    Args:
+        files: files of `write_partitions` or `write_copies`.
+        number: the partition.
+        num_partitions: the number of partitions that the files were written with.
+        dtype: the type of a record.
+    """
     return np.concatenate([np.empty(0, dtype), *read_parts(files, number, num_partitions, dtype)])
 
 
 def read_parts(
     files: Iterable[Location], number: int, num_partitions: int, dtype: np.dtype[np.void]
 ) -> list[NDArray[np.void]]:
-    """Return the records of one partition, one array per file."""
+    """Return the records of one partition, one array per file. See `read_partition` for the arguments."""
 
     def read(location: Location) -> NDArray[np.void]:
         with location.open_input() as file:
@@ -79,7 +99,7 @@ def read_parts(
 
 
 def read_records(location: Location, num_partitions: int, dtype: np.dtype[np.void]) -> NDArray[np.void]:
-    """Return all records of a file, of all partitions."""
+    """Return all records of a file, ordered by partition."""
     return np.frombuffer(location.read_bytes(), dtype, offset=(num_partitions + 1) * _OFFSET_BYTES)
 
 

@@ -32,12 +32,16 @@ class JsonLines:
     suffixes = (".jsonl", ".ndjson")
 
     def split_at(self, file: Location, label: str, options: ReadOptions) -> SplitAt:
-        """Return "lines" if a file can be split at its lines; a compressed or UTF-16 file cannot."""
+        """Return "lines" if a file can be split at its lines, else "nowhere": a compressed or UTF-16 file cannot."""
         del label, options
         return "lines" if is_divisible(file) else "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the keys of the first hundred objects."""
+        """Read the columns from the keys of the objects in the first hundred lines. None if the file has no lines.
+
+        Raises:
+            CorpusError: none of these lines is a JSON object, or columns are missing.
+        """
         return _lines_layout(file, label, state_of(file.info()), options)
 
     def rows(
@@ -55,13 +59,16 @@ class JsonLines:
 def json_rows(
     file: Location, label: str, pick: Callable[[list[str]], Sequence[str]], options: ReadOptions, *, is_lines: bool
 ) -> Iterator[Values | BadRow]:
-    """Yield place and values of each object, in the fields that `pick` chooses.
+    """Yield place and values of each object, and a bad row for any other value.
+
+    A field that an object lacks is MISSING. An empty file has no rows.
 
     Args:
         file: the file to read.
         label: name of the file in places and errors.
-        pick: chooses fields from the keys of the first hundred objects.
-        options: limits on the length of a value.
+        pick: takes the keys of the first hundred objects, and returns those to read. Values are in the order that it
+            returns.
+        options: limits on the length of a value. JSON Lines are read with the default limit instead.
         is_lines: whether the file is JSON Lines. If not, the place has the number of the object, not of the line.
     """
     first: Iterator[Any] = read_lines(file, label) if is_lines else _values(file, label, options)
@@ -107,7 +114,7 @@ def _layout_of(values: list[dict[str, Any]], label: str, options: ReadOptions) -
 
 
 def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
-    """Parse a line as a JSON object. Returns a bad row if it is not one."""
+    """Parse a line as a JSON object. Returns a bad row if it is not one. A bad row is returned unchanged."""
     if isinstance(line, BadRow):
         return line
     try:
@@ -130,13 +137,18 @@ class JsonValues:
         return "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Read the columns from the keys of the first hundred objects."""
+        """Read the columns from the keys of the first hundred objects. None if the file has no values.
+
+        Raises:
+            CorpusError: none of these values is an object, the file is one object around a list, or columns are
+                missing.
+        """
         return _values_layout(file, label, state_of(file.info()), options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield a row per object, and a bad row for any other value."""
+        """Yield a row per object, and a bad row for any other value. `span` only takes the number of values."""
         layout = self.layout(file, label, options)
         number = 0
         if layout is not None:

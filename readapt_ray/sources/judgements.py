@@ -39,11 +39,12 @@ def read_queries(uri: str, columns: Sequence[str] = ()) -> list[Query]:
     """Read the queries of a file or folder, in its order.
 
     Args:
-        uri: a file or folder.
+        uri: a file, or a folder. Of a folder, its file or subfolder `queries` is read; without one, the tables in it.
         columns: columns to read, as items FIELD=COLUMN like `--columns`. Empty means well-known names.
 
     Raises:
-        CorpusError: the path does not exist or has no queries, or a row is not a query (named by file and line).
+        CorpusError: the path does not exist or has no queries, or a row is not a query (named by file and line) or
+            repeats an id.
     """
     location = _queries_in(Location(uri))
     return _all_good(iter_queries(location, ColumnChoice.parse(columns, ())), uri, "query")
@@ -53,12 +54,13 @@ def read_qrels(uri: str, columns: Sequence[str] = ()) -> list[Qrel]:
     """Read the judgements of a file or folder, in its order. A judgement that is repeated counts once.
 
     Args:
-        uri: a file or folder.
+        uri: a file or folder. Of a folder with a subfolder `qrels`, that subfolder is read; it must have a single
+            split.
         columns: columns to read, as items FIELD=COLUMN like `--columns`. Empty means well-known names.
 
     Raises:
-        CorpusError: the path does not exist or has no judgements or several splits, or a row is not a judgement (named by
-            file and line).
+        CorpusError: the path does not exist or has no judgements or several splits, or a row is not a judgement or
+            contradicts an earlier one (named by file and line).
     """
     location = Location(uri)
     if (location / "qrels").is_folder():
@@ -131,6 +133,12 @@ def keep_judged(queries: Iterable[Query], qrels: Iterable[Qrel]) -> list[Query]:
 def iter_queries(location: Location, choice: ColumnChoice | None = None) -> Iterator[Query | BadRow]:
     """Yield the queries of a file or folder with cleaned texts, and a bad row for each row that is not a query.
 
+    A line break in a text becomes a space. A query whose id an earlier one has is a bad row.
+
+    Args:
+        location: a file, or a folder of tables.
+        choice: columns that the user gave; None means well-known names.
+
     Raises:
         CorpusError: the path does not exist, the kind of file is unknown, a column is missing, or a file is cut short.
     """
@@ -163,6 +171,12 @@ def _query(place: str, query_id: object, text: object) -> Query | BadRow:
 
 def iter_qrels(location: Location, choice: ColumnChoice | None = None) -> Iterator[Qrel | BadRow]:
     """Yield the judgements of a file or folder, and a bad row for each row that is not a judgement.
+
+    A repeated judgement is left out. If it has another relevance, it is a bad row.
+
+    Args:
+        location: a file, or a folder of tables.
+        choice: columns that the user gave; None means well-known names.
 
     Raises:
         CorpusError: for the same reasons as `iter_queries`.

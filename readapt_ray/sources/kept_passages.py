@@ -35,7 +35,13 @@ class KeptPassages:
         return {doc_id: names[kept[row]] if row in kept else doc_id for doc_id, row in rows.items()}
 
     def kept_rows(self, rows: Iterable[int], rounds: Sequence[str]) -> dict[int, int]:
-        """Return, for each row that one of these lists ("drop-contents", "drop-near") drops, the row that was kept."""
+        """Return the kept row of each row that was dropped. Rows that were not dropped are left out.
+
+        Args:
+            rows: the rows to look up (see `exchange.ROW_BITS`).
+            rounds: the lists to follow, in this order: "drop-contents", "drop-near". A row that the second list drops
+                may be the kept row of the first.
+        """
         now = {row: row for row in rows}
         for what in rounds:
             wanted = np.fromiter(now.values(), np.uint64, len(now))
@@ -48,7 +54,7 @@ class KeptPassages:
         return {row: kept for row, kept in now.items() if kept != row}
 
     def doc_ids(self, rows: Iterable[int]) -> dict[int, str]:
-        """Read the doc_ids of some rows. The parts must still hold all passages."""
+        """Read the doc_ids of some rows, by row. The parts must still hold all passages."""
         found = {}
         by_part: dict[str, list[tuple[int, int]]] = {}
         for row in set(rows):

@@ -40,11 +40,11 @@ class EarlierPieces(NamedTuple):
     """File and offset (bytes or row group) where each piece began."""
 
     def known(self, made_by: str, keys: Iterable[str]) -> dict[int, "KnownPiece"]:
-        """Return the known pieces among the present ones, by piece number.
+        """Return the known pieces among the present ones, by piece number. Empty if `made_by` is not as in that ingest.
 
         Args:
             made_by: fingerprint of everything that decides how a piece is read.
-            keys: the key of each present piece, in order.
+            keys: the key of each present piece, in the order of their numbers from 0.
         """
         pieces = self.pieces if self.made_by == made_by else {}
         found = ((number, pieces.get(key)) for number, key in enumerate(keys))
@@ -69,13 +69,17 @@ class KnownKeys(NamedTuple):
 
     @classmethod
     def of(cls, files: Iterable[Location], *, with_contents: bool) -> "KnownKeys":
-        """Read doc_ids, and with `with_contents` content hashes, from files of passages."""
+        """Read doc_ids, and with `with_contents` content hashes, from files of passages. Else `contents` is empty."""
         tables = [pa.table({"doc_id": pa.array([], pa.string()), "content_hash": pa.array([], pa.binary(16))})]
         table = pa.concat_tables([*tables, *map(_keys_of, files)])
         return cls(table["doc_id"], _first_halves(table) if with_contents else np.zeros(0, np.uint64))
 
     def repeated(self, file: Location) -> Iterator[tuple[int, str, bytes, int]]:
-        """Yield (row, doc_id, content hash, bytes of title and text) of a file's passages that share an id or a content."""
+        """Yield (row, doc_id, content hash, bytes of title and text) of a file's passages that share an id or content.
+
+        Contents are compared by half of their hash only, so in rare cases a passage with another content is yielded
+        too.
+        """
         if not len(self.doc_ids):
             return
         table = _keys_of(file)

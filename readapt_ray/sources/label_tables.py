@@ -44,7 +44,7 @@ class Kind(NamedTuple):
 
     @property
     def is_judgements(self) -> bool:
-        """Whether the table has judgements, which can also be in TREC files."""
+        """Whether the table holds relevance judgements, which files in TREC format can also hold."""
         return "relevance" in self.fields
 
 
@@ -72,6 +72,13 @@ JUDGED_DOC_IDS: Final = QRELS._replace(can_choose=False)
 def label_rows(location: Location, kind: Kind, choice: ColumnChoice) -> Iterator[Values | BadRow]:
     """Yield place (file and line) and values of each row of a file, or of all files of a folder.
 
+    Values are raw, in the order of `kind.fields`. A row that cannot be read is yielded as a bad row.
+
+    Args:
+        location: a file, or a folder (see `label_files`).
+        kind: which fields to read: `QUERIES`, `QRELS` or `DOC_IDS`.
+        choice: columns that the user gave. For other fields, well-known names are tried.
+
     Raises:
         CorpusError: the path does not exist, no file is a table, a column is missing, or a file is cut short.
     """
@@ -98,7 +105,7 @@ def label_files(folder: Location, suffixes: tuple[str, ...] = TABLE_SUFFIXES) ->
 
 
 def file_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> Iterator[Values | BadRow]:
-    """Yield place and values of each row of one file.
+    """Yield place and values of each row of one file. Values are in the order of `kind.fields`.
 
     Args:
         file: the file.
@@ -166,7 +173,15 @@ def _has_tabs(file: Location, label: str) -> bool:
 
 
 def trec_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> Iterator[Values | BadRow]:
-    """Yield place and values of judgements with fields separated by white space. The first line may be a header."""
+    """Yield place and values of each judgement of a file in TREC format. The first line may be a header.
+
+    Fields are separated by tabs if a line has any, else by white space. Without a header they are query, document and
+    relevance, or query, 0, document and relevance. Values are in the order of `kind.fields`. A line with another number
+    of fields than the first is a bad row.
+
+    Raises:
+        CorpusError: without a header, the first line has neither 3 nor 4 fields; or a column is missing in the header.
+    """
     order: list[int] = []
     width = 0
     for line in read_lines(file, label):

@@ -57,7 +57,7 @@ def parts_source(
     Args:
         folder: the data set.
         options: how to read it.
-        name: name of the format, such as "beir".
+        name: name of the format: "beir" or "hub". In a BEIR folder fewer files count as judgements (see `qrel_files`).
         config: configuration to read; empty means the parts without one.
         qrels_beside: another folder, whose judgements are used if this one has none.
     """
@@ -71,7 +71,7 @@ def parts_source(
 
 
 def has_corpus(folder: Location) -> bool:
-    """Return whether a folder has a part that holds passages."""
+    """Return whether a folder has a part that holds passages: a file such as `corpus.jsonl`, or a folder `corpus`."""
     return _part(folder, "corpus", "") is not None
 
 
@@ -108,7 +108,7 @@ def _formats(location: Location) -> list[str]:
 
 
 def qrel_files(folder: Location, config: str = "", *, is_beir: bool = False) -> dict[str, Location]:
-    """Find the files of judgements: under `qrels` or `data`, or directly in the folder, known by their names.
+    """Find the files of judgements: under `qrels`, else under `data`, else in the folder itself, known by their names.
 
     Args:
         folder: the data set.
@@ -117,7 +117,7 @@ def qrel_files(folder: Location, config: str = "", *, is_beir: bool = False) -> 
             in their name.
 
     Returns:
-        The files by relative name.
+        The files by their name relative to the folder of judgements; empty if there are none.
     """
     if config:
         part = _part(folder, "qrels", config) or folder / config / "qrels"

@@ -32,14 +32,21 @@ class WrittenLabels:
 def write_labels(
     source: Source, output: Location, bad_rows: BadRows, kept_ids: KeptIds, *, any_dropped: bool
 ) -> WrittenLabels:
-    """Write the queries and judgements of a source to an artifact. Both are held in memory.
+    """Write the queries and judgements of a source to `queries/` and `qrels/SPLIT.parquet` of an artifact.
+
+    Both are held in memory. Nothing is written for what the source lacks. Judgements of unknown queries or passages are
+    written too, and counted in the warnings. If the queries were made from passages, those without a kept passage or
+    with an ambiguous text are left out (see `with_passage`).
 
     Args:
         source: the source of the passages.
         output: the artifact's folder.
         bad_rows: counts the rows that are not queries or judgements.
         kept_ids: maps doc_ids to the doc_ids of kept passages.
-        any_dropped: whether any duplicates were dropped.
+        any_dropped: whether any duplicates were dropped, so that judgements must be moved to kept passages.
+
+    Raises:
+        CorpusError: a row is bad, and the policy of `bad_rows` is "fail".
     """
     queries = bad_rows.good(source.queries())
     splits = {split: bad_rows.good(qrels) for split, qrels in source.qrels().items()}
@@ -96,7 +103,8 @@ def repointed(qrels: Iterable[Qrel], kept_id: Callable[[str], str]) -> tuple[lis
         kept_id: maps a doc_id to the doc_id of the kept passage (itself if it was not dropped).
 
     Returns:
-        All judgements, and how many were moved. If a query has two judgements of one passage now, the higher one counts.
+        The judgements, and how many were moved. If a query has two judgements of one passage now, only the higher one
+        is returned.
     """
     best: dict[tuple[str, str], int] = {}
     num_moved = 0
@@ -111,10 +119,18 @@ def repointed(qrels: Iterable[Qrel], kept_id: Callable[[str], str]) -> tuple[lis
 def with_passage(
     queries: Iterable[Query], qrels: Iterable[Qrel], is_kept: Callable[[str], bool]
 ) -> tuple[list[Query], list[Qrel], dict[str, int]]:
-    """Keep the queries (made from passages) whose passage was kept and whose text no other query has.
+    """Keep the queries (made from passages) whose passage was kept and whose text no other such query has.
+
+    Of queries with the same text, none is kept.
+
+    Args:
+        queries: all queries.
+        qrels: the judgements of one split.
+        is_kept: returns whether the passage with a doc_id was kept.
 
     Returns:
-        The kept queries, their judgements, and how many queries were left out, by reason.
+        The kept queries, their judgements, and how many queries were left out, by reason: "passage_dropped" or
+        "ambiguous".
     """
     answered = [qrel for qrel in qrels if is_kept(qrel.doc_id)]
     with_answer = {qrel.query_id for qrel in answered}

@@ -60,7 +60,7 @@ def read_lines(
         max_line_bytes: maximum length of a line. None means the default of `ReadOptions`.
         advance: called every 256 lines with the number of (compressed) bytes that were read.
         span: a range of bytes of a file that is not compressed. The lines that begin in it are read, and numbered from 1.
-            None means the whole file.
+            At the end its `num_lines` is set, blank lines included. None means the whole file.
 
     Raises:
         CorpusError: the file is damaged or cut short.
@@ -93,7 +93,9 @@ def read_lines(
 
 
 def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
-    """Read a file, decompressed and converted to UTF-8, up to `max_bytes`.
+    """Read a file, decompressed and (from UTF-16) converted to UTF-8. It is cut at `max_bytes` without an error.
+
+    So a result of `max_bytes` bytes may be incomplete.
 
     Raises:
         CorpusError: the file is damaged or missing.
@@ -109,6 +111,11 @@ def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
 def refuse_damaged(label: str, where: str, error: Exception) -> None:
     """Raise an error for the user if a read error means that a file is damaged. Do nothing if disk or network failed.
 
+    Args:
+        label: name of the file in the message.
+        where: what could not be read, for the message: "to its end", "after line 7", "as Parquet".
+        error: the read error.
+
     Raises:
         CorpusError: the file is missing or damaged.
     """
@@ -119,14 +126,22 @@ def refuse_damaged(label: str, where: str, error: Exception) -> None:
 
 
 def open_text(location: Location, raw: IO[bytes]) -> IO[bytes]:
-    """Return a stream of a file's content, decompressed, with UTF-16 converted to UTF-8."""
+    """Return a stream of a file's content, decompressed, with UTF-16 converted to UTF-8.
+
+    Args:
+        location: the file. The suffix of its name says how it is compressed.
+        raw: the open file, at its beginning.
+    """
     stream = io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES)
     encoding = utf16(stream.peek(2)[:2])
     return io.BufferedReader(_Utf8(stream, encoding), _BUFFER_BYTES) if encoding else stream
 
 
 def utf16(first: bytes) -> str | None:
-    """Detect UTF-16 by the first two bytes of a text: a byte order mark or an ASCII character. None if not UTF-16."""
+    """Return the codec of a text in UTF-16, such as "utf-16-le", by its first two bytes; None if it is not UTF-16.
+
+    They are a byte order mark, or an ASCII character and a zero.
+    """
     if first in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
     if len(first) == 2 and (first[0] == 0) != (first[1] == 0):
@@ -135,7 +150,7 @@ def utf16(first: bytes) -> str | None:
 
 
 def is_divisible(location: Location) -> bool:
-    """Return whether a file can be read in byte ranges: it is neither compressed nor UTF-16."""
+    """Return whether a file can be read in byte ranges: it is neither compressed nor UTF-16. It is opened for this."""
     if is_compressed(location.name):
         return False
     with contextlib.closing(location.open_input()) as raw:

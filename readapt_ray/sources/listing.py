@@ -50,7 +50,7 @@ class Listing(NamedTuple):
     not_read: dict[str, tuple[int, str]]
 
     def log_not_read(self, where: Location) -> None:
-        """Log how many files are not read, and of which kinds."""
+        """Log how many files of the folder `where` are not read, and of which kinds; nothing if all are read."""
         if self.not_read:
             kinds = sorted(self.not_read.items(), key=lambda each: -each[1][0])
             named = [f"{count:,} {suffix} ({first} first)" for suffix, (count, first) in kinds[:_NAMED_KINDS]]
@@ -72,8 +72,14 @@ class Listing(NamedTuple):
 
 
 def listed(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, ...] = HIDDEN) -> Listing:
-    """List a single file, or all files with these suffixes under a folder. Files with a hidden part in their path are not
-    read.
+    """List a single file, whatever its name, or all files with these suffixes under a folder.
+
+    Files with a hidden part in their path are not read. For a folder that does not exist, the listing is empty.
+
+    Args:
+        location: the file or folder.
+        suffixes: suffixes in lower case. Suffixes of compression (.gz) behind them are accepted.
+        hidden: first characters of hidden names.
     """
     info = location.info()
     if info.type == pafs.FileType.File:
@@ -86,7 +92,10 @@ def listed(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, 
 def count_not_read(
     found: Iterable[DataFile], files: Iterable[DataFile], hidden: tuple[str, ...] = HIDDEN
 ) -> dict[str, tuple[int, str]]:
-    """Count the files in `found` that are not in `files`, by suffix, with the first of each."""
+    """Count the files in `found` that are not in `files`: (number, label of the first) by suffix.
+
+    Hidden files are counted together, under a key that says so.
+    """
     read = {file.label for file in files}
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for file in found:
@@ -114,7 +123,7 @@ def is_data(name: str, suffixes: tuple[str, ...], hidden: tuple[str, ...] = HIDD
 
 
 def is_hidden(name: str, hidden: tuple[str, ...] = HIDDEN) -> bool:
-    """Return whether any part of a relative path is hidden."""
+    """Return whether any part of a relative path begins with one of the characters in `hidden`."""
     return any(part.startswith(hidden) for part in name.split("/"))
 
 

@@ -23,7 +23,12 @@ _SPLITS = ("train", "dev", "test")
 
 
 class NamedSource(Source):
-    """A collection of ir_datasets as a source: its documents, and its queries and judgements if it has any."""
+    """A collection of ir_datasets as a source: its documents, and its queries and judgements if it has any.
+
+    Raises:
+        InputError: the package ir_datasets is not installed.
+        CorpusError: the package has no collection of this name.
+    """
 
     format = "ir_datasets"
 
@@ -45,7 +50,11 @@ class NamedSource(Source):
         self.has_qrels = bool(self._dataset.has_qrels())
 
     def check(self) -> None:
-        """Check that the collection has documents and that they can be downloaded."""
+        """Check that the collection has documents, and the columns that the user chose. It is downloaded for this.
+
+        Raises:
+            CorpusError: it has no documents, cannot be downloaded, or lacks a column.
+        """
         if not self._dataset.has_docs():
             raise CorpusError(f"{PREFIX}{self._name} has no documents; name a collection that has them")
         peeked = list(itertools.islice(self._documents(), _PEEKED_DOCUMENTS if self._choice.keep else 1))
@@ -88,7 +97,7 @@ class NamedSource(Source):
         return int(self._dataset.metadata().get("docs", {}).get("count") or 0)
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """Yield the queries of the collection, if it has any."""
+        """Yield the queries of the collection, if it has any, and a bad row for each one without text."""
         if self._dataset.has_queries():
             for number, query in enumerate(self._read("queries_iter"), start=1):
                 text = _text(query, QUERY_TEXT_NAMES)
@@ -108,7 +117,7 @@ class NamedSource(Source):
         return {split: (Qrel(clean_id(q.query_id), clean_id(q.doc_id), int(q.relevance)) for q in qrels)}
 
     def fingerprint(self) -> str:
-        """Hash the name. The content of a published collection does not change."""
+        """Hash the name only. The content of a published collection does not change."""
         return fingerprint({"ir_datasets": self._name})
 
 

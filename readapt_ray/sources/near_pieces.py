@@ -56,7 +56,7 @@ class SketchWriter:
         self._values, self._sizes = array("I"), array("I")
 
     def add(self, passage: Passage, size_bytes: int) -> None:
-        """Add the next passage of the piece."""
+        """Add the next passage of the piece. `size_bytes` is the size of title and text. Full files are written."""
         self._values.frombytes(self._make.of(passage).hashvalues.astype("<u4").tobytes())
         self._sizes.append(size_bytes)
         if len(self._sizes) == _CHUNK_ROWS:
@@ -118,7 +118,7 @@ def near_send(piece: int, num_rows: int, lists: Lists, rounds: int, job: PieceJo
     Args:
         piece: number of the piece.
         num_rows: number of its passages.
-        lists: the files that name passages dropped before the first round.
+        lists: the files that name passages dropped before the first round. Only round 0 reads them.
         rounds: number of the round, from 0.
         job: settings of the ingest.
     """
@@ -141,7 +141,14 @@ def near_send(piece: int, num_rows: int, lists: Lists, rounds: int, job: PieceJo
 
 
 def near_compare(partition: int, num_rows: list[int], rounds: int, job: PieceJob) -> None:
-    """Write the pairs of similar passages in a partition, grouped by the piece of the later passage."""
+    """Write the pairs of similar passages in a partition, grouped by the piece of the later passage.
+
+    Args:
+        partition: number of the partition of bands.
+        num_rows: number of passages per piece.
+        rounds: number of the round, from 0.
+        job: settings of the ingest.
+    """
     files = _chunk_files(f"sent-{rounds}", num_rows, job)
     sent = exchange.read_partition(files, partition, job.num_near_partitions, _SENT)  # in the order of rows
     shared = np.frombuffer(job.file("buckets", partition).read_bytes(), _BAND)
@@ -217,6 +224,13 @@ def _records(sent: NDArray[np.void], later: NDArray[np.int64], before: NDArray[n
 
 def near_decide(rounds: int, job: PieceJob) -> dict[str, Any]:
     """Decide in the order of the source: drop each passage that is similar to a kept one, and keep all others.
+
+    A passage is left for the next round if it is similar to such a passage, or if all its listed similar ones are
+    dropped and it may have more.
+
+    Args:
+        rounds: number of the round, from 0.
+        job: settings of the ingest.
 
     Returns:
         `count` and `num_bytes` of the passages that this round drops; `first`: some of them, each with the kept passage;

@@ -36,7 +36,7 @@ _DETECTED: Final = "corpus.jsonl, passages/*.parquet, or files that end with " +
 
 
 def open_source(name: str, format: Format, options: ReadOptions) -> Source:
-    """Open a source of passages by its name.
+    """Open a source of passages by its name. A data set of the hub is downloaded for this.
 
     Args:
         name: a path or URI, `ir_datasets:NAME`, `hub:OWNER/NAME`, `python-docs:PACKAGE,...`, or a corpus of the catalog (its
@@ -69,6 +69,8 @@ def open_source(name: str, format: Format, options: ReadOptions) -> Source:
 
 def check_source(name: str, format: Format, options: ReadOptions) -> None:
     """Check that a source exists and can be read. Of a source that must be downloaded, only the name is checked.
+
+    See `open_source` for the arguments.
 
     Raises:
         InputError: for the same reasons as `open_source` and `Source.check`.
@@ -129,6 +131,10 @@ def _ingested(folder: Location, options: ReadOptions) -> Source:
 
 def detected_format(location: Location) -> str:
     """Detect the format of a file by its suffix, or of a folder by its files.
+
+    Returns:
+        "beir" for a folder with a part `corpus`, "text", or a key of `FORMATS`. A folder with a subfolder `passages`
+        (the output of ingest) is "parquet".
 
     Raises:
         CorpusError: no format fits, or several do, or the folder holds several data sets.

@@ -54,9 +54,9 @@ class PartWriter:
         Args:
             folder: folder of the parts.
             rows_per_file: number of passages per part.
-            prefix: digits in front of the part's number in its name.
-            kept: schema of the kept columns, which follow the columns of every passage.
-            earlier: parts of an earlier corpus, by the doc_id of their first passage.
+            prefix: digits in front of the part's number in its name, so that several writers can share a folder.
+            kept: schema of the kept columns, which follow the columns of every passage. None means there are none.
+            earlier: parts of an earlier corpus, by the doc_id of their first passage. None or empty: nothing is shared.
         """
         self._earlier = earlier or {}
         self._most_rows = rows_per_file + (rows_per_file // 2 if self._earlier else 0)
@@ -75,7 +75,12 @@ class PartWriter:
         self._starts = [0]
 
     def add(self, passage: Passage, num_bytes: int) -> bytes:
-        """Add a passage, and return the hash of its title and text. `num_bytes` is the size of both in UTF-8."""
+        """Add a passage, and return the hash of its title and text. This writes a part when one is full.
+
+        Args:
+            passage: the next passage. Its `columns` are stored in the kept columns; missing ones become null.
+            num_bytes: the size of title and text in UTF-8.
+        """
         if passage.doc_id in self._earlier and self.num_rows - self._starts[-1] >= max(1, self._rows_per_file // 2):
             self._close_part()
         hashed = content_hash(passage.title, passage.text)
@@ -90,20 +95,20 @@ class PartWriter:
         return hashed
 
     def close(self) -> None:
-        """Write the last part, and remove parts with higher numbers, which another sequence of passages has left."""
+        """Write the last part, and delete parts with higher numbers, which an earlier run has left. Call it once."""
         if self.num_rows > self._starts[-1]:
             self._close_part()
         self.remove_behind(len(self._starts) - 1)
 
     def remove_behind(self, num_parts: int) -> None:
-        """Remove the parts whose number is `num_parts` or higher."""
+        """Delete the part files numbered `num_parts` and above, left by an earlier run, of this writer's prefix."""
         for name, _ in self._folder.listing(".parquet"):
             found = self._name.fullmatch(name)
             if found and int(found[1]) >= num_parts:
                 (self._folder / name).delete()
 
     def share(self, part: Location, number: int) -> str:
-        """Share an unchanged earlier part under a new number, and return its new name."""
+        """Share an unchanged earlier part under a new number, and return its new name. An existing part is replaced."""
         target = self._file(number)
         share(part, target)
         return target.name
@@ -172,11 +177,11 @@ def passage_schema(kept: pa.Schema | None = None) -> pa.Schema:
 
 
 def passage_table(passages: list[Passage], hashes: list[bytes], schema: pa.Schema = PASSAGE_SCHEMA) -> pa.Table:
-    """Return passages as an Arrow table.
+    """Return passages as an Arrow table, in the same order.
 
     Args:
-        passages: the passages.
-        hashes: the content hash of each passage.
+        passages: the passages. A kept column that a passage lacks is null.
+        hashes: the content hash (16 bytes) of each passage.
         schema: the schema of `passage_schema`, with kept columns.
     """
     own = [[passage[number] for passage in passages] for number in range(len(PASSAGE_SCHEMA) - 1)]

@@ -200,7 +200,16 @@ def _read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
 
 
 def repeated_ids(partition: int, num_chunks: list[int], job: PieceJob) -> dict[str, Any]:
-    """Find passages whose doc_id an earlier passage has, in one partition, and write them to the lists of dropped ones."""
+    """Find passages whose doc_id an earlier passage has, in one partition, and write them to the lists of dropped ones.
+
+    Args:
+        partition: number of the partition of doc_ids.
+        num_chunks: number of digest files per piece.
+        job: settings of the ingest.
+
+    Returns:
+        `partition`; `count` and `num_bytes` of the dropped passages; `first`: (row, line in the piece) of the first 20.
+    """
     records = exchange.read_partition(job.chunk_files("ids", num_chunks), partition, job.num_partitions, exchange.ID)
     lost, kept = exchange.repeats(records)
     if len(lost):
@@ -216,6 +225,15 @@ def repeated_contents(partition: int, num_chunks: list[int], with_lost_ids: list
     """Find passages with the same title and text as an earlier one, in one partition, and list them as dropped.
 
     Passages that are dropped for a repeated doc_id are left out before.
+
+    Args:
+        partition: number of the partition of contents.
+        num_chunks: number of digest files per piece.
+        with_lost_ids: the partitions of doc_ids in which passages were dropped.
+        job: settings of the ingest.
+
+    Returns:
+        `partition`; `count` and `num_bytes` of the dropped passages; `first`: (row, kept row) of the first 20.
     """
     num = job.num_partitions
     records = exchange.read_partition(job.chunk_files("contents", num_chunks), partition, num, exchange.CONTENT)
@@ -233,6 +251,8 @@ def _found(partition: int, lost: NDArray[np.void]) -> dict[str, Any]:
 
 def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[tuple[int, int]]], job: PieceJob) -> int:
     """Remove dropped passages from the parts of a piece, and return how many passages are left.
+
+    A part is written again, or removed if nothing is left of it. A part that a killed run has filtered is not changed.
 
     Args:
         number: number of the piece.
@@ -253,7 +273,10 @@ def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[t
 
 
 def split_into_passages(name: str, job: PieceJob) -> dict[str, int]:
-    """Split the documents of a part into passages, unless that is done, and return counts of documents and passages."""
+    """Split the documents of the part `name` into passages, unless that is done, and return the counts of `split_part`.
+
+    `job.splitting` must be set.
+    """
     assert job.splitting is not None
     return split_part(job.output / "passages" / name, job.splitting)
 

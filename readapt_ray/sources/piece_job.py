@@ -27,15 +27,21 @@ class PieceJob:
 
     output: Location
     table_format: str
+    """A key of `FORMATS`."""
     options: ReadOptions
     kept: pa.Schema
+    """The kept columns."""
     splitting: Splitting | None
+    """How to split documents into passages. None: they are not split."""
     rows_per_file: int
     deduplicate: Deduplication
     near_threshold: float
+    """Jaccard similarity from which on passages are near duplicates."""
     num_pieces: int
     num_partitions: int
+    """Number of partitions of doc_ids, and of contents."""
     num_near_partitions: int
+    """Number of partitions of bands of MinHashes."""
     earlier: Mapping[str, EarlierPart]
     """Parts of an earlier corpus, for `PartWriter`."""
     known: Mapping[int, KnownPiece]
@@ -55,7 +61,13 @@ class PieceJob:
         return fingerprint([str(each) for each in reading])
 
     def file(self, what: str, number: int, chunk: int = 0) -> Location:
-        """Return the location of a file of the exchange, by its kind, number and chunk."""
+        """Return the location of a file of the exchange.
+
+        Args:
+            what: its kind, such as "ids" or "drop-near".
+            number: number of the piece or partition that wrote it.
+            chunk: number of the file, if a piece writes several of a kind.
+        """
         return self.output / "exchange" / f"{what}-{number:06d}-{chunk:05d}"
 
     def files(self, what: str, numbers: Iterable[int]) -> list[Location]:
@@ -63,19 +75,26 @@ class PieceJob:
         return [self.file(what, number) for number in numbers]
 
     def chunk_files(self, what: str, num_chunks: Iterable[int]) -> list[Location]:
-        """Return the locations of the files of all pieces, given the number of files per piece."""
+        """Return the locations of the files of one kind of all pieces, given the number of files per piece."""
         return [self.file(what, piece, chunk) for piece, num in enumerate(num_chunks) for chunk in range(num)]
 
 
 def write_moves(job: PieceJob, to: Location, rows: NDArray[np.uint64], kept: NDArray[np.uint64]) -> None:
-    """Write a list of dropped passages (`rows`) and of the passages kept instead (`kept`), partitioned by piece."""
+    """Write a list of dropped passages (`rows`) and of the passages kept instead (`kept`), partitioned by piece.
+
+    Args:
+        job: settings of the ingest.
+        to: the file to write.
+        rows: row numbers of the dropped passages: uint64 [N].
+        kept: for each, the row number of the passage that is kept instead: uint64 [N].
+    """
     moves = np.zeros(len(rows), exchange.MOVE)
     moves["row"], moves["kept"] = rows, kept
     exchange.write_partitions(to, moves, exchange.pieces_of(rows), job.num_pieces)
 
 
 def dropped_rows(piece: int, lists: Lists, job: PieceJob) -> NDArray[np.uint64]:
-    """Return the row numbers of a piece that the files in `lists` name as dropped: uint64."""
+    """Return the row numbers of a piece that the files in `lists` name as dropped: uint64, in no order."""
     files = [job.file(what, *each) for what, numbers in lists.items() for each in numbers]
     found: NDArray[np.uint64] = exchange.read_partition(files, piece, job.num_pieces, exchange.MOVE)["row"]
     return found

@@ -86,7 +86,7 @@ class Piece:
 
 
 def plan_pieces(source: TableSource, earlier: Set[tuple[str, int]] = frozenset()) -> tuple[list[Piece], int]:
-    """Plan the pieces of a source, in the order of the rows.
+    """Plan the pieces of a source, in the order of the rows. Files of more than 4 MB are opened for this.
 
     Args:
         source: the source to split.

@@ -54,7 +54,9 @@ class Docstring:
 
 
 def package_files(package: str) -> list[Path]:
-    """Return the .py files of an installed top-level package (or of `stdlib`), sorted. Tests are left out.
+    """Return the .py files of an installed top-level package (or of `stdlib`), sorted.
+
+    Folders of tests and of packages inside it (`_vendor`, `site-packages`) are left out.
 
     Raises:
         InputError: the package is not installed, or has no Python files.
@@ -95,7 +97,17 @@ def _roots(package: str) -> list[Path]:
 
 
 def read_docstrings(package: str) -> Iterator[Docstring]:
-    """Yield every docstring of a package, in the order of its files. Files that do not parse are counted in the log."""
+    """Yield the docstrings of an installed package, file by file. The files are parsed, not imported.
+
+    Those of private and nested functions are included, but not of functions inside an `if`, `try` or `with`. Files that
+    do not parse are counted in the log.
+
+    Args:
+        package: name of a top-level package, or "stdlib".
+
+    Raises:
+        InputError: the package is not installed, or has no Python source files.
+    """
     num_bad = 0
     for path, module in _modules(package):
         for found in file_docstrings(path, module):
@@ -108,7 +120,12 @@ def read_docstrings(package: str) -> Iterator[Docstring]:
 
 
 def file_docstrings(path: Path, module: str) -> Iterator[Docstring | BadRow]:
-    """Yield the docstrings of a module's file; a single bad row if it does not parse."""
+    """Yield the docstrings of a module's file; a single bad row if it does not parse.
+
+    Args:
+        path: the file.
+        module: dotted name of the module, with which the names of the docstrings begin.
+    """
     try:
         tree = _parsed(path)
     except (SyntaxError, ValueError, RecursionError):
@@ -143,7 +160,10 @@ def _walk(node: ast.AST, name: str, place: str) -> Iterator[Docstring]:
 
 
 def split_summary(text: str) -> tuple[str, str]:
-    """Split a docstring into its first sentence (on one line) and the text after it."""
+    """Split a docstring into its first sentence (on one line) and the text after it ("" if there is none).
+
+    A blank line ends the sentence, too.
+    """
     parts = _SENTENCE_END.split(text.strip(), maxsplit=1)
     return " ".join(parts[0].split()), parts[1].strip() if len(parts) > 1 else ""
 
@@ -159,6 +179,9 @@ class PythonDocsSource(Source):
     If a docstring makes a query, its passage is the text after the summary; otherwise it is the whole docstring. The dotted
     name is the title and the doc_id. If a name occurs again, the doc_id gets #2, #3 and so on. A query's id is `q:` plus
     the id of its passage, so that queries and passages never share an id.
+
+    Raises:
+        InputError: no package is named, one is not installed, or has no Python source files.
     """
 
     format = "python-docs"
@@ -176,7 +199,7 @@ class PythonDocsSource(Source):
         self._queries: list[Query] | None = None
 
     def check(self) -> None:
-        """Check that the packages have at least one docstring."""
+        """Check that the packages have at least one docstring. Raises CorpusError if they have none."""
         if next(self._rows([]), None) is None:
             raise CorpusError(f"the packages {', '.join(self._packages)} have no docstrings; name others")
 

@@ -14,7 +14,7 @@ class ReadOptions:
     """Options for reading a source: limits, and which columns to read."""
 
     max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
-    """A text of this many UTF-8 bytes or more is a bad row."""
+    """A row whose title and text together have this many UTF-8 bytes or more is a bad row; so is such a text file."""
     max_passage_chars: int = DEFAULT_MAX_PASSAGE_CHARS
     """Text files are split into passages of at most this many characters."""
 

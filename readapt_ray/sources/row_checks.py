@@ -22,7 +22,10 @@ Place = TypeVar("Place")
 
 
 class RowChecks(Generic[Place]):
-    """Turns rows into clean passages with their kept columns, and keeps the counts for the manifest."""
+    """Turns rows into clean passages with their kept columns, and keeps the counts for the manifest.
+
+    `num_changed_ids` counts the ids that cleaning changed, `kinds` the passages by `kinds_of`.
+    """
 
     def __init__(self, kept: pa.Schema, *, max_text_bytes: int) -> None:
         self.num_changed_ids = 0
@@ -32,7 +35,10 @@ class RowChecks(Generic[Place]):
         self._kept, self._max_text_bytes = kept, max_text_bytes
 
     def passage(self, row: Row | BadRow, place: Place) -> Passage | BadRow:
-        """Convert a row to a passage, or return a bad row with the reason. `place` identifies the row for the caller."""
+        """Convert a row to a passage, or return a bad row with the reason. A given bad row is returned unchanged.
+
+        Bad rows are not counted here. `place` identifies the row in `unfit`, in any form that the caller likes.
+        """
         if isinstance(row, BadRow):
             return row
         passage = checked(row, max_text_bytes=self._max_text_bytes)
@@ -57,7 +63,11 @@ class RowChecks(Generic[Place]):
 def merged(
     unfit: Iterable[tuple[int, Mapping[str, tuple[int, int, str]]]],
 ) -> dict[str, tuple[int, tuple[int, int], str]]:
-    """Sum the values that did not fit over all tasks, in the order of their pieces. A place becomes (piece, line)."""
+    """Sum the values that did not fit over all tasks, by column. A place becomes (piece, line).
+
+    Args:
+        unfit: number and `RowChecks.unfit` of each piece, in the order of the pieces.
+    """
     total: dict[str, tuple[int, tuple[int, int], str]] = {}
     for piece, found in unfit:
         for name, (count, line, value) in found.items():
@@ -69,7 +79,13 @@ def merged(
 def log_unfit(
     unfit: Mapping[str, tuple[int, Place, str]], kept: pa.Schema, place_of: Callable[[Place], str]
 ) -> dict[str, dict[str, Any]]:
-    """Log the values that did not fit their columns, and return them for the manifest."""
+    """Log the values that did not fit their columns, and return number and first of them by column, for the manifest.
+
+    Args:
+        unfit: the values, as `RowChecks.unfit` has them.
+        kept: schema of the kept columns.
+        place_of: converts a place to text.
+    """
     details = {}
     for name, (count, place, value) in unfit.items():
         details[name] = {"count": count, "first": f"{place_of(place)}: {value}"}

@@ -74,7 +74,7 @@ REASONS: Final[dict[str, str]] = {
 
 
 def in_words(by_reason: Mapping[str, int]) -> str:
-    """Return counts of bad rows per reason as text: "it has no id: 2"."""
+    """Return counts of bad rows per reason (a key of `REASONS`) as text: "it has no id: 2"; "" if there are none."""
     return "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in by_reason.items())
 
 
@@ -124,10 +124,14 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a hash of the content of the source."""
+        """Return a hash that changes when the source changes; ingest keeps its output only while it is the same.
+
+        Local files are read in full. Of files in an object store, size and modification time stand for the content; of
+        a published collection, its name does.
+        """
 
     def description(self) -> dict[str, Any]:
-        """Return a description for the manifest: files and columns that are read, and those that are not."""
+        """Return a description for the manifest: files and columns that are read, and those that are not; else {}."""
         return {}
 
     def queries(self) -> Iterator[Query | BadRow]:
@@ -135,5 +139,5 @@ class Source(ABC):
         yield from ()
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Return the judgements by split; empty by default."""
+        """Return the judgements by split ("test"), as iterators that can be read once; empty by default."""
         return {}

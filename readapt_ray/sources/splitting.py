@@ -1,7 +1,8 @@
 """Split long documents into passages of a limited number of tokens, between paragraphs or sentences if possible.
 
-In: a file of ingested documents. Out: the same file with passages `doc#1`, `doc#2` ... instead of each document. A passage
-has the title and the kept columns of its document, and the document's id as `parent_id`. One row group is in memory.
+In: a file of ingested documents. Out: the same file with passages `doc#1`, `doc#2` ... instead of each long document. A
+passage has the title and the kept columns of its document, and the document's id as `parent_id`. A document that is
+short enough stays one passage under its own id. One row group is in memory.
 """
 
 import bisect
@@ -44,7 +45,10 @@ class Splitting:
     tokenizer_fingerprint: str = ""
 
     def split(self, texts: Sequence[str]) -> list[list[str]]:
-        """Split each text into pieces of at most `max_tokens` tokens, counted when the piece is tokenized alone."""
+        """Split each text into pieces of at most `max_tokens` tokens, counted when the piece is tokenized alone.
+
+        A text that is short enough is returned whole. The pieces of each text are in order, and in a list of their own.
+        """
         most = dict.fromkeys(range(len(texts)), self.max_tokens)
         pieces: dict[int, list[str]] = {}
         token_spans = self._token_spans(texts)
@@ -81,6 +85,11 @@ def _tokenizer(name: str, fingerprint: str, process: int) -> Any:
 
 def open_splitting(max_tokens: int, overlap: int, tokenizer: str) -> Splitting:
     """Load the tokenizer, and return the settings for splitting documents.
+
+    Args:
+        max_tokens: maximum number of tokens per passage.
+        overlap: maximum number of tokens that a passage repeats of the one before.
+        tokenizer: the model whose tokenizer counts, by any name that `open_model` takes.
 
     Raises:
         InputError: the tokenizer cannot report the offsets of tokens in a text (it has no tokenizer.json).
@@ -140,24 +149,32 @@ def _resumed(starts: Sequence[int], boundaries: Sequence[Sequence[int]], followi
 
 
 def parent_of(passage_id: str) -> str:
-    """Return the id of the document of a passage, in a corpus that was split: `doc` for `doc#3`."""
+    """Return the id of the document of a passage, in a corpus that was split: `doc` for `doc#3`, and for `doc`."""
     return re.sub(PIECE, "", passage_id)
 
 
 def first_piece(doc_id: str) -> str:
-    """Return the id of the first passage of a document that was split."""
+    """Return the id of the first passage of a document that was split into several: `doc#1` for `doc`."""
     return f"{doc_id}#1"
 
 
 def piece_ids(doc_id: str, num_pieces: int) -> list[str]:
-    """Return the ids of a document's passages. `parent_of` returns the document's id for each of them."""
+    """Return the ids of a document's passages: `doc#1`, `doc#2` and so on, or `doc` itself for a single passage.
+
+    `parent_of` returns the document's id for each of them. So a single passage of a document `doc#7` is `doc#7#1`.
+    """
     if num_pieces == 1 and not re.search(PIECE, doc_id):
         return [doc_id]
     return [f"{doc_id}#{number}" for number in range(1, num_pieces + 1)]
 
 
 def split_part(file: Location, splitting: Splitting) -> dict[str, int]:
-    """Replace the documents of a file by passages, unless that is done, and return counts of documents, passages, bytes."""
+    """Replace the documents of a file by passages, unless that is done, and return counts.
+
+    Returns:
+        `num_documents`, `num_split_documents` (those cut into several), `num_passages`, and `num_bytes` of the
+        passages' titles and texts.
+    """
     with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         metadata = parquet.metadata.metadata or {}
         if _DONE in metadata:
@@ -209,6 +226,6 @@ def _split_rows(rows: pa.Table, schema: pa.Schema, splitting: Splitting, counts:
 
 
 def total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    """Sum the counts of several parts."""
+    """Sum the counts of several parts, by name; an empty dict if there are none."""
     found = list(counts)
     return {name: sum(each[name] for each in found) for name in found[0]} if found else {}

@@ -72,7 +72,11 @@ class TableSource(Source):
         return self._files
 
     def check(self) -> None:
-        """Check that the first file with rows has the required columns."""
+        """Check that the first file with rows has the required columns. `kept` is known afterwards.
+
+        Raises:
+            CorpusError: no file has a row, or a column is missing.
+        """
         files = self._files
         layouts = (self.table_format.layout(file, label, self.options) for label, file, _ in files)
         layout = next(filter(None, layouts), None)
@@ -85,7 +89,7 @@ class TableSource(Source):
         self._columns = _described(layout)
 
     def description(self) -> dict[str, Any]:
-        """Return the files and columns that are read, and those that are not."""
+        """Return the files and columns that are read, and those that are not. Columns are known after `check`."""
         return {"files": len(self._files), "files_not_read": self._listing.counts(), "columns": self._columns}
 
     def rows(self) -> Iterator[Row | BadRow]:
@@ -103,7 +107,7 @@ class TableSource(Source):
             self.fraction_read = before / total
 
     def fingerprint(self) -> str:
-        """Hash the content of the files."""
+        """Hash the content of the files (on an object store, their sizes and times), and set `contents`."""
         self.contents = contents_of(self._files)
         return fingerprint(self.contents)
 
@@ -136,6 +140,16 @@ class LabelledTableSource(TableSource):
         queries: Location | None,
         qrels: dict[str, Location],
     ) -> None:
+        """Make a source of passages, queries and judgements.
+
+        Args:
+            location: file or folder of the passages.
+            table_format: the format of the passages.
+            options: how to read all of them.
+            name: name of the format on the command line, such as "beir".
+            queries: file or folder of the queries; None if there are none.
+            qrels: file or folder of the judgements of each split, by the split's name.
+        """
         super().__init__(location, table_format, options)
         self.format = name
         self.has_qrels = bool(qrels)
@@ -151,7 +165,7 @@ class LabelledTableSource(TableSource):
         return {split: iter_qrels(file, self.options.columns) for split, file in self._qrels.items()}
 
     def fingerprint(self) -> str:
-        """Hash the content of passages, queries and judgements."""
+        """Hash the content of passages, queries and judgements. `contents` is set for the passages."""
         queries = [DataFile("queries", self._queries)] if self._queries is not None else []
         qrels = [DataFile(f"qrels/{split}", file) for split, file in self._qrels.items()]
         self.contents = contents_of(self._files)

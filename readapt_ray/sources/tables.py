@@ -57,18 +57,27 @@ class TableFormat(Protocol):
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """Yield the rows of a file.
+        """Yield the rows of a file, and a bad row for each one that cannot be read.
 
         Args:
             file: the file to read.
             label: name of the file in places and errors.
             options: how to read it.
             advance: called with the fraction of the file that was read, from 0 to 1.
-            span: the part of the file to read; None means all.
+            span: the part of the file to read; None means all. At the end its `num_lines` is set. A format that cannot
+                be split at all reads the whole file.
+
+        Raises:
+            CorpusError: the file is damaged, or columns are missing.
         """
 
 
 def shares(file: Location, advance: Advance) -> Callable[[int], None]:
-    """Return a function that converts a number of bytes read to the fraction of the file, and calls `advance` with it."""
+    """Return a function that reports progress: it takes the bytes read so far, and calls `advance` with their fraction.
+
+    Args:
+        file: the file that is read.
+        advance: called with the fraction of the file that was read, from 0 to 1.
+    """
     size_bytes = max(file.size_bytes(), 1)
     return lambda read_bytes: advance(read_bytes / size_bytes)

@@ -45,7 +45,11 @@ _PARAGRAPH = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")
 
 
 class TextSource(Source):
-    """A text file, or a folder of text files, as a source."""
+    """A text file, or a folder of text files, as a source.
+
+    Raises:
+        InputError: `--columns` names another field than the title.
+    """
 
     format = "text"
 
@@ -80,7 +84,14 @@ class TextSource(Source):
         return self._listing.files
 
     def check(self) -> None:
-        """Check that at least one file has text, and that the front matter has the fields that the user named."""
+        """Check that at least one file has text, and that the front matter has the fields that the user named.
+
+        Fields are looked for in the first 100 files. A kept field with a given type may be missing there.
+
+        Raises:
+            CorpusError: there is no file, all are empty, or a field is missing.
+            InputError: the only files are PDF, and the package pypdf is not installed.
+        """
         files = self._files
         if not files:
             raise CorpusError(f"{self._location} holds no text: no file there ends with {' or '.join(TEXT_SUFFIXES)}")
@@ -106,7 +117,7 @@ class TextSource(Source):
         return {"files": len(self._files), "files_not_read": self._listing.counts()}
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the rows of all files, one file after the other."""
+        """Yield the passages of all files, in order. A long file gives several; an unreadable one gives a bad row."""
         for number, (label, document) in enumerate(self._documents()):
             if isinstance(document, BadRow):
                 yield document
@@ -162,8 +173,8 @@ def _field(document: Document, name: str) -> object:
 def split_text(text: str, max_chars: int) -> list[str]:
     """Split a text into pieces of at most `max_chars` characters, between paragraphs if possible.
 
-    Paragraphs are joined as long as they fit. A paragraph that is too long is cut at white space, or anywhere if it has
-    none.
+    Paragraphs are joined as long as they fit, with an empty line between them. A paragraph that is too long is cut at
+    white space, or anywhere if it has none. A blank text has no pieces.
     """
     pieces: list[str] = []
     for paragraph in filter(None, (part.strip() for part in _PARAGRAPH.split(text))):

@@ -88,7 +88,11 @@ class PaperConfig(Config):
 
 @dataclass(frozen=True)
 class Collection:
-    """A corpus of the reproduction: its source, and how its queries are searched and judged."""
+    """A corpus of the reproduction: its source, and how its queries are searched and judged.
+
+    `split` is the split of its qrels, `task` the instruction for its queries (empty if it has none), and
+    `drops_self_hits` whether a result whose doc_id equals the query_id is dropped.
+    """
 
     name: str
     source: str
@@ -98,7 +102,10 @@ class Collection:
 
 
 def collection(text: str, data: str | None) -> Collection:
-    """Return the corpus that a text names.
+    """Return the corpus that a text names. It is not opened.
+
+    With NAME=SOURCE, a NAME of the catalog keeps the catalog's split and task; any other has the split test and no
+    task.
 
     Args:
         text: a catalog name, or NAME=SOURCE.

@@ -34,7 +34,10 @@ class _Outcome:
 
 
 def write_outcome(reproduction: Reproduction, experiment: str, seeds: Sequence[int]) -> str:
-    """Write the results of an experiment over these seeds as JSON and Markdown, and return the Markdown."""
+    """Write the results of an experiment over these seeds as JSON and Markdown, and return the Markdown.
+
+    The runs must exist already. Earlier results of the experiment under the root are replaced.
+    """
     measure = reproduction.config.measure
     found = [_values(reproduction, experiment, each, seeds) for each in reproduction.collections.values()]
     comparisons = [_compared(each, measure) for each in found]

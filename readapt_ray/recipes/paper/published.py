@@ -68,14 +68,22 @@ _PUBLIC: dict[tuple[str, str], float] = {
 
 
 def paper_scores(retriever: str, corpus: str) -> PaperScores | None:
-    """Return nDCG@10 times 100 before and after RE-AdaptIR, from the paper's Table 1; None if it has no such row."""
+    """Return nDCG@10 times 100 before and after RE-AdaptIR, from the paper's Table 1; None if it has no such row.
+
+    Args:
+        retriever: the retriever's name in the catalog, such as "e5-mistral".
+        corpus: the corpus's name in the catalog, such as "scifact".
+    """
     if retriever not in _PAPER_RETRIEVERS or corpus not in _TABLE_1:
         return None
     return _TABLE_1[corpus][_PAPER_RETRIEVERS.index(retriever)]
 
 
 def paper_gain(retriever: str, corpus: str, arm: str) -> float | None:
-    """Return a variant's gain over base in points of nDCG@10, from the paper's Tables 1 and 2; None if not in them."""
+    """Return a variant's gain over base in points of nDCG@10, from the paper's Tables 1 and 2; None if not in them.
+
+    `arm` is the name of the variant, such as "readapted". For that one, Table 2 counts where it has the corpus.
+    """
     in_table_2 = _TABLE_2.get(retriever, {}).get(corpus)
     if in_table_2 is not None and arm in _TABLE_2_ARMS:
         return in_table_2[_TABLE_2_ARMS.index(arm)]

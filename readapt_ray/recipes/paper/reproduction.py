@@ -96,7 +96,11 @@ class Reproduction:
                 )
 
     def steps(self, experiment: str, seed: int) -> Iterator[tuple[Collection, Variant]]:
-        """Yield each pair of corpus and variant that an experiment searches with one seed."""
+        """Yield each pair of corpus and variant that an experiment searches with one seed.
+
+        Variants without a trained adapter are yielded with the first seed only. Those that do not apply to a corpus are
+        left out; to find out, the corpus may be ingested.
+        """
         for each in self.collections.values():
             for variant in variants_of(experiment, self.config.sizes):
                 if self._applies(each, variant) and (variant.has_seed or seed == self.config.seeds[0]):
@@ -139,7 +143,7 @@ class Reproduction:
         return self._make("ingest", {}, source=own.source, output=f"{self._folder(own)}/corpus")
 
     def run_file(self, own: Collection, variant: Variant, seed: int) -> str:
-        """Return the path of a variant's TREC run."""
+        """Return the path of a variant's TREC run, whether it exists or not. `own` is the corpus that is searched."""
         return f"{self._folder(own)}/runs/{_label(variant, seed)}.trec"
 
     def search(self, own: Collection, variant: Variant, seed: int) -> Artifact:

@@ -54,7 +54,10 @@ EXPERIMENTS: dict[str, str] = {
 
 
 def variants_of(experiment: str, sizes: tuple[int, ...] = ()) -> list[Variant]:
-    """Return the variants of an experiment, baseline first. `sizes` are the numbers of passages for figure2."""
+    """Return the variants of an experiment, baseline first, then "readapted", which every experiment has.
+
+    `sizes` are the numbers of passages for figure2; other experiments ignore them.
+    """
     further = {
         "table1": [],
         "table2": [

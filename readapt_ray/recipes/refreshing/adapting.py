@@ -47,7 +47,11 @@ class AdapterLoss:
 def adapter_of(retriever: str) -> Artifact | None:
     """Return the adapter that was merged into a retriever.
 
-    None if the retriever was not made by merge, if several adapters were merged, or if the adapter is missing.
+    None if the retriever was not made by merge, if several adapters were merged, or if the adapter is missing or has
+    changed since.
+
+    Args:
+        retriever: the model, by any name that `open_model` takes.
     """
     folder = Location(str(models.open_model(retriever).folder))
     merged = artifacts.read_manifest(folder)
@@ -61,7 +65,10 @@ def adapter_of(retriever: str) -> Artifact | None:
 
 
 def adapter_loss(retriever: str, new: list[str], kept: list[str]) -> AdapterLoss | None:
-    """Measure the adapter's loss on new and kept texts. None if the adapter is missing or a model cannot be loaded."""
+    """Measure the loss of a retriever's adapter on new and on kept texts.
+
+    None if the adapter is missing, a model cannot be loaded (a warning is logged), or there are too few texts.
+    """
     adapter = adapter_of(retriever)
     if adapter is None or not new or not kept:
         return None
@@ -84,7 +91,8 @@ def compared(new: NDArray[np.float64], kept: NDArray[np.float64]) -> AdapterLoss
     """Compare the losses of two samples of texts. None if a sample has fewer than two texts with a loss.
 
     Args:
-        new: float64 [2, N]: losses of new texts without and with the adapter. NaN where a text has no loss.
+        new: float64 [2, N]: losses of new texts without and with the adapter, in nats per token. NaN where a text has
+            no loss.
         kept: the same for kept texts.
     """
     new, kept = (losses[:, ~np.isnan(losses).any(axis=0)] for losses in (new, kept))

@@ -21,6 +21,12 @@ def go_back(number: int, root: Location, there: list[Generation], lock: leases.L
 
     If the present generation has an export, the vector database is changed back too.
 
+    Args:
+        number: number of the earlier generation. The new entry gets the next free number.
+        root: the root of the generations.
+        there: its generations, oldest first.
+        lock: the lock of the root, from `locked`.
+
     Raises:
         InputError: there is no such generation, its artifacts were removed, or others changed the vector database.
     """

@@ -63,6 +63,9 @@ class Freed:
 def clean(config: CleanConfig) -> Freed:
     """Remove the artifacts that the present and the kept generations do not need. Without `yes`, only list them.
 
+    If no earlier generation is kept and files of the present one still hold deleted passages, these files are first
+    written again without them, as a new generation.
+
     Raises:
         ArtifactConflictError: another process refreshes or cleans the root.
         InputError: the root has no generation, or a refresh was killed during its export and must be finished first.
@@ -115,7 +118,11 @@ def _refuse_half_exported(root: Location) -> None:
 def remove_artifact(location: Location) -> None:
     """Remove the files of an artifact, complete or not, according to its manifest or lease.
 
-    During the removal a lease lists the files, so a killed removal can be resumed.
+    Files that no stage made stay, and a folder without a manifest or lease is not touched. During the removal a lease
+    lists the files, so a killed removal can be resumed.
+
+    Raises:
+        ArtifactConflictError: another process is writing the artifact.
     """
     lease = record_of(location, LEASE_NAME)
     before = leases.wait_until_dead(lease, location)

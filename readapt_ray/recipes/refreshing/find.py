@@ -28,6 +28,9 @@ _IDS = ".ids.parquet"
 def find(config: FindConfig) -> list[dict[str, Any]]:
     """Return a row per artifact that holds a passage, with keys `artifact`, `stage`, `generation` and `where`.
 
+    The list is empty if none does. Blocks that were packed from a corpus with the passage are listed too; models are
+    not.
+
     Raises:
         InputError: the root does not exist.
         CorruptFileError: a file was cut short or altered.
@@ -47,7 +50,7 @@ def find(config: FindConfig) -> list[dict[str, Any]]:
 
 
 def as_text(rows: list[dict[str, Any]], doc_id: str, root: str) -> str:
-    """Return the rows of `find` as an aligned text table."""
+    """Return the rows of `find` as an aligned text table; a sentence with `doc_id` and `root` if there are none."""
     if not rows:
         return f"nothing under {root} holds {doc_id!r}"
     lines = [("artifact", "stage", "generation", "where")]

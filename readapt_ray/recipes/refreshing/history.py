@@ -13,6 +13,8 @@ _COUNTS = ("added", "changed", "deleted", "kept")
 def history(root: Location) -> list[dict[str, Any]]:
     """Return a row per generation, oldest first: number, state, counts of passages, seconds, advice, signals.
 
+    The state is "present" (the last one), "freed" (`readapt clean` removed its artifacts) or "there".
+
     Raises:
         CorruptFileError: the list of generations was cut short or altered.
     """
@@ -33,7 +35,7 @@ def history(root: Location) -> list[dict[str, Any]]:
 
 
 def as_text(root: Location) -> str:
-    """Return the generations of a root as an aligned text table."""
+    """Return the generations of a root as an aligned text table; a sentence if there are none."""
     rows = history(root)
     if not rows:
         return f"no generation under {root}; `readapt refresh` makes the first"

@@ -16,6 +16,8 @@ LOCK_NAME = "refreshing.json"
 def locked(root: Location) -> Iterator[leases.Lease]:
     """Hold the lock of a root during the `with` block. The lock of a killed process is taken over.
 
+    After an error the lock file `refreshing.json` stays, but the next process can take it over at once.
+
     Raises:
         ArtifactConflictError: another process refreshes or cleans the root, or another program wrote the lock file.
     """
@@ -32,7 +34,11 @@ def locked(root: Location) -> Iterator[leases.Lease]:
 
 
 def publish(root: Location, there: list[Generation], new: Generation, lock: leases.Lease) -> Generation:
-    """Make a generation the present one by appending it to the list in `refresh.json`."""
+    """Make a generation the present one by writing `refresh.json`: the generations `there`, then the new one.
+
+    Raises:
+        ArtifactConflictError: another process has taken over the lock. Then nothing is written.
+    """
     lock.confirm()
     generations.write(root, [*there, new])
     return new

@@ -99,6 +99,8 @@ passage, so they are not stale. A changed model is found by its fingerprint, not
 def settled(config: RefreshConfig, present: Generation | None) -> dict[str, Any]:
     """Return the settings of a refresh: the given options, and for others the settings of the present generation.
 
+    A given section replaces the earlier one as a whole. Local paths of source and retriever become absolute.
+
     Raises:
         InputError: source or retriever is missing, the target is not a known one, or an option of a section is wrong.
     """
@@ -128,7 +130,10 @@ def settled(config: RefreshConfig, present: Generation | None) -> dict[str, Any]
 
 
 def stale(settings: Mapping[str, Any], present: Generation | None) -> dict[str, str]:
-    """Return the artifacts that changed options make stale, each with the first reason."""
+    """Return the artifacts ("vectors", "index" ...) that changed options make stale, each with the first reason.
+
+    Empty if nothing changed, or if there is no present generation.
+    """
     before = present.settings if present else settings
     found: dict[str, str] = {}
     for name, artifacts in _AFTER.items():

@@ -51,7 +51,9 @@ def refresh(config: RefreshConfig) -> Generation:
 
     Raises:
         ArtifactConflictError: another process refreshes or cleans the root.
-        InputError: the source cannot be read or has shrunk, or changed options make artifacts stale. Then nothing changes.
+        InputError: the source cannot be read or has shrunk, or changed options make artifacts stale. Then the present
+            generation stays.
+        ReadaptError: the server of `serve` could not be updated. The new generation is in place nevertheless.
     """
     root = Location(config.root)
     if config.serve:

@@ -32,6 +32,11 @@ def update_server(file: str, root: Location, generation: Generation) -> None:
 
     This process may already be connected to another Ray, for the refresh. So a new process joins the server's Ray.
 
+    Args:
+        file: YAML file with the server's options.
+        root: the root of the generations.
+        generation: the generation to serve. Its number is appended to the name of the version.
+
     Raises:
         ReadaptError: the server could not be updated. The generation is published nevertheless.
     """

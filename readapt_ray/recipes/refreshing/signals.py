@@ -41,8 +41,8 @@ class Signals:
     drift: float | None
     """Distance between the mean vectors of new and kept passages, in standard deviations of the kept ones."""
     new_words: float | None
-    """Fraction of words in new passages that no kept passage has, minus the same fraction between two halves of the kept
-    passages."""
+    """Fraction of the words of new passages that do not occur in one half of the kept passages, minus the same fraction
+    of the other half; at least 0."""
     deletions: float
     """Fraction of the previous generation's passages that were deleted."""
     turnover: float
@@ -67,7 +67,7 @@ class Signals:
         return f"{ADAPT_AGAIN}: {'; '.join(reasons)}" if reasons else "nothing calls for adapting again"
 
     def values(self) -> dict[str, float]:
-        """Return the known numbers by name, rounded to four decimals."""
+        """Return the known numbers by name, rounded to four decimals, with `loss_new`, `loss_kept` and `loss_gap`."""
         values = {**vars(self), "loss": None}
         if self.loss is not None:
             values |= {"loss_new": self.loss.new, "loss_kept": self.loss.kept, "loss_gap": self.loss.gap}
@@ -84,7 +84,7 @@ def signals(
     loss_of: Callable[[list[str], list[str]], AdapterLoss | None],
     loss_sample: int,
 ) -> Signals:
-    """Compute the signals of one refresh.
+    """Compute the signals of one refresh. With fewer than 50 new or kept passages, only deletions and turnover are.
 
     Args:
         passages: passages of the new generation.
@@ -136,7 +136,10 @@ def drift(new: NDArray[np.float32], kept_parts: Sequence[NDArray[np.float32]]) -
 
 
 def new_words(new: list[str], kept: list[str]) -> float:
-    """Return the fraction of words in new texts that no kept text has, minus that fraction between halves of kept texts."""
+    """Return the fraction of words in new texts that every second kept text lacks, minus that of the other kept texts.
+
+    A word counts as often as it occurs, in lower case. The result is at least 0.
+    """
     known = {word for text in kept[::2] for word in _WORD.findall(text.lower())}
     return max(0.0, _unknown_share(new, known) - _unknown_share(kept[1::2], known))
 

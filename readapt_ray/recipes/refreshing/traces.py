@@ -81,7 +81,15 @@ def traces(root: Location, there: Iterable[Generation]) -> list[Trace]:
 
 
 def derived_from(origins: Iterable[Trace], among: Iterable[Trace]) -> list[Trace]:
-    """Return the artifacts in `among` that were made from `origins`, directly or through others, and may hold passages."""
+    """Return the artifacts with texts, ids or vectors of passages that derive from `origins`.
+
+    They were made from `origins` directly, or through other such artifacts. Models (of train, finetune and merge) are
+    left out, and so is what was made only through them. `origins` themselves are not returned.
+
+    Args:
+        origins: artifacts, such as corpora.
+        among: the artifacts to choose from.
+    """
     known = {each.fingerprint for each in origins}
     left = [each for each in among if each.fingerprint not in known and each.holds_passages]
     found: list[Trace] = []
