@@ -121,8 +121,10 @@ class Location:
         return bool(self.info().type == pafs.FileType.Directory)
 
     def size_bytes(self) -> int:
-        """Return the length of the file in bytes. Raises TypeError if there is no file: check `exists` first."""
-        return int(self.info().size)
+        """Return the length of the file in bytes; FileNotFoundError if there is no file."""
+        if (size := self.info().size) is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no file", self.uri)
+        return int(size)
 
     def info(self) -> pafs.FileInfo:
         """Return type (NotFound if there is nothing), size and modification time, as the filesystem reports them."""

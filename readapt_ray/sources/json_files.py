@@ -68,19 +68,21 @@ def json_rows(
         label: name of the file in places and errors.
         pick: takes the keys of the first hundred objects, and returns those to read. Values are in the order that it
             returns.
-        options: limits on the length of a value. JSON Lines are read with the default limit instead.
+        options: limits on the length of a line or an object.
         is_lines: whether the file is JSON Lines. If not, the place has the number of the object, not of the line.
     """
-    first: Iterator[Any] = read_lines(file, label) if is_lines else _values(file, label, options)
+
+    def items() -> Iterator[Any]:
+        if is_lines:
+            return read_lines(file, label, max_line_bytes=options.max_line_bytes)
+        return _values(file, label, options)
+
+    first = items()
     peeked = list(itertools.islice(first, _PEEKED_ROWS))
     objects = (parsed_object(each, label) if isinstance(each, Line) else each for each in peeked)
     if peeked:
         names = pick(list(dict.fromkeys(key for each in objects if isinstance(each, dict) for key in each)))
-        yield from (
-            _line_values(read_lines(file, label), label, names)
-            if is_lines
-            else _object_values(_values(file, label, options), label, names)
-        )
+        yield from (_line_values(items(), label, names) if is_lines else _object_values(items(), label, names))
 
 
 def _line_values(lines: Iterable[Line | BadRow], label: str, names: Sequence[str]) -> Iterator[Values | BadRow]:
@@ -96,7 +98,7 @@ def _line_values(lines: Iterable[Line | BadRow], label: str, names: Sequence[str
 def _lines_layout(file: Location, label: str, state: str, options: ReadOptions) -> Layout | None:
     """Find the columns of a JSON Lines file. The result is cached until the file changes."""
     del state
-    lines = list(itertools.islice(read_lines(file, label), _PEEKED_ROWS))
+    lines = list(itertools.islice(read_lines(file, label, max_line_bytes=options.max_line_bytes), _PEEKED_ROWS))
     values = [value for line in lines if isinstance(value := parsed_object(line, label), dict)]
     if lines and not values:
         first = next((line.text for line in lines if isinstance(line, Line)), "")
