@@ -17,7 +17,13 @@ from readapt_ray.evaluation.tables import markdown_table, signed, value
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """Summarise the search in a sentence, with figures from the half of the queries that did not choose the scales."""
+    """Summarise the search in a sentence, with figures from the half of the queries that did not choose the scales.
+
+    If the unchanged retriever is best, the sentence says so, without figures.
+
+    Args:
+        result: from `scale_search.describe_search`; in the other functions too.
+    """
     best = result["best"]
     pair = f"readapter_scale {best['readapter_scale']:g}, knowledge_scale {best['knowledge_scale']:g}"
     if (best["readapter_scale"], best["knowledge_scale"]) == (1.0, 0.0):
