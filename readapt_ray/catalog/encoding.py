@@ -44,7 +44,7 @@ class Encoding(Config):
 
 
 def read_encoding(uri: str) -> Encoding:
-    """Read an encoding from a JSON file.
+    """Read an encoding from a JSON file: the options themselves, or an object with them under `encoding`.
 
     Raises:
         InputError: there is no such file, it is not JSON, or an option in it is wrong.

@@ -32,6 +32,9 @@ _SETTINGS = tuple(
 def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> Encoding:
     """Return the encoding that the files of sentence-transformers describe.
 
+    Without prompts for queries or passages, the default prompt is used for both, or none if there is no default. Logs a
+    warning, once per model, if the last token is pooled and the tokenizer adds no token at the end.
+
     Args:
         model: a folder with `modules.json`.
         tokenizer: tokenizer of the model, as transformers loads it.
