@@ -48,7 +48,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
     """Fetch a model from the hub, and return the folder of its snapshot in the hub's cache.
 
-    Files that are in the cache are verified by their hashes, and not fetched again.
+    Files in the cache are verified (see `model_cache.py`), and fetched again only if they are damaged.
 
     Args:
         name: name that the user gave; used in errors.

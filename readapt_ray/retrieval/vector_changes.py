@@ -32,9 +32,9 @@ def changed_files(artifact: Artifact, vectors: ParquetRows, fingerprint: str) ->
     again.
 
     Args:
-        artifact: the present vectors.
+        artifact: the present vectors, the output of `embed`.
         vectors: all of their files.
-        fingerprint: fingerprint of the earlier vectors.
+        fingerprint: fingerprint of the earlier vectors, those that the index to update was made from.
     """
     earlier = artifact.manifest.config.get("previous")
     if not earlier or artifact.manifest.details.get("previous") != fingerprint:
