@@ -1,7 +1,7 @@
 """Define how a retriever turns text into a vector: templates, special tokens, limits, pooling.
 
 In: options, or a JSON file with them. Out: an `Encoding`. Vectors of different encodings cannot be compared, so
-artifacts store it, and it is part of every fingerprint.
+artifacts store it, and it is part of the fingerprint of every encoder.
 """
 
 import json

@@ -211,7 +211,8 @@ def _has_no_address(error: BaseException | None) -> bool:
 def from_uri(uri: str, *, with_weights: bool = True) -> Path:
     """Fetch a model from an object store, and return the folder of its local copy.
 
-    With and without weights are two separate copies. A copy is kept until this process ends.
+    With and without weights are two separate copies. A copy is kept until this process ends. A complete one is not
+    fetched again, as long as the listing of the folder is the same.
 
     Raises:
         ModelError: the folder is empty or does not exist, or a file arrived incomplete.

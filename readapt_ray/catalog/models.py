@@ -48,7 +48,7 @@ def is_hub_id(target: str) -> bool:
 
 @dataclass(frozen=True)
 class OpenModel(ModelFolder):
-    """A model or adapter in a folder on this machine's disk. What it reads or hashes is cached.
+    """A model or adapter in a folder on this machine's disk. Encoding, tokenizer, fingerprints and base are cached.
 
     Open a model once and pass it on. If it is pickled for another process, that process reads it again.
     """
@@ -139,7 +139,7 @@ class OpenModel(ModelFolder):
 
     @property
     def revision(self) -> str:
-        """Return the commit on the hub; empty for a model that is not from the hub."""
+        """Return the commit on the hub, also of converted weights; empty for a model that is not from the hub."""
         converted = self.read_json(converted_weights.RECORD_NAME)
         if converted:
             return str(converted["revision"])
@@ -234,7 +234,11 @@ def refuse_other_base(what: str, made_of: Mapping[str, Any], base: OpenModel, ad
 
 
 def find_row(name: str) -> retrievers.Retriever | None:
-    """Return the catalog's row of a model; None if it has none, or is a local folder outside the hub's cache."""
+    """Return the catalog's row of a model; None if it has none, or is a local folder outside the hub's cache.
+
+    Args:
+        name: a catalog name, a hub id (also with `@commit`), or a folder.
+    """
     folder = own_folder(name)
     return retrievers.find_retriever(name) if folder is None else retrievers.find_cached(str(folder))
 

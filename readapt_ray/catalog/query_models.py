@@ -39,6 +39,7 @@ class PassagesModel:
         Raises:
             ModelError: the model no longer exists under its name.
             FingerprintMismatchError: another model has its name now.
+            ReadaptError: the hub could not be reached, or kept failing.
         """
         model = open_model(self.name)
         if _fingerprints(model) != (self.weights, self.base):

@@ -254,7 +254,7 @@ def hub_id(name: str) -> str:
 
 
 def retriever(name: str) -> Retriever:
-    """Return the catalog's row of a catalog name or hub id.
+    """Return the catalog's row of a catalog name or hub id, as `find_retriever` does.
 
     Raises:
         ModelError: the model is not in the catalog.

@@ -145,7 +145,13 @@ def longest_text(name: str) -> int | None:
 
 
 def objective_of(config: dict[str, Any]) -> Objective | None:
-    """Return the objective of the language-model head that a config.json names; None if it names none."""
+    """Return the objective of the language-model head that a config.json names; None if it names none.
+
+    `BertForMaskedLM` gives masked_lm, `LlamaForCausalLM` causal_lm, `BertModel` None.
+
+    Args:
+        config: the content of config.json.
+    """
     for name in config.get("architectures") or []:
         if name.endswith(("ForMaskedLM", "ForPreTraining")):
             return "masked_lm"
@@ -169,7 +175,11 @@ def usable_positions(config: dict[str, Any], name: str) -> int | None:
 
 
 def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
-    """Refuse to train a model whose config.json has a quantization_config.
+    """Refuse to train a model whose config.json has a quantization_config; else do nothing.
+
+    Args:
+        config: the content of config.json.
+        name: name of the model in the error.
 
     Raises:
         ModelError: it has one.

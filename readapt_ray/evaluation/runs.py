@@ -136,9 +136,11 @@ def read_run(uri: str) -> dict[str, list[ScoredDoc]]:
 def load_run(uri: str) -> Run:
     """Read a run file into columns; 10 million lines take some six seconds on two cores.
 
+    The ranks in the file are ignored; the scores decide the order.
+
     Raises:
-        InputError: there is no such file, a line does not have six fields, a score is not finite, or a query has a
-            passage twice; the message names file and line.
+        InputError: there is no such file, a line does not have six fields or is not UTF-8, a score is not finite, or a
+            query has a passage twice; the message names file and line.
     """
     location = Location(uri)
     if not location.is_file():

@@ -39,12 +39,12 @@ def named(ids: Sequence[str]) -> str:
 
 
 def value(number: float | None) -> str:
-    """Format a value of a measure with four decimals; None becomes an empty text."""
+    """Format a value of a measure with four decimals: `0.1269`. None becomes an empty text."""
     return "" if number is None else f"{number:.4f}"
 
 
 def signed(number: float) -> str:
-    """Format a difference with its sign and four decimals; the minus is the typographic one."""
+    """Format a difference with its sign and four decimals: `+0.0027`. The minus is the typographic one (−)."""
     return f"{number:+.4f}".replace("-", "−")
 
 

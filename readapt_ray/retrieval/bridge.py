@@ -119,6 +119,6 @@ class Bridge:
             )
 
     def warn_if_not_worth_it(self) -> None:
-        """Log a warning if the manifest says that the bridge is not worth using."""
+        """Log a warning if, by its recall when it was made, the bridge is not worth using; else do nothing."""
         if objection := self.artifact.manifest.details["not_worth_it"]:
             logger.warning("bridge %s is not worth it: %s", self.artifact.uri, objection)

@@ -150,7 +150,7 @@ class Encoder:
 
     @property
     def dimension(self) -> int:
-        """Return the number of dimensions of a vector."""
+        """Return the numbers in a vector: `dimensions` of the encoding if set, else all that the model gives."""
         return self.encoding.dimensions or self._width
 
     @functools.cached_property
@@ -175,7 +175,13 @@ class Encoder:
         return self.encode_ids(self.tokenize(texts, kind, titles))
 
     def tokenize(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[list[int]]:
-        """Return the token ids of each text that `encode` would feed to the model, special tokens included."""
+        """Return the token ids of each text that `encode` would feed to the model, special tokens included.
+
+        Arguments are as in `encode`. A text without any token gives an empty list, which `encode_ids` refuses.
+
+        Raises:
+            InputError: a text is not a string, or queries have titles.
+        """
         return self._tokenizer.ids(texts, kind, titles)
 
     def tokenize_with_losses(

@@ -96,7 +96,7 @@ class TopK:
         self._scores, self._doc_ids = scores, doc_ids
 
     def hits(self) -> Hits:
-        """Return the best passages so far, by falling score, ties by doc_id."""
+        """Return the best passages so far, by falling score, ties by doc_id: fewer than k if fewer were added."""
         order = np.argsort(-self._scores, axis=1, kind="stable")
         scores = np.take_along_axis(self._scores, order, axis=1)
         doc_ids = np.take_along_axis(self._doc_ids, order, axis=1)

@@ -63,6 +63,10 @@ def packed_inputs(
 def check_ids(highest: int, num_embeddings: int) -> None:
     """Refuse token ids that a model does not know.
 
+    Args:
+        highest: the highest id of the texts.
+        num_embeddings: number of the model's token embeddings.
+
     Raises:
         ModelError: the highest id is not below the number of token embeddings.
     """

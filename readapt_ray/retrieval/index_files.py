@@ -266,7 +266,13 @@ def words_file(folder: Location, name: str) -> Location:
 
 
 def read_words(folder: Location, name: str, sha256: str, *, use_cache: bool = False) -> WordIndex:
-    """Load the BM25 scores of a shard; with `use_cache`, through a copy in this node's cache.
+    """Load the BM25 scores of a shard.
+
+    Args:
+        folder: the `shards` folder.
+        name: name of the shard.
+        sha256: of its BM25 file, from the manifest.
+        use_cache: read a file of an object store through a copy in this node's cache.
 
     Raises:
         CorruptFileError: the file is gone, or its checksum is wrong.

@@ -152,12 +152,15 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
 
 
 def is_flat(factory: str) -> bool:
-    """Return whether a factory string makes a flat index, which compares a query with every vector."""
+    """Return whether a factory string is Flat, SQfp16 or SQ8: a query is compared with every vector."""
     return factory in _QUANTIZERS.values()
 
 
 def same_codes(factory: str, other: str) -> bool:
-    """Return whether two factory strings differ only in the number of inverted lists."""
+    """Return whether two factory strings are equal but for the number of inverted lists.
+
+    True for `IVF100,PQ96x8` and `IVF200,PQ96x8`, and for equal strings.
+    """
     one, two = (re.sub(r"IVF\d+", "IVF", each) for each in (factory, other))
     return one == two
 
@@ -177,6 +180,11 @@ def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
 
     A flat shard takes at most 512 MiB, so that it loads quickly. An approximate one has at most 4 million vectors of up
     to 512 numbers, and 1 million of 2,048 numbers or more. Shards may be smaller, since all get about the same number.
+
+    Args:
+        options: a `factory` other than `Flat` counts as approximate.
+        num_vectors: vectors of the whole index; with 0, the largest size is returned.
+        dimension: numbers in a vector.
     """
     is_flat = options.factory == "Flat" or (options.factory is None and options.kind == "flat")
     if is_flat:

@@ -66,7 +66,7 @@ class BestRows:
         self.rows = np.empty((len(queries), 0), np.int64)
 
     def add(self, vectors: NDArray[np.float32]) -> None:
-        """Score the next vectors [N, D], and keep the best so far."""
+        """Score the next vectors [N, D], whose rows follow those added earlier, and keep the best so far."""
         rows = np.arange(self.num_rows, self.num_rows + len(vectors))
         self.num_rows += len(vectors)
         scores = self.queries @ vectors.T
@@ -144,7 +144,7 @@ def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options
 
 
 def set_depth(index: Any, depth: int | None) -> None:
-    """Set nprobe or efSearch, whichever the index has; None changes nothing."""
+    """Set nprobe or efSearch of an index in place, whichever it has; None changes nothing."""
     if depth is None:
         return
     name = "nprobe" if faiss.try_extract_index_ivf(index) is not None else "efSearch"

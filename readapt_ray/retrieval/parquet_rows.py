@@ -99,7 +99,11 @@ def _read(
 
 @contextlib.contextmanager
 def explain_damage(location: Location) -> Iterator[None]:
-    """Raise CorruptFileError for a file that is damaged or gone; let errors of disk and network pass."""
+    """Raise CorruptFileError if the block finds that a file is damaged or gone; let errors of disk and network pass.
+
+    Args:
+        location: the file, for the message.
+    """
     try:
         yield
     except FileNotFoundError as error:

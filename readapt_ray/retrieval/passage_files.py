@@ -35,10 +35,11 @@ def read_batches(file: Location, columns: Sequence[str]) -> Iterator[pa.RecordBa
 
 @contextlib.contextmanager
 def opened(file: Location) -> Iterator[pq.ParquetFile]:
-    """Open a file of passages.
+    """Open a file of passages, as a context manager.
 
     Raises:
-        CorruptFileError: the file is damaged or gone, or lacks one of TEXT_COLUMNS.
+        CorruptFileError: the file is damaged or gone, or lacks one of TEXT_COLUMNS; also for damage found inside the
+            block.
     """
     with explain_damage(file), file.open_input() as stream:
         parquet = pq.ParquetFile(stream)

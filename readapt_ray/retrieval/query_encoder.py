@@ -27,7 +27,7 @@ class QueryEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Return a fingerprint of everything that decides the vector of a query."""
+        """Return a fingerprint of everything that decides the vector of a query, a bridge included."""
         return self.bridge.query_fingerprint if self.bridge else str(self.description["fingerprint"])
 
 

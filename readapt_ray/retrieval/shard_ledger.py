@@ -125,7 +125,11 @@ class ShardLedger:
         self._write(np.zeros(0, np.int64))
 
     def find(self) -> None:
-        """Find which shards are written: one listing, and the footers of files that `shards.parquet` lacks."""
+        """Load which shards are already written, with their figures, so that only the others are `pending`.
+
+        It takes one listing, and opens the files that `shards.parquet` lacks. A file that is damaged, incomplete or of
+        another encoder counts as not written.
+        """
         sizes = self._sizes()
         self._load(sizes)
         unknown = [shard for shard in self.pending if shard.name in sizes]

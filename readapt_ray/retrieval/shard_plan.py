@@ -71,7 +71,7 @@ class DataShard:
 
     @property
     def name(self) -> str:
-        """Return the name of the file with its vectors."""
+        """Return the file name of its vectors: part-00007.parquet, or part-00007-partly.parquet with dead rows."""
         name = shard_name(self.number)
         return partly_name(name) if self.kept and self.kept.num_dead else name
 
@@ -191,7 +191,7 @@ def plan_fingerprint(shards: Iterable[DataShard], earlier: str) -> str:
 
 
 def ranges_between(counts: Sequence[tuple[str, int]], first: int, last: int) -> Iterator[RowRange]:
-    """Yield rows `first` to `last` (exclusive), numbered over all files, as one range per file."""
+    """Yield rows `first` to `last` (exclusive), numbered over all files, as one range per file, in order."""
     begin = 0
     for name, num_rows in counts:
         start, end = max(first, begin), min(last, begin + num_rows)
@@ -221,7 +221,11 @@ def scan_vectors(folder: Location, counts: Sequence[tuple[str, int]]) -> Content
 
 
 def hashes_of(table: pa.Table) -> NDArray[np.uint64]:
-    """Return the content hashes of rows, [N, 2]; a row without a hash gets zeros, which match nothing."""
+    """Return the content hashes of rows, uint64 [N, 2]; a row without a hash gets zeros, which match nothing.
+
+    Args:
+        table: may have the column content_hash (16 bytes each); without it all rows get zeros.
+    """
     if "content_hash" not in table.column_names:
         return np.zeros((table.num_rows, 2), np.uint64)
     column = table["content_hash"]

@@ -139,7 +139,7 @@ class TextTokenizer:
         return [fill_passage(self.encoding, title or "", text) for title, text in paired]
 
     def ids(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[list[int]]:
-        """Return the token ids of each text; see `ids_and_losses`."""
+        """Return the token ids of each text, special tokens included; arguments and errors as in `ids_and_losses`."""
         return self.ids_and_losses(texts, kind, titles)[0]
 
     def ids_and_losses(
@@ -148,7 +148,7 @@ class TextTokenizer:
         """Return the token ids of each text, special tokens included, and how many tokens truncation cut from each.
 
         A text that is longer than the encoding allows is cut before the EOS. A text without tokens gives only the
-        special tokens, or an empty list if there are none.
+        special tokens, or an empty list if there are none. Arguments are as in `texts`.
 
         Raises:
             InputError: as in `texts`, or a text is not valid Unicode, since it holds half a surrogate pair.

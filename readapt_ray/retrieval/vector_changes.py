@@ -20,7 +20,9 @@ class ChangedFiles:
     """The files of vectors that differ between the earlier and the present artifact."""
 
     before: ParquetRows
+    """Files of the earlier artifact that the present one does not share, or shares with other dead rows."""
     now: ParquetRows
+    """Files of the present artifact that are not the same in the earlier one."""
     rows: NDArray[np.int64]
     """Number of each row of `now` among the rows of all present vectors."""
 
