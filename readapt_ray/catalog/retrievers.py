@@ -247,7 +247,7 @@ def find_copied(place: str) -> Retriever | None:
 def hub_id(name: str) -> str:
     """Return the hub id of a catalog name, or its `builtin:` name; any other name is returned unchanged.
 
-    The hub id has no commit, even if the name has one.
+    A catalog name with `@commit` gives the hub id without it.
     """
     row = find_retriever(name)
     return row.hub_id if row else PRETRAINED.get(name.lower(), name)

@@ -1,8 +1,8 @@
 """Read the encoding of a retriever from the files of sentence-transformers in its folder.
 
 In: a folder with `modules.json`, and its tokenizer. Out: the `Encoding` with which rankings equal those of
-sentence-transformers. Vectors equal too, but those that are compared by cosine always have length 1 here. A feature that
-no `Encoding` can express is refused, with its name.
+sentence-transformers. Vectors equal too, but those that are compared by cosine always have length 1 here. A feature
+that no `Encoding` can express is refused, with its name.
 """
 
 import functools
