@@ -5,8 +5,8 @@ One process at a time fills an entry. An entry is kept while a process uses it, 
 In: the folder of an entry and the files that it will hold. Out: room for them, if other entries can be evicted. Beside
 the folder NAME are NAME.json (its files, with `size_bytes`), NAME.lock (locked while the entry is filled or removed)
 and NAME.use (locked by each process that uses the entry; its modification time is the time of last use). If the cache
-is larger than READAPT_CACHE_GB, the least recently used entries are evicted. Only files that NAME.json lists are
-removed.
+is larger than READAPT_CACHE_GB, the least recently used entries are evicted. Of a folder, only the files that NAME.json
+lists and unfinished writes are removed.
 """
 
 import contextlib
@@ -36,7 +36,10 @@ _room = threading.RLock()
 
 
 def folder_of(kind: str) -> Path:
-    """Return the folder of a kind of entries: `models`, `converted` (pickled weights, GGUF), `passages` or `shards`.
+    """Return the cache folder of a kind of entries. It may not exist yet.
+
+    Args:
+        kind: `models`, `converted` (pickled weights, GGUF), `passages` or `shards`.
 
     Raises:
         InputError: READAPT_CACHE is not a folder.
@@ -45,17 +48,24 @@ def folder_of(kind: str) -> Path:
 
 
 def files_record(entry: Path) -> Path:
-    """Return the JSON file that lists the files of an entry."""
+    """Return the path of the JSON file (NAME.json) that lists the files of an entry; it may not exist yet."""
     return _beside(entry, ".json")
 
 
 def note_files(entry: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write NAME.json: the files of an entry, each with its `size_bytes`. Call it before the files are written."""
+    """Write NAME.json, and replace an earlier one. Call it before the files are written.
+
+    Args:
+        entry: the folder of the entry.
+        files: a record with at least `size_bytes` for each file, by its name relative to the folder.
+    """
     Location(str(files_record(entry))).write_text(json.dumps(files, indent=2) + "\n")
 
 
 def reserve(entry: Path, sizes_bytes: Mapping[str, int], what: str, *, is_bounded: bool = False) -> None:
     """Reserve room in the cache for the files of an entry, and evict others for it. Call it inside `locked`.
+
+    It writes NAME.json with these sizes, and removes it again if there is no room.
 
     Args:
         entry: the folder of the entry.
@@ -83,7 +93,7 @@ def reserve(entry: Path, sizes_bytes: Mapping[str, int], what: str, *, is_bounde
 
 
 def noted_files(entry: Path) -> dict[str, dict[str, Any]]:
-    """Return what `note_files` wrote; empty if nothing was written, or it cannot be read."""
+    """Return what `note_files` wrote, by file name; empty if nothing was written, or it cannot be read."""
     with contextlib.suppress(FileNotFoundError, ValueError):
         return dict(json.loads(files_record(entry).read_text(encoding="utf-8")))
     return {}
@@ -91,14 +101,20 @@ def noted_files(entry: Path) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def locked(entry: Path) -> Iterator[None]:
-    """Lock an entry, so that no other process fills or removes it; wait while another process holds the lock."""
+    """Lock an entry, so that no other process fills or removes it; wait while another process holds the lock.
+
+    The folder of the entry need not exist. Do not nest it for one entry: it would wait for itself.
+    """
     with _opened(_beside(entry, ".lock")) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def keep(entry: Path) -> None:
-    """Keep an entry until this process ends, and set its time of last use. Call it inside `locked`."""
+    """Keep an entry until this process ends, and set its time of last use. Call it inside `locked`.
+
+    A second call only sets the time.
+    """
     if entry not in _in_use:
         _in_use[entry] = open_use_lock(entry)
     _beside(entry, ".use").touch()
@@ -113,7 +129,7 @@ def open_use_lock(entry: Path) -> IO[str]:
 
 
 def remove_unused(kind: str) -> None:
-    """Remove all entries of a kind that no process fills or uses."""
+    """Remove all entries of a kind (see `folder_of`) that no process fills or uses."""
     for record in folder_of(kind).glob("*.json"):
         if _NAME.fullmatch(record.stem):
             remove_unless_used(record.with_suffix(""))
@@ -154,7 +170,7 @@ def make_room() -> bool:
 
 
 def remove_unless_used(entry: Path) -> bool:
-    """Remove an entry unless a process fills or uses it; return whether it was removed."""
+    """Remove an entry unless a process, this one too, fills or uses it; return whether it was removed."""
     with contextlib.ExitStack() as stack, contextlib.suppress(BlockingIOError):
         for suffix in (".lock", ".use"):  # in this order, since `.use` is opened and removed only under `.lock`
             file = stack.enter_context(_opened(_beside(entry, suffix)))

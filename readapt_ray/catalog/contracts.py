@@ -14,8 +14,11 @@ logger = logging.getLogger("readapt_ray")
 def show_contract(name: str, *, write: bool) -> str:
     """Return the encoding of a model as the text of a readapt.json: from its files or the catalog, else a guess.
 
+    A log line says where it is from; a guess is logged as a warning.
+
     Args:
-        name: a catalog name, a folder, a GGUF file, a URI or a hub id. No weights are fetched.
+        name: a catalog name, a folder, a GGUF file, a URI or a hub id. No weights are fetched; a GGUF file is
+            converted.
         write: also write readapt.json into the model's folder, unless it has one.
 
     Raises:

@@ -35,12 +35,15 @@ _SMALL = (".json", ".txt", ".model", ".jinja")
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Return whether a folder holds safetensors, which need no conversion."""
+    """Return whether a folder holds safetensors (not in subfolders), which need no conversion."""
     return any(folder.glob("*.safetensors"))
 
 
 def is_gguf(folder: Path) -> bool:
-    """Return whether a path is a GGUF file, or a folder whose only weights are GGUF."""
+    """Return whether a path is a GGUF file, or a folder whose only weights are GGUF.
+
+    Any file counts as GGUF, since no other file is accepted as a model (`models.own_folder`).
+    """
     if folder.is_file():
         return True
     return not has_safetensors(folder) and not _pickled_files(folder) and any(folder.glob(f"*{gguf_files.SUFFIX}"))
@@ -49,12 +52,15 @@ def is_gguf(folder: Path) -> bool:
 def safe_folder(folder: Path, name: str) -> Path:
     """Return a folder with safetensors: the folder itself, or one in the cache with its converted weights.
 
+    The folder itself is also returned if it has no weights at all. A folder in the cache is kept until this process
+    ends.
+
     Args:
         folder: a local model or adapter folder, or a GGUF file.
         name: name that the user gave; used in errors.
 
     Raises:
-        ModelError: a `.bin` file holds more than tensors, or a file cannot be read.
+        ModelError: a `.bin` file holds more than tensors, or a file is missing or cannot be read.
         InputError: the packages that read GGUF files are not installed.
     """
     files = _files_to_convert(folder, name)

@@ -151,7 +151,10 @@ CORPORA: tuple[Corpus, ...] = (
 
 
 def find_corpus(name: str) -> Corpus | None:
-    """Return the catalog's row of a corpus by its name, alias, title in the paper or hub id; None if it has none."""
+    """Return the catalog's row of a corpus by its name, alias, title in the paper or hub id; None if it has none.
+
+    Lower or upper case does not matter.
+    """
     lowered = name.lower()
     return next(
         (row for row in CORPORA if lowered in (row.name, row.title.lower(), row.hub_id.lower(), *row.aliases)), None

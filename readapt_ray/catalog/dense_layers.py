@@ -34,7 +34,13 @@ class DenseLayer:
 
 
 def read_modules(model: ModelFolder) -> list[tuple[str, str]]:
-    """Return kind and subfolder of each module in modules.json; empty if the folder has no such file."""
+    """Return kind and subfolder of each module in modules.json, in order; empty if the folder has no such file.
+
+    The kind is the name of the class, such as Transformer or Dense.
+
+    Raises:
+        ModelError: the file is not a list of modules.
+    """
     path = model.folder / MODULES_NAME
     if not path.is_file():
         return []
@@ -46,7 +52,7 @@ def read_modules(model: ModelFolder) -> list[tuple[str, str]]:
 
 
 def dense_layers(model: ModelFolder) -> tuple[DenseLayer, ...]:
-    """Return the linear layers that are applied to a pooled vector, in order.
+    """Return the linear layers that are applied to a pooled vector, in order; empty if there are none.
 
     Raises:
         ModelError: a file of a layer is missing, or a layer has a feature that is not supported.

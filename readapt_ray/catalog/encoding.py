@@ -1,7 +1,7 @@
 """Define how a retriever turns text into a vector: templates, special tokens, limits, pooling.
 
 In: options, or a JSON file with them. Out: an `Encoding`. Vectors of different encodings cannot be compared, so
-artifacts store it, and it is part of every fingerprint.
+artifacts store it, and it is part of the fingerprint of every encoder.
 """
 
 import json
@@ -44,7 +44,7 @@ class Encoding(Config):
 
 
 def read_encoding(uri: str) -> Encoding:
-    """Read an encoding from a JSON file.
+    """Read an encoding from a JSON file: the options themselves, or an object with them under `encoding`.
 
     Raises:
         InputError: there is no such file, it is not JSON, or an option in it is wrong.

@@ -48,6 +48,8 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
     """Fetch a model from the hub, and return the folder of its snapshot in the hub's cache.
 
+    Files in the cache are verified (see `model_cache.py`), and fetched again only if they are damaged.
+
     Args:
         name: name that the user gave; used in errors.
         hub_id: owner and name.
@@ -64,8 +66,12 @@ def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weight
 def check_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Path, int]:
     """Check that this machine can get a model from the hub, and fetch only its configuration.
 
+    Args:
+        name, hub_id, revision: as in `from_hub`.
+
     Returns:
-        The folder of the snapshot, and how many bytes would still have to be fetched.
+        The folder of the snapshot, and how many bytes would still have to be fetched; 0 as soon as the cache has any of
+        the weights.
 
     Raises:
         ModelError, ReadaptError: as in `from_hub`.
@@ -78,7 +84,7 @@ def _model(name: str, hub_id: str) -> str:
 
 
 class Advice(NamedTuple):
-    """Advice for the user that ends an error of the hub: if it refuses, or if it fails."""
+    """Advice for the user that ends an error of the hub: `refused` if the hub refuses, `failed` after all retries."""
 
     refused: str = "check the name and the network, set HF_TOKEN for a gated model or data set, or give a local folder"
     failed: str = "run again later, or give a local folder"
@@ -96,6 +102,9 @@ def with_retries(
     advice: Advice = _ADVICE,
 ) -> T:
     """Call `ask`, which sends requests to the hub, and retry while the hub is busy or cannot be reached.
+
+    There are 5 attempts (3 if the hub does not answer), with pauses of 2, 4, 8 and 16 s. Errors that are not of the
+    hub's client are not retried.
 
     Args:
         what: name of what is fetched or sent, for errors.
@@ -202,7 +211,8 @@ def _has_no_address(error: BaseException | None) -> bool:
 def from_uri(uri: str, *, with_weights: bool = True) -> Path:
     """Fetch a model from an object store, and return the folder of its local copy.
 
-    With and without weights are two separate copies.
+    With and without weights are two separate copies. A copy is kept until this process ends. A complete one is not
+    fetched again, as long as the listing of the folder is the same.
 
     Raises:
         ModelError: the folder is empty or does not exist, or a file arrived incomplete.
@@ -215,7 +225,8 @@ def check_at_uri(uri: str) -> tuple[list[str], int]:
     """Check that an object store has a model, without fetching it.
 
     Returns:
-        The relative names of its files, and how many bytes would still have to be fetched.
+        The relative names of the files to fetch (weights, configuration, tokenizer), and how many bytes of them the
+        cache lacks.
 
     Raises:
         ModelError: the folder is empty or does not exist.

@@ -43,6 +43,8 @@ _UNREADABLE = (
 def in_folder(folder: Path, name: str) -> list[str]:
     """Return the name of the GGUF file of a folder in a list; an empty list if it has none.
 
+    Of a model in parts, the name of the first part, which `convert` refuses with advice.
+
     Args:
         folder: a folder without other weights.
         name: name that the user gave; used in errors.

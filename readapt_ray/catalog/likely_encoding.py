@@ -25,7 +25,7 @@ _MAX_TOKENS: Final = 512
 
 
 def guess_encoding(config: Mapping[str, Any], tokenizer: Any | None) -> Encoding:
-    """Guess the encoding of a model.
+    """Guess pooling, BOS/EOS tokens and token limits (at most 512) of a model. Prompts are not guessed.
 
     Args:
         config: content of its config.json; for an adapter, of its base's.
@@ -45,7 +45,12 @@ def guess_encoding(config: Mapping[str, Any], tokenizer: Any | None) -> Encoding
 
 
 def usable_positions(config: Mapping[str, Any]) -> int:
-    """Return the longest text, in tokens, that a model has positions for; 512 if its config does not say."""
+    """Return the longest text, in tokens, that a model has positions for; 512 if its config does not say.
+
+    Args:
+        config: content of its config.json. The positions of models like RoBERTa, which start after the padding's, count
+            less.
+    """
     positions = int(config.get("max_position_embeddings") or _MAX_TOKENS)
     if config.get("model_type") in _COUNTS_FROM_PADDING:
         positions -= int(config.get("pad_token_id") or 0) + 1

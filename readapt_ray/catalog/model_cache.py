@@ -29,13 +29,15 @@ _PLANNED: dict[str, Any] = {"sha256": "", "times": []}
 def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
     """Fetch files of a folder that are missing or damaged in the cache, and return the folder of the local copy.
 
+    The copy is kept until this process ends.
+
     Args:
         source: the folder.
         sizes_bytes: sizes of the files to fetch, by relative name.
-        key: identifies the content of the folder.
+        key: identifies the content of the folder; the name of the copy.
 
     Raises:
-        ModelError: a file arrived incomplete.
+        ModelError: a file arrived with another size.
     """
     target = cache_entries.folder_of("models") / key
     with cache_entries.locked(target):
@@ -62,7 +64,8 @@ def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
 def checked_snapshot(folder: Path, fetch_again: Callable[[str], object]) -> None:
     """Verify the files of a snapshot in the hub's cache by their hashes, and fetch damaged ones again.
 
-    The hub's cache names a file by its content: SHA-256 of a large file, git's hash of a small one.
+    The hub's cache names a file by its content: SHA-256 of a large file, git's hash of a small one. Files that are no
+    links, or whose name is no hash, are not verified.
 
     Args:
         folder: a snapshot: links to such files.

@@ -42,10 +42,10 @@ class ModelFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Return the content of config.json; empty for an adapter."""
+        """Return the content of config.json; empty if the folder has none, such as that of an adapter."""
         return self.read_json(CONFIG_NAME)
 
     @property
     def adapter_config(self) -> dict[str, Any]:
-        """Return PEFT's config of an adapter; empty for a model."""
+        """Return PEFT's config of an adapter; empty if the folder is not that of an adapter."""
         return self.read_json(ADAPTER_CONFIG_NAME)

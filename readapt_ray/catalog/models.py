@@ -42,13 +42,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_hub_id(target: str) -> bool:
-    """Return whether a name has the form of a hub id, `owner/name`, and is no local file or folder."""
+    """Return whether a name has the form `owner/name` (without `@commit`), and is no local file or folder."""
     return bool(_HUB_ID.fullmatch(target)) and not Path(target).exists()
 
 
 @dataclass(frozen=True)
 class OpenModel(ModelFolder):
-    """A model or adapter in a folder on this machine's disk. What it reads or hashes is cached.
+    """A model or adapter in a folder on this machine's disk. Encoding, tokenizer, fingerprints and base are cached.
 
     Open a model once and pass it on. If it is pickled for another process, that process reads it again.
     """
@@ -68,7 +68,7 @@ class OpenModel(ModelFolder):
         folder, and the catalog's row of a model whose name on the hub is the name of the folder.
 
         Raises:
-            ModelError: none exists; the message says what to add.
+            ModelError: none exists (the message says what to add), or the first has what no encoding can express.
         """
         return _encoding_of(self)
 
@@ -91,10 +91,11 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Return a hash of all weights, configuration and tokenizer files.
+        """Return the fingerprint that identifies this model.
 
-        An artifact has the fingerprint of its manifest. Factors have the fingerprint of the merged model that they
-        make.
+        - A model that a stage of ours wrote: the fingerprint stored in its manifest.
+        - Factors (the output of `readapt merge --factors`): the fingerprint of the model that merging them gives.
+        - Any other folder: a hash of its weights, configuration and tokenizer files, which are read in full.
 
         Raises:
             WeightMismatchError: the base model of these factors was replaced by another model.
@@ -113,16 +114,16 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Return a hash of all tokenizer files."""
+        """Return a hash of all tokenizer files; for an adapter without a tokenizer, of its base's."""
         folder = Location(str(self._tokenizer_holder.folder))
         return fingerprint({name: (folder / name).sha256() for name in TOKENIZER_FILES if (folder / name).is_file()})
 
     @functools.cached_property
     def base(self) -> "OpenModel":
-        """Open the model that this adapter was trained on, or that these factors belong to.
+        """Open the model that this adapter was trained on, or that these factors belong to; fetch it if needed.
 
         Raises:
-            ModelError: the adapter does not name its base model, or it cannot be found.
+            ModelError: the base cannot be found, or this is neither factors nor an adapter that names its base.
         """
         if self.is_factors:
             return open_model(self.base_given or str(self.read_json(BUNDLE_NAME)["sources"]["pretrained"]["name"]))
@@ -138,7 +139,7 @@ class OpenModel(ModelFolder):
 
     @property
     def revision(self) -> str:
-        """Return the commit on the hub; empty for a model that is not from the hub."""
+        """Return the commit on the hub, also of converted weights; empty for a model that is not from the hub."""
         converted = self.read_json(converted_weights.RECORD_NAME)
         if converted:
             return str(converted["revision"])
@@ -146,13 +147,19 @@ class OpenModel(ModelFolder):
 
     @property
     def pinned_name(self) -> str:
-        """Return the name with its commit on the hub, so that other machines open the same version."""
+        """Return the name with its commit on the hub: `owner/name@commit`.
+
+        With it other machines open the same version. A model that is not from the hub keeps its name.
+        """
         target = retrievers.hub_id(self.name)
         is_of_hub = bool(_HUB_ID.fullmatch(target)) and own_folder(self.name) is None and not Path(target).exists()
         return f"{self.name}@{self.revision}" if is_of_hub and self.revision else self.name
 
     def content_files(self) -> list[str]:
-        """Return the names in the folder of all weights, configuration and tokenizer files."""
+        """Return the relative names of all weights, configuration and tokenizer files, subfolders included.
+
+        Files are chosen by suffix (MODEL_SUFFIXES of `fetching.py`); the lease of an unfinished output is left out.
+        """
         listing = Location(str(self.folder)).listing(recursive=True)
         return [
             name
@@ -163,6 +170,8 @@ class OpenModel(ModelFolder):
 
 def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base: str | None = None) -> OpenModel:
     """Find a model by name, and fetch it to this machine's disk if it is not there yet.
+
+    A local folder that holds a model is preferred to the catalog and the hub.
 
     Args:
         name: a catalog name, a local folder or GGUF file, a URI, or a hub id; a hub model may end with `@` and a
@@ -225,19 +234,30 @@ def refuse_other_base(what: str, made_of: Mapping[str, Any], base: OpenModel, ad
 
 
 def find_row(name: str) -> retrievers.Retriever | None:
-    """Return the catalog's row of a model; None if it has none, or is a local folder outside the hub's cache."""
+    """Return the catalog's row of a model; None if it has none, or is a local folder outside the hub's cache.
+
+    Args:
+        name: a catalog name, a hub id (also with `@commit`), or a folder.
+    """
     folder = own_folder(name)
     return retrievers.find_retriever(name) if folder is None else retrievers.find_cached(str(folder))
 
 
 def base_name(name: str) -> str:
-    """Return the name to store in an adapter as its base model: a hub id, a folder, or a built-in model."""
+    """Return the name under which an adapter stores its base model.
+
+    A catalog name becomes its hub id, and a pinned commit (`owner/name@commit`) is dropped. The name of a local folder,
+    a GGUF file or a built-in model stays as given.
+    """
     target = retrievers.hub_id(retrievers.split_commit(name)[0])
     return name if target.startswith(_BUILTIN) or own_folder(name) is not None else target
 
 
 def own_folder(name: str) -> Path | None:
-    """Return the local folder or GGUF file of a name, or None. A catalog name is a folder only if it holds a model."""
+    """Return the absolute path of the local folder or GGUF file of a name; None if there is none.
+
+    A folder of a catalog name counts only if it holds a config.json or adapter_config.json.
+    """
     folder = Path(name).expanduser()
     if folder.suffix == gguf_files.SUFFIX and folder.is_file():
         return folder.resolve()
@@ -287,7 +307,15 @@ def _check_own_code(model: OpenModel) -> None:
 
 
 def find_encoding(model: OpenModel) -> tuple[Encoding, str] | None:
-    """Return the encoding of a model, and which file or row it was read from; None if nothing defines it."""
+    """Return the encoding of a model, and which file or row it was read from; None if nothing defines it.
+
+    The order is that of `OpenModel.encoding`.
+
+    Raises:
+        ModelError: readapt.json has no section `encoding`, or no encoding can express the files of
+            sentence-transformers.
+        InputError: an option in the section is wrong.
+    """
     if model.is_factors:
         return Encoding.parse(
             model.read_json(BUNDLE_NAME)["encoding"], where=str(model.folder / BUNDLE_NAME)
@@ -320,7 +348,10 @@ def find_encoding(model: OpenModel) -> tuple[Encoding, str] | None:
 
 
 def likely_encoding(model: OpenModel) -> Encoding:
-    """Guess how a model encodes text, from its architecture and tokenizer."""
+    """Guess pooling, BOS/EOS tokens and token limits from a model's architecture and tokenizer.
+
+    Prompts are not guessed. A tokenizer that cannot be read raises no error: BOS and EOS are then assumed.
+    """
     try:
         holder, tokenizer = model.base if model.is_adapter else model, model.tokenizer
     except ReadaptError:  # the guess is part of an error message, so it must not raise an error

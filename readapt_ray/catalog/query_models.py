@@ -21,6 +21,7 @@ class PassagesModel:
     """The passage model of a query model: the model that encodes the passages."""
 
     name: str
+    """Absolute folder, or the name with its commit."""
     weights: str
     """Fingerprint of the passage model."""
     base: str | None
@@ -28,7 +29,7 @@ class PassagesModel:
     encoding: Encoding
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entry for the readapt.json of the query model."""
+        """Return the entry for the readapt.json of the query model: `{"passages": {...}}`."""
         values = {"model": self.name, "weights": self.weights, "base": self.base}
         return {_KEY: {**values, "encoding": self.encoding.model_dump(mode="json")}}
 
@@ -38,6 +39,7 @@ class PassagesModel:
         Raises:
             ModelError: the model no longer exists under its name.
             FingerprintMismatchError: another model has its name now.
+            ReadaptError: the hub could not be reached, or kept failing.
         """
         model = open_model(self.name)
         if _fingerprints(model) != (self.weights, self.base):
@@ -48,13 +50,18 @@ class PassagesModel:
 
 
 def describe_passages(model: OpenModel, encoding: Encoding) -> PassagesModel:
-    """Return the record of a passage model, to store in a query model."""
+    """Return the record of a passage model, to store in a query model.
+
+    Args:
+        model: the passage model.
+        encoding: how it encoded the passages.
+    """
     folder = own_folder(model.name)
     return PassagesModel(str(folder) if folder else model.pinned_name, *_fingerprints(model), encoding)
 
 
 def passages_model(model: OpenModel) -> PassagesModel | None:
-    """Return the passage model of a query model; None for a model that encodes both."""
+    """Return the passage model that a query model names; None for a model that encodes queries and passages."""
     contract = model.read_json(CONTRACT_NAME).get(_KEY)
     if contract is None:
         return None

@@ -10,16 +10,20 @@ from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 
 def check_reachable(name: str) -> int:
-    """Check that `open_model` would find a model on this machine, and also the base model of an adapter.
+    """Check that `open_model` would find a model on this machine, without fetching weights.
+
+    For an adapter on the hub, the base model is checked too; not for one in a local folder or at a URI. A local model
+    is opened, so its pickled weights or GGUF file are converted.
 
     Args:
         name: a name as in `open_model`.
 
     Returns:
-        How many bytes would be fetched; 0 if everything is on this machine.
+        How many bytes would be fetched; 0 for a local model. For a hub model, 0 as soon as the cache has any of its
+        weights.
 
     Raises:
-        ModelError: there is no such model, it is gated, or the folder is not a model.
+        ModelError: there is no such model, it is gated, unfinished, or the folder is not a model.
         ReadaptError: the hub could not be reached, or kept failing.
     """
     plain, revision = (name, None) if Path(name).exists() else retrievers.split_commit(name)

@@ -31,7 +31,7 @@ class RetrieverOptions(Config):
         return self
 
     def open_retriever(self) -> OpenModel:
-        """Open the model, or the factors, and fetch it to this machine's disk if needed.
+        """Open the model, or the factors with their base, and fetch it to this machine's disk if needed.
 
         Raises:
             ModelError: it does not exist, or `domain` is not a folder of factors.

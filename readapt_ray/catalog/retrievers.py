@@ -185,7 +185,10 @@ PRETRAINED: dict[str, str] = {"quickstart-pretrained": "builtin:quickstart/pretr
 
 
 def target_modules(model_type: str) -> tuple[str, ...]:
-    """Return the names of the layers that get a knowledge adapter, by `model_type`.
+    """Return the last parts of the names of the layers that get a knowledge adapter: `q_proj`, `k_proj`, ...
+
+    Args:
+        model_type: the `model_type` of the model's config.json.
 
     Raises:
         ModelError: the `model_type` is unknown.
@@ -199,13 +202,19 @@ def target_modules(model_type: str) -> tuple[str, ...]:
 
 
 def find_retriever(name: str) -> Retriever | None:
-    """Return the catalog's row of a catalog name or hub id; None if the model is not in the catalog."""
+    """Return the catalog's row of a catalog name or hub id; None if the model is not in the catalog.
+
+    Lower or upper case does not matter, and `@commit` is ignored.
+    """
     plain = split_commit(name)[0].lower()
     return next((row for row in RETRIEVERS if plain in (row.name, row.hub_id.lower())), None)
 
 
 def split_commit(name: str) -> tuple[str, str | None]:
-    """Split `owner/name@commit` into name and commit; the commit is None if the name has none."""
+    """Split `owner/name@commit` into name and commit; the commit is None if the name has none.
+
+    A commit has 40 hexadecimal digits in lower case; anything else after `@` stays in the name.
+    """
     found = _PINNED.fullmatch(name)
     return (found[1], found[2]) if found else (name, None)
 
@@ -214,7 +223,7 @@ def find_cached(place: str) -> Retriever | None:
     """Return the catalog's row of a model in the hub's cache, by the path of its folder; None if it has none.
 
     Args:
-        place: path of the folder.
+        place: path of the folder, which ends with `models--OWNER--NAME/snapshots/COMMIT`; any other gives None.
     """
     cached = _HUB_CACHE.search(place)
     return find_retriever(f"{cached[1]}/{cached[2]}") if cached else None
@@ -236,13 +245,16 @@ def find_copied(place: str) -> Retriever | None:
 
 
 def hub_id(name: str) -> str:
-    """Return the hub id of a catalog name, or its `builtin:` name; any other name is returned unchanged."""
+    """Return the hub id of a catalog name, or its `builtin:` name; any other name is returned unchanged.
+
+    A catalog name with `@commit` gives the hub id without it.
+    """
     row = find_retriever(name)
     return row.hub_id if row else PRETRAINED.get(name.lower(), name)
 
 
 def retriever(name: str) -> Retriever:
-    """Return the catalog's row of a catalog name or hub id.
+    """Return the catalog's row of a catalog name or hub id, as `find_retriever` does.
 
     Raises:
         ModelError: the model is not in the catalog.

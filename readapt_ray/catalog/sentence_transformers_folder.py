@@ -1,7 +1,8 @@
 """Read the encoding of a retriever from the files of sentence-transformers in its folder.
 
-In: a folder with `modules.json`, and its tokenizer. Out: the `Encoding` with which vectors and rankings equal those of
-sentence-transformers. A feature that no `Encoding` can express is refused, with its name.
+In: a folder with `modules.json`, and its tokenizer. Out: the `Encoding` with which rankings equal those of
+sentence-transformers. Vectors equal too, but those that are compared by cosine always have length 1 here. A feature
+that no `Encoding` can express is refused, with its name.
 """
 
 import functools
@@ -31,6 +32,9 @@ _SETTINGS = tuple(
 
 def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> Encoding:
     """Return the encoding that the files of sentence-transformers describe.
+
+    Without prompts for queries or passages, the default prompt is used for both, or none if there is no default. Logs a
+    warning, once per model, if the last token is pooled and the tokenizer adds no token at the end.
 
     Args:
         model: a folder with `modules.json`.

@@ -67,6 +67,9 @@ class ModelShape:
     def adapted(self, targets: tuple[str, ...]) -> list[tuple[int, int]]:
         """Return inputs and outputs of the linear layers that an adapter with these target modules wraps.
 
+        Args:
+            targets: last parts of layer names, as in `matching_layers`.
+
         Raises:
             ModelError: a target matches no linear layer.
         """
@@ -75,12 +78,17 @@ class ModelShape:
 
 
 def is_in_layer(name: str) -> bool:
-    """Return whether a linear layer, by name, belongs to a numbered layer of a model, and not to its head."""
+    """Return whether a linear layer, by name, belongs to a numbered layer of a model, and not to its head.
+
+    True for "model.layers.0.mlp.up_proj", False for "lm_head".
+    """
     return any(part.isdigit() for part in name.split("."))
 
 
 def matching_layers(names: Iterable[str], targets: tuple[str, ...]) -> list[str]:
-    """Return the names that end with one of the target modules, sorted.
+    """Return the layer names whose last dotted parts are one of the target modules, sorted.
+
+    "q_proj" matches "layers.0.q_proj" but not "layers.0.my_q_proj".
 
     Raises:
         ModelError: a target matches no name; the message lists the last parts of all names.
@@ -96,7 +104,7 @@ def matching_layers(names: Iterable[str], targets: tuple[str, ...]) -> list[str]
 def model_shape(name: str, objective: Objective | None = None) -> ModelShape:
     """Return the shape of a model by name; for a retriever of the catalog, of its pretrained model.
 
-    Only the config is fetched.
+    Only the config is fetched; but for a local adapter its whole base model is, and a GGUF file is converted.
 
     Args:
         name: a catalog name, a folder, a GGUF file, a URI or a hub id.
@@ -111,6 +119,12 @@ def model_shape(name: str, objective: Objective | None = None) -> ModelShape:
 def pretrained_shape(name: str, objective: Objective | None = None) -> ModelShape:
     """Return the shape of a model with its language-model head: of `objective`, or by default the one its config names.
 
+    If the config names none either, no head is counted.
+
+    Args:
+        name: as in `model_shape`.
+        objective: objective of the head; None takes it from the config.
+
     Raises:
         ModelError: as in `model_shape`.
     """
@@ -119,7 +133,10 @@ def pretrained_shape(name: str, objective: Objective | None = None) -> ModelShap
 
 
 def longest_text(name: str) -> int | None:
-    """Return the longest text, in tokens, that a model has positions for, by the name of the model; None for no limit.
+    """Return the longest text, in tokens, that a model has positions for; None for no limit.
+
+    Args:
+        name: as in `model_shape`; for a retriever of the catalog, its pretrained model counts.
 
     Raises:
         ModelError: as in `model_shape`.
@@ -128,7 +145,13 @@ def longest_text(name: str) -> int | None:
 
 
 def objective_of(config: dict[str, Any]) -> Objective | None:
-    """Return the objective of the language-model head that a config.json names; None if it names none."""
+    """Return the objective of the language-model head that a config.json names; None if it names none.
+
+    `BertForMaskedLM` gives masked_lm, `LlamaForCausalLM` causal_lm, `BertModel` None.
+
+    Args:
+        config: the content of config.json.
+    """
     for name in config.get("architectures") or []:
         if name.endswith(("ForMaskedLM", "ForPreTraining")):
             return "masked_lm"
@@ -152,7 +175,11 @@ def usable_positions(config: dict[str, Any], name: str) -> int | None:
 
 
 def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
-    """Refuse to train a model whose config.json has a quantization_config.
+    """Refuse to train a model whose config.json has a quantization_config; else do nothing.
+
+    Args:
+        config: the content of config.json.
+        name: name of the model in the error.
 
     Raises:
         ModelError: it has one.
@@ -191,7 +218,14 @@ def shape_of(values: dict[str, Any], name: str, objective: Objective | None = No
 
 
 def measure_shape(model: Any, name: str) -> ModelShape:
-    """Return the shape of a transformers model without adapters, which may be on the meta device."""
+    """Return the shape of a transformers model without adapters, which may be on the meta device.
+
+    A language-model head counts if the model has one.
+
+    Args:
+        model: the model.
+        name: name to store in the shape.
+    """
     from torch import nn
 
     config = model.config

@@ -10,7 +10,10 @@ from readapt_ray.errors import ModelError
 
 
 def added_by_itself(tokenizer: Any) -> tuple[list[str], list[str]]:
-    """Return the special tokens that the tokenizer adds by default before and after a text."""
+    """Return the special tokens that the tokenizer adds by default before and after a text, as token strings.
+
+    Both lists are empty if it adds none, or if it tokenises the text itself differently with them.
+    """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     for start in range(len(ids) - len(plain) + 1):

@@ -19,7 +19,7 @@ from readapt_ray.retrieval.query_maps import Matrix, QueryMap
 
 DEPTH = 10
 MIN_RECALL = 0.25
-"""A bridge of lower recall is not worth using: it loses three of four passages that the new model would find."""
+"""A bridge of lower recall is not worth using: it loses over three of four passages that the new model would find."""
 _BLOCK = 1024
 
 
@@ -36,7 +36,13 @@ class BridgeQueries:
 
 
 def nearest(queries: Matrix, passages: Matrix, own: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
-    """Return the rows of the ten best passages of each query, itself excluded, unordered: int64 [Q, 10]."""
+    """Return the row numbers of the ten best passages of each query by inner product, unordered: int64 [Q, 10].
+
+    Args:
+        queries: [Q, D].
+        passages: [N, D], N at least 10.
+        own: [Q], the row of the passage that serves as each query, which cannot be a result; None for real queries.
+    """
     stored, found = torch.from_numpy(passages), np.empty((len(queries), DEPTH), np.int64)
     for first in range(0, len(queries), _BLOCK):
         scores = torch.from_numpy(queries[first : first + _BLOCK]) @ stored.T
@@ -49,15 +55,17 @@ def nearest(queries: Matrix, passages: Matrix, own: NDArray[np.int64] | None = N
 def measure_bridge(query_map: QueryMap, asked: BridgeQueries, new: Matrix, old: Matrix) -> dict[str, Any]:
     """Measure the recall of queries through a bridge, and of the old model's own queries for comparison.
 
+    Recall is the share of the ten best passages of the new model that are among the ten best found in the old vectors.
+
     Args:
         query_map: the map of the bridge.
-        asked: the queries.
+        asked: the queries; at least one.
         new: [N, D_new], vectors of the passages by the new model.
         old: [N, D_old], vectors of the same passages by the old model.
 
     Returns:
-        `bridged` and, if the old model is available, `old_queries` and `difference` (bridged - old_queries): each with
-        mean and 95% interval.
+        `num_queries`, `bridged` and, if the old model is available, `old_queries` and `difference` (bridged -
+        old_queries). Each of the last three has `mean` and `interval` (95%), from shares of 0 to 1.
     """
     truth = nearest(asked.new, new, asked.own)
     bridged = overlaps(nearest(query_map(asked.new), old, asked.own), truth)
@@ -69,7 +77,14 @@ def measure_bridge(query_map: QueryMap, asked: BridgeQueries, new: Matrix, old: 
 
 
 def objection(measured: dict[str, Any]) -> str:
-    """Say why a bridge is not worth using, from the result of `measure_bridge`; empty if it is worth using."""
+    """Say why a bridge is not worth using; empty text if it is worth using.
+
+    It is not if its mean recall is under 0.25, or if it is not significantly better than the old model's own queries
+    (the lower end of the interval of `difference` is 0 or less).
+
+    Args:
+        measured: the result of `measure_bridge`.
+    """
     found = measured["bridged"]["mean"]
     if found < MIN_RECALL:
         return f"it finds {found:.0%} of the new model's {DEPTH} best, and a bridge that finds under {MIN_RECALL:.0%} is no substitute"

@@ -16,8 +16,10 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the lines of the report as pairs: what was measured, and the figures.
 
     Args:
-        found: `loss` with the means before and after and the interval of the difference, or a note why there is none;
-            `vectors` with the mean cosine and the share of neighbours kept; `truncation` of the passages, or None.
+        found: `loss`, `vectors` and `truncation` (as `retrieval.truncation` makes it, or None). `loss` has `before`,
+            `after`, `difference` (after - before), the ends of its 95% interval `low` and `high`, and `num_passages`;
+            or only a `note` why there is none. `vectors` has `mean_cosine`, `low_cosine` (5th percentile) and
+            `num_passages`; with more than 10 passages also `neighbours_kept` and its `plus_minus`, as shares of 1.
     """
     loss, vectors = found["loss"], found["vectors"]
     told = loss.get("note", "")
@@ -45,11 +47,11 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def to_markdown(found: Mapping[str, Any]) -> str:
-    """Return the report as Markdown."""
+    """Return the report as Markdown; `found` is as in `rows`."""
     lines = [f"- {what}: {figures}" for what, figures in rows(found)]
     return "\n".join(["# What the adaptation changed, without queries", "", *lines, "", CAUTION]) + "\n"
 
 
 def to_html(found: Mapping[str, Any]) -> str:
-    """Return the report as one self-contained HTML page."""
+    """Return the report as one self-contained HTML page; `found` is as in `rows`."""
     return page_template("drift.html").render(rows=rows(found), caution=CAUTION)

@@ -18,24 +18,30 @@ from readapt_ray.progress import amount
 
 @dataclasses.dataclass(frozen=True)
 class GeneralReport:
-    """Measures and comparisons of the same runs on a general collection."""
+    """Measures and comparisons of the user's retrievers on a general collection (a public one, such as MS MARCO)."""
 
     uri: str
+    """Output of `readapt evaluate` on the general collection."""
     num_queries: int
+    """Judged queries of the general collection."""
     means: Mapping[str, Mapping[str, float]]
     """By run, in the order of the runs on the user's corpus, and by measure."""
     comparisons: Sequence[Comparison]
+    """Comparisons of the other runs with the first, under the run names of the user's report."""
 
 
 def read_general(artifact: Artifact, own: Mapping[str, Mapping[str, Any]]) -> GeneralReport:
     """Read the report on a general collection, and check that it measured the same retrievers.
 
+    Runs are matched by position, and get the names that they have on the user's corpus. Models are compared only if
+    both provenances have fingerprints.
+
     Args:
         artifact: output of `readapt evaluate` on the general collection.
-        own: provenance of the runs on the user's corpus, by name.
+        own: provenance of the runs on the user's corpus, by name; the baseline first.
 
     Raises:
-        InputError: the general report measured other retrievers, or in another order.
+        InputError: the general report has another number of runs, other retrievers, or another order.
     """
     details = artifact.manifest.details
     runs = json.loads((artifact.location / "report.json").read_bytes())["runs"]
@@ -71,7 +77,15 @@ def _models(provenance: Mapping[str, Any]) -> list[str]:
 
 
 def side_by_side(comparisons: Sequence[Comparison], general: GeneralReport) -> list[dict[str, Any]]:
-    """Return a row per comparison that both reports have: the difference on the user's and on general queries."""
+    """Return a row per comparison that both reports have, in the order of `comparisons`.
+
+    Args:
+        comparisons: those on the user's queries.
+        general: the general report, from `read_general`.
+
+    Returns:
+        Rows of `run`, `measure`, `own` and `general`: the last two are the comparisons as dicts.
+    """
     there = {(each.run, each.measure): each for each in general.comparisons}
     return [
         {
@@ -86,7 +100,11 @@ def side_by_side(comparisons: Sequence[Comparison], general: GeneralReport) -> l
 
 
 def general_markdown(general: Mapping[str, Any]) -> list[str]:
-    """Return the section of a report about the general collection, as lines of Markdown."""
+    """Return the section of a report about the general collection, as lines of Markdown.
+
+    Args:
+        general: the entry `general` of `report.build_report`, not None.
+    """
     lines = ["", f"## Beside {amount(general['num_queries'], 'general queries')}", ""]
     header = ["run", "measure", "own: difference", "95% interval", "general: difference", "95% interval"]
     lines += markdown_table(

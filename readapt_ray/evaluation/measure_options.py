@@ -34,7 +34,10 @@ MeasureOption = Annotated[str, AfterValidator(_one_measure)]
 def depth_of(measures: str | Sequence[str]) -> int:
     """Return how many results per query measures need: their largest cutoff, but at least 100.
 
-    If a measure has no cutoff, at least 1,000.
+    If a measure has no cutoff, at least 1,000. So `nDCG@10` gives 100, `R@200` 200 and `AP` 1,000.
+
+    Args:
+        measures: a list of names, or one text with commas.
 
     Raises:
         InputError: a measure is unknown.
@@ -55,7 +58,9 @@ def cutoffs(measures: str | Sequence[str]) -> dict[str, int]:
 
 
 def drops_self_hits(source: str | None) -> bool:
-    """Return whether a corpus of the catalog has queries that are passages too, and must not find themselves.
+    """Return whether the queries of a catalog corpus are passages too, so that none may find itself.
+
+    False if the source is None, unknown, or not in the catalog.
 
     Args:
         source: what the corpus was ingested from; None if unknown. As in `ingest`, an existing file or folder of that

@@ -47,7 +47,7 @@ class Measurement:
 
     @functools.cached_property
     def means(self) -> dict[str, float]:
-        """Return the mean of each measure over the judged queries."""
+        """Return the mean of each measure over the judged queries, by canonical name."""
         return {name: float(values.mean()) for name, values in self.values.items()}
 
 
@@ -75,8 +75,8 @@ def measure(
         without results counts as zero. Equal scores are ranked as trec_eval ranks them.
 
     Raises:
-        InputError: a file cannot be read, a measure is unknown, a score is not finite, or no query of the run is
-            judged.
+        InputError: a file cannot be read, a measure is unknown, a score is not finite, the judgements are empty or
+            contradict each other, or no query of the run is judged.
     """
     parsed = parse_measures(measures)
     judgements = group_judgements(
@@ -97,6 +97,8 @@ def measure(
 def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
     """Parse measures from their usual names: `nDCG@10`, `R@100`, `RR@10`, `AP(rel=2)`, ...
 
+    Lower or upper case does not matter. A measure that is given twice counts once.
+
     Args:
         names: a list, or one text with commas between the names.
 
@@ -104,7 +106,8 @@ def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
         ir-measures' object for each canonical name (`MRR@10` becomes `RR@10`), in the order given.
 
     Raises:
-        InputError: a measure is unknown, or its cutoff is not possible; the message lists the known ones.
+        InputError: no measure is given, one is unknown (the message lists the known ones), or its cutoff is not
+            possible.
     """
     texts = split_list(names) if isinstance(names, str) else [part for name in names for part in split_list(name)]
     if not texts:
@@ -114,13 +117,17 @@ def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
 
 
 def describe_measures(names: str | Sequence[str]) -> dict[str, str]:
-    """Return a sentence that says what each measure means, from ir-measures, by canonical name."""
+    """Return a sentence that says what each measure means, from ir-measures, by canonical name.
+
+    Raises:
+        InputError: as in `parse_measures`.
+    """
     return {name: each.SHORT_DESC.rstrip(".") + "." for name, each in parse_measures(names).items()}
 
 
 @functools.cache
 def known_measures() -> tuple[str, ...]:
-    """Return the families of measures that can be computed here, without their cutoffs."""
+    """Return the sorted families of measures that can be computed here, without cutoffs: `AP`, `nDCG`, `R`, ..."""
     supported = {
         each.NAME
         for name in _PROVIDERS
@@ -131,7 +138,7 @@ def known_measures() -> tuple[str, ...]:
 
 
 def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
-    """Group judgements by query and passage.
+    """Group judgements by query and passage: relevance by query_id and doc_id. A repeated judgement counts once.
 
     Raises:
         InputError: there are no judgements, or a passage has two different ones for one query.
@@ -150,7 +157,12 @@ def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
 
 
 def of_documents(judgements: Judgements, document_of: Mapping[str, str]) -> dict[str, dict[str, int]]:
-    """Convert judgements of passages to judgements of documents: a document gets its passages' highest relevance."""
+    """Convert judgements of passages to judgements of documents: a document gets its passages' highest relevance.
+
+    Args:
+        judgements: relevance by query_id and doc_id of a passage.
+        document_of: the document's id by the doc_id of a passage; it must have all judged passages.
+    """
     merged: dict[str, dict[str, int]] = {}
     for query_id, judged in judgements.items():
         own = merged.setdefault(query_id, {})
@@ -162,6 +174,8 @@ def of_documents(judgements: Judgements, document_of: Mapping[str, str]) -> dict
 
 def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *, name: str = "run") -> Measurement:
     """Compute measures of a run for every judged query.
+
+    A judged query without results counts as zero. Queries without judgements are left out.
 
     Args:
         run: the ranked results.
@@ -194,7 +208,10 @@ def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *
 
 
 def recall_curve(run: Run, judgements: Judgements, cutoffs: Sequence[int]) -> list[float]:
-    """Return the mean R@k over the judged queries for each cutoff k; equal to the R@k of `measure_run`."""
+    """Return the mean R@k over the judged queries for each cutoff k; equal to the R@k of `measure_run`.
+
+    A passage is relevant if its relevance is above 0. A query without relevant passages or without results counts as 0.
+    """
     doc_codes = {doc_id: code for code, doc_id in enumerate(run.doc_ids)}
     query_codes = {query_id: index for index, query_id in enumerate(run.query_ids)}
     wanted, weights = [], []

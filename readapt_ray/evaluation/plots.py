@@ -32,10 +32,15 @@ class Point(NamedTuple):
 def difference_plot(bars: Sequence[tuple[str, float]], *, description: str) -> Markup:
     """Draw one bar per query, whose height is the difference between two runs.
 
+    A difference of 0 has no bar. Below the axis are the numbers of queries that are better, the same and worse.
+
     Args:
         bars: a label and a difference per query, the largest gain first. Of more than 400, a regular sample of 400 is
             drawn, without labels.
         description: text for screen readers.
+
+    Returns:
+        An SVG element to put into a page; so do the other plots.
     """
     wins = sum(value > 0 for _, value in bars)
     losses = sum(value < 0 for _, value in bars)
@@ -69,7 +74,7 @@ def line_plot(series: Mapping[str, Sequence[float]], cutoffs: Sequence[int], *, 
 
     Args:
         series: values from 0 to 1, one per cutoff, by name of the line.
-        cutoffs: rising whole numbers from 1 on.
+        cutoffs: rising whole numbers from 1 on, at least one.
         description: text for screen readers.
     """
     left, right = _LEFT, _WIDTH - _LABEL_ROOM
@@ -107,7 +112,7 @@ def scale_plot(series: Mapping[str, Sequence[Point]], *, axis: str, description:
     """Draw lines with error bars over a linear axis, with the name of each line at its end.
 
     Args:
-        series: the points of each line, by name.
+        series: the points of each line, by name, in any order; at least one per line, and at least one line.
         axis: label of the axis.
         description: text for screen readers.
     """
@@ -165,7 +170,7 @@ def _line_with_bars(
 
 
 def nice_ceiling(value: float) -> float:
-    """Round a positive value up to 1, 2, 2.5, 4, 5, 8 or 10 times a power of ten."""
+    """Round a positive value up to 1, 2, 2.5, 4, 5, 8 or 10 times a power of ten: 0.3 to 0.4."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 2.5, 4, 5, 8, 10) if step * power >= value * (1 - 1e-9))
 

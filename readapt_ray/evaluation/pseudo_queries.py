@@ -20,7 +20,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 def with_pseudo_queries(
     passages: Sequence[Passage], order: Iterable[int], max_queries: int
 ) -> tuple[list[Passage], list[Query]]:
-    """Make queries from some passages, and remove their text from the passages.
+    """Make queries from some passages, and remove their text from the passages of the same document.
+
+    Passages that are too short for a query (see `split_query`) are skipped, so there may be fewer than `max_queries`.
 
     Args:
         passages: a sample of the corpus; passages of a split document have the id of the document.
@@ -28,8 +30,8 @@ def with_pseudo_queries(
         max_queries: most queries to make.
 
     Returns:
-        The passages, without the text that became a query, and the queries, at most one per document. The id of a query
-        is `pseudo:` and the id of its passage.
+        The passages, in their order, without the text that became a query and without those that became empty; and the
+        queries, at most one per document. The id of a query is `pseudo:` and the id of its document.
     """
     left: dict[int, Passage] = dict(enumerate(passages))
     places: dict[str, list[int]] = {}
@@ -53,7 +55,11 @@ def with_pseudo_queries(
 
 
 def split_query(passage: Passage) -> tuple[str, Passage] | None:
-    """Split a passage into a query and the remaining passage, which answers it; None if it is too short for both."""
+    """Split a passage into a query and the remaining passage, which answers it; None if it is too short for both.
+
+    The title becomes the query if it has at least 4 words, is not repeated in the text, and the text has at least 80
+    characters. Else the first sentence does, if it has at least 4 words and at least 80 characters follow.
+    """
     title, text = passage.title.strip(), passage.text.strip()
     if num_words(title) >= MIN_QUERY_WORDS and len(text) >= MIN_REST_CHARS and title not in text:
         return title, passage._replace(title="", text=text)

@@ -59,17 +59,19 @@ def build_report(
 ) -> dict[str, Any]:
     """Build the content of the report as JSON values.
 
+    The first measure decides the verdicts, and which queries are shown as having gained or lost most.
+
     Args:
         runs: by name; the first is the baseline.
         measurements: measurement of each run, by name.
-        comparisons: comparisons of the other runs with the baseline.
+        comparisons: comparisons of the other runs with the baseline, by every measure.
         judgements: relevance by query_id and doc_id.
-        query_texts: texts of queries by query_id; any may be missing.
-        find_passages: called once, with the doc_ids of the passages whose title and text are shown.
+        query_texts: texts by query_id of all queries, judged or not; any may be missing. Unjudged ones are counted.
+        find_passages: called at most once, with the doc_ids of the passages whose title and text are shown.
         provenance: what is known about the origin of each run, by name.
         num_permutations: permutations of the tests; only reported.
-        seed: seed of the tests and of the intervals.
-        requirements: requirements and whether they hold; see `requirements.py`.
+        seed: seed of the tests (only reported) and of the intervals of the means.
+        requirements: the result of `check_requirements`.
         general: results of the same retrievers on a general collection; None without one.
         num_unknown: number of judgements of passages that the corpus does not have.
     """
@@ -136,13 +138,16 @@ def _contents(run: Run, measurement: Measurement, provenance: Mapping[str, Any])
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """Return the report as JSON, without the per-query differences, which have a file of their values."""
+    """Return the report as JSON, without the differences per query: `per_query.parquet` has their values."""
     changes = [{name: value for name, value in each.items() if name != "differences"} for each in report["changes"]]
     return json.dumps({**report, "changes": changes}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def page_template(name: str) -> jinja2.Template:
-    """Load an HTML template of this package, with the filters that templates use."""
+    """Load an HTML template of this package, such as `report.html`, with the filters that templates use.
+
+    Rendering escapes values, and fails if a variable of the template is missing.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""),
         autoescape=True,
@@ -157,7 +162,7 @@ def page_template(name: str) -> jinja2.Template:
 
 
 def to_html(report: Mapping[str, Any]) -> str:
-    """Return the report as one self-contained HTML page."""
+    """Return the report (from `build_report`) as one self-contained HTML page."""
     template = page_template("report.html")
     drawings = {
         each["run"]: plots.difference_plot(
@@ -176,7 +181,7 @@ def to_html(report: Mapping[str, Any]) -> str:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """Return the report as Markdown: verdicts, tables of means and of comparisons, changed queries, provenance."""
+    """Return the report (from `build_report`) as Markdown."""
     measures = report["measures"]
     lines = ["# Evaluation", ""]
     lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
@@ -250,7 +255,12 @@ def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict
 
 
 def verdict(comparison: Comparison) -> dict[str, str]:
-    """Return whether a run is better, worse or not significantly different, with a sentence that says so."""
+    """Return whether a run is better or worse than the baseline, with a sentence that says so.
+
+    Returns:
+        `run`, `sentence` and `kind`: better or worse if the p-value after Holm's correction is under 0.05, unclear if
+        it is not, untested if no test is possible.
+    """
     figures = (
         f"{comparison.measure} {value(comparison.mean)} against {value(comparison.baseline_mean)}, "
         f"{signed(comparison.difference)}"

@@ -35,15 +35,16 @@ class Requirement(NamedTuple):
 
 
 def parse_requirement(text: str, measures: Sequence[str], general: Sequence[str] = ()) -> Requirement:
-    """Parse a requirement.
+    """Parse a requirement, such as `nDCG@10 >= base - 0.005` or `general R@100 >= 0.3`.
 
     Args:
         text: as the user wrote it.
         measures: measures of the run.
-        general: measures on the general collection; empty without one.
+        general: measures on the general collection; empty if none is measured.
 
     Raises:
-        InputError: the text is no requirement, or its measure is not measured.
+        InputError: the text is no requirement, its measure is not measured, or it begins with `general` and no general
+            collection is measured.
     """
     found = _FORM.fullmatch(text.strip())
     if found is None:
@@ -85,13 +86,17 @@ def check_requirements(
 ) -> list[dict[str, Any]]:
     """Check each requirement for each run after the first, or for the first if there is no other.
 
+    A requirement relative to `base` holds if the lower end of the 95% interval of the difference reaches it. It does
+    not hold if there is no interval (one query only). Any other holds if the mean reaches it.
+
     Args:
-        requirements: what must hold.
+        requirements: what must hold, all for the collection of `means`.
         means: by run and measure; the first run is the baseline.
         comparisons: of the other runs with the baseline.
 
     Returns:
-        For each requirement and run: text, run, holds, the outcome with its figures, and all of it as a sentence.
+        For each requirement and run: `text`, `run`, `holds`, the `outcome` with its figures, and all of it as a
+        `sentence`.
 
     Raises:
         InputError: a requirement compares with the baseline, and there is no other run.

@@ -35,7 +35,7 @@ class Run:
     """Ranked results of many queries, best first, in trec_eval's order."""
 
     query_ids: list[str]
-    """The queries, in the order of their first result."""
+    """The queries with results, in the order in which the input first has them."""
     offsets: NDArray[np.int64]
     """[Q + 1]; the results of query i are rows offsets[i] to offsets[i + 1] (exclusive)."""
     doc_ids: list[str]
@@ -47,7 +47,11 @@ class Run:
 
     @classmethod
     def of(cls, results: Mapping[str, Sequence[ScoredDoc]], *, name: str = "run") -> "Run":
-        """Build a run from results in any order; `name` is its name in errors.
+        """Build a run from results in any order; a query without results is left out.
+
+        Args:
+            results: results by query_id.
+            name: name of the run in errors.
 
         Raises:
             InputError: a score is not a finite number, or a query has a passage twice.
@@ -61,11 +65,11 @@ class Run:
 
     @property
     def depth(self) -> int:
-        """Return the largest number of results of any query."""
+        """Return the largest number of results of any query; 0 if there are none."""
         return int(np.diff(self.offsets).max(initial=0))
 
     def top(self, index: int, num_docs: int | None = None) -> list[ScoredDoc]:
-        """Return the first `num_docs` results of the query at `index`; all if None."""
+        """Return the first `num_docs` results of the query at `index` of `query_ids`, best first; all if None."""
         first, last = int(self.offsets[index]), int(self.offsets[index + 1])
         if num_docs is not None:
             last = min(last, first + num_docs)
@@ -78,7 +82,7 @@ def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
     """Write a run file, with the results of each query in trec_eval's order.
 
     Args:
-        uri: the file.
+        uri: the file; an existing one is replaced.
         scored: results in any order; all are held in memory.
         tag: the last field of every line; whitespace in it becomes a hyphen.
 
@@ -92,8 +96,9 @@ def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
     """Write a run file from a stream of tables, with one table in memory at a time.
 
     Args:
-        uri: the file.
-        tables: query_id, doc_id and score (float64). All results of a query must be in one table, each passage once.
+        uri: the file; an existing one is replaced.
+        tables: query_id, doc_id and score (float64, finite). All results of a query must be in one table, each passage
+            once; this is not checked.
         tag: as in `write_run`.
 
     Raises:
@@ -117,9 +122,9 @@ def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
 
 
 def read_run(uri: str) -> dict[str, list[ScoredDoc]]:
-    """Read a run file, and return the results of each query in trec_eval's order.
+    """Read a run file, and return the results of each query in trec_eval's order, by query_id.
 
-    Like trec_eval, this ignores the ranks in the file.
+    Like trec_eval, this ignores the ranks in the file. All results are in memory; `load_run` takes less.
 
     Raises:
         InputError: as in `load_run`.
@@ -131,9 +136,11 @@ def read_run(uri: str) -> dict[str, list[ScoredDoc]]:
 def load_run(uri: str) -> Run:
     """Read a run file into columns; 10 million lines take some six seconds on two cores.
 
+    The ranks in the file are ignored; the scores decide the order.
+
     Raises:
-        InputError: there is no such file, a line does not have six fields, a score is not finite, or a query has a
-            passage twice; the message names file and line.
+        InputError: there is no such file, a line does not have six fields or is not UTF-8, a score is not finite, or a
+            query has a passage twice; the message names file and line.
     """
     location = Location(uri)
     if not location.is_file():

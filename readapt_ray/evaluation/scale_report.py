@@ -17,7 +17,13 @@ from readapt_ray.evaluation.tables import markdown_table, signed, value
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """Summarise the search in a sentence, with figures from the half of the queries that did not choose the scales."""
+    """Summarise the search in a sentence, with figures from the half of the queries that did not choose the scales.
+
+    If the unchanged retriever is best, the sentence says so, without figures.
+
+    Args:
+        result: from `scale_search.describe_search`.
+    """
     best = result["best"]
     pair = f"readapter_scale {best['readapter_scale']:g}, knowledge_scale {best['knowledge_scale']:g}"
     if (best["readapter_scale"], best["knowledge_scale"]) == (1.0, 0.0):
@@ -27,7 +33,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """Return the report as Markdown: the best pair, the method, and a table of all pairs."""
+    """Return the report as Markdown: the best pair, the method, and a table of all pairs; `result` as in `verdict`."""
     lines = ["# Scales", "", verdict(result), "", _method(result), ""]
     rows = [
         [
@@ -53,7 +59,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 
 def to_html(result: Mapping[str, Any]) -> str:
-    """Return the report as one self-contained HTML page."""
+    """Return the report as one self-contained HTML page; `result` is as in `verdict`."""
     by_readapter: dict[float, list[plots.Point]] = {}
     for cell in result["grid"]:
         low, high = cell["interval"] or (cell["difference"], cell["difference"])

@@ -25,15 +25,16 @@ Values = Mapping[ScalePair, Mapping[str, float]]
 
 
 def coarse_pairs(readapter_scales: Sequence[float], knowledge_scales: Sequence[float]) -> list[ScalePair]:
-    """Return every pair of the two lists once; add the unchanged retriever if it is missing."""
+    """Return every pair of the two lists once; the unchanged retriever comes first if the lists lack it."""
     pairs = dict.fromkeys(product(readapter_scales, knowledge_scales))
     return list(pairs if RETRIEVER in pairs else {RETRIEVER: None, **pairs})
 
 
 def finer_pairs(tried: Collection[ScalePair], best: ScalePair) -> list[ScalePair]:
-    """Return new pairs halfway between the best pair and its neighbours on each axis.
+    """Return new pairs halfway between the best pair and its neighbours on each axis, and their combinations.
 
-    With (1, 0), (1, 0.5) and (1, 1) tried and (1, 0.5) best: (1, 0.25) and (1, 0.75).
+    With (1, 0), (1, 0.5) and (1, 1) tried and (1, 0.5) best: (1, 0.25) and (1, 0.75). Pairs that were tried are left
+    out.
     """
     readapter, knowledge = (_halved([pair[axis] for pair in tried], best[axis]) for axis in (0, 1))
     return [pair for pair in product(readapter, knowledge) if pair not in tried]
@@ -47,13 +48,22 @@ def _halved(values: Sequence[float], best: float) -> list[float]:
 
 
 def halves(query_ids: Sequence[str], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Split queries at random into a tuning half, which chooses the scales, and a reporting half; return indices."""
+    """Split queries at random into a tuning half, which chooses the scales, and a reporting half.
+
+    Returns:
+        The indices of both, int64, in random order. An odd query is in the reporting half.
+    """
     order = np.random.default_rng(seed).permutation(len(query_ids))
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 def best_pair(values: Values, seed: int) -> ScalePair:
-    """Return the pair with the best mean on the tuning half; among equals, the nearest to the unchanged retriever."""
+    """Return the pair with the best mean on the tuning half; among equals, the nearest to the unchanged retriever.
+
+    Args:
+        values: value of the measure, higher is better, by pair and query; must have the pair `RETRIEVER`.
+        seed: seed of the halves.
+    """
     query_ids = sorted(values[RETRIEVER])
     tuning, _ = halves(query_ids, seed)
     table = _table(values, query_ids)
@@ -69,10 +79,15 @@ def describe_search(values: Values, *, measure: str, seed: int, queries: str) ->
     """Return the content of the report of a search, as JSON values.
 
     Args:
-        values: value of the measure, by pair and query.
+        values: value of the measure, by pair and query; must have the pair `RETRIEVER`.
         measure: name of the measure.
-        seed: seed of the halves and of the tests.
+        seed: seed of the halves, of the intervals and of the tests.
         queries: kind of the queries, for the report.
+
+    Returns:
+        `best` pair; `grid`, a row per pair: means of both halves, and difference from the retriever (pair - retriever)
+        with its interval on the tuning half; `reported`, the comparison of the best pair with the retriever on the
+        other half.
     """
     query_ids = sorted(values[RETRIEVER])
     tuning, reporting = halves(query_ids, seed)

@@ -41,6 +41,7 @@ class Comparison:
     p_holm: float | None
     """p_value after Holm's correction over all runs that are compared by this measure; None if no test is possible."""
     wins: int
+    """Queries for which the run is better than the baseline; `losses` are those for which it is worse."""
     ties: int
     losses: int
     note: str = ""
@@ -55,7 +56,7 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Compare every run with the first, by every measure.
+    """Compare every run with the first, by every measure. With one query only, no test or interval is computed.
 
     Args:
         values: float64 [Q] by run and measure; all have the same queries in the same order.
@@ -65,7 +66,7 @@ def compare(
         seed: the same seed and values give the same result.
 
     Returns:
-        A comparison for each measure and each run after the first, in this order.
+        A comparison for each measure and each run after the first, in this order; none if there is one run only.
 
     Raises:
         InputError: the runs differ in their number of queries, or have none.
@@ -107,7 +108,11 @@ def compare(
 
 
 def paired(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the difference per query, float64 [Q]. Differences that come from rounding become exactly zero.
+    """Return `values - baseline` per query, float64 [Q]; differences as small as rounding errors become exactly zero.
+
+    Args:
+        values: the measure of each query in a run, [Q].
+        baseline: the measure of the same queries, in the same order, in the baseline run.
 
     Raises:
         InputError: the numbers of queries differ, or are zero.
@@ -131,7 +136,7 @@ def randomisation_test(
 
     Args:
         differences: float64 [Q, K]: K comparisons over the same Q queries, flipped together.
-        num_permutations: m, the number of random sign flips.
+        num_permutations: m, the number of random sign flips if they are drawn.
         seed: seed of the draws.
 
     Returns:
@@ -206,14 +211,14 @@ def detectable_difference(differences: Sequence[NDArray[np.float64]]) -> float:
     """Return the mean difference that a two-sided test at 5% finds with 80% power, by the normal approximation.
 
     Args:
-        differences: float64 [Q] for each set of queries, as in `combine`. Only their variance matters, not their mean.
+        differences: float64 [Q] for each set of queries, Q at least 2. Only their variance matters, not their mean.
     """
     variances = [each.var(ddof=1) / len(each) for each in differences]
     return float((NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) * np.sqrt(sum(variances)) / len(differences))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Correct p-values by Holm's step-down procedure (Holm, 1979), and return them in the same order."""
+    """Correct p-values by Holm's step-down procedure (Holm, 1979), to at most 1; return them in the same order."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted = [0.0] * len(p_values)
     floor = 0.0

@@ -34,7 +34,7 @@ _WORD = re.compile(rf"[{_CHARACTERS}]|[^\W_{_CHARACTERS}]+")
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, in order."""
+    """Return the words of a text in lower case, in order and with repeats: `gpt`, `4` and `s` of "GPT-4's"."""
     return _WORD.findall(text.lower())
 
 
@@ -48,7 +48,11 @@ class WordCounts:
     """Number of passages that hold each word."""
 
     def add(self, passages: Iterable[Sequence[str]]) -> None:
-        """Count the words of more passages."""
+        """Count the words of more passages, in place.
+
+        Args:
+            passages: the words of each passage, from `words`.
+        """
         for each in passages:
             self.num_passages += 1
             self.num_words += len(each)
@@ -56,14 +60,18 @@ class WordCounts:
                 self.passages_with[word] = self.passages_with.get(word, 0) + 1
 
     def merge(self, other: "WordCounts") -> None:
-        """Add the counts of another shard."""
+        """Add the counts of another shard to these, in place."""
         self.num_passages += other.num_passages
         self.num_words += other.num_words
         for word, number in other.passages_with.items():
             self.passages_with[word] = self.passages_with.get(word, 0) + number
 
     def only(self, words_of_shard: Iterable[str]) -> "WordCounts":
-        """Return the same counts for the words of one shard only."""
+        """Return a copy with the counts of some words only; the totals stay those of all shards.
+
+        Args:
+            words_of_shard: distinct words, all of which were counted.
+        """
         return WordCounts(
             self.num_passages, self.num_words, {word: self.passages_with[word] for word in words_of_shard}
         )
@@ -89,7 +97,10 @@ class WordIndex:
 
         Args:
             passages: the words of each passage; one without words is never found.
-            whole: the counts over all shards.
+            whole: the counts over all shards, these passages included.
+
+        Raises:
+            InputError: bm25s is not installed.
         """
         vocabulary: dict[str, int] = {}
         ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in each] for each in passages]
@@ -128,7 +139,7 @@ class WordIndex:
             return cls(vocabulary, num_rows=int(arrays["num_rows"]), **values)
 
     def scores(self, query: str) -> NDArray[np.float32]:
-        """Return the score of each passage, float32 [N]; 0 if it has no word of the query."""
+        """Return the score of each passage for a query text, float32 [N]; 0 if it has no word of the query."""
         counts = itertools.islice(Counter(words(query)).items(), MAX_QUERY_WORDS)
         found = np.zeros(self.num_rows, np.float64)
         for word, count in counts:
@@ -140,7 +151,10 @@ class WordIndex:
 
 
 def query_blocks(queries: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Cut queries into blocks that are searched together: up to 16 queries, fewer if they are long."""
+    """Cut queries into blocks that are searched together: up to 16 queries and 4,096 characters.
+
+    A longer query is a block alone. Without queries there is one empty block.
+    """
     first, num_characters = 0, 0
     for place, query in enumerate(queries):
         num_characters += len(query)
@@ -157,14 +171,19 @@ def search_words(
     top_k: int,
     passing: NDArray[np.bool_] | None = None,
 ) -> "Hits":
-    """Return the k best passages of each query by BM25. Passages without any word of the query are never found.
+    """Return the k best passages of each query by BM25, ties by doc_id.
+
+    Passages without any word of the query are never found.
 
     Args:
         parts: indexes whose rows follow each other.
         doc_ids: [N], of the rows of all parts.
-        queries: texts.
+        queries: texts, at least one.
         top_k: k.
         passing: bool [N], rows that may be found; None for all.
+
+    Raises:
+        InputError: top_k is under 1.
     """
     from readapt_ray.retrieval.exact import TopK, joined  # imports torch, which building an index does not need
 

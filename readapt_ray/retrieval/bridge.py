@@ -39,12 +39,15 @@ class Bridge:
 
     @property
     def new_encoder(self) -> dict[str, Any]:
-        """Return the description of the encoder of queries: fingerprint, model, dtype, encoding, dimension."""
+        """Return the description of the new model's encoder, whose query vectors are mapped.
+
+        It has fingerprint, model, dtype, encoding and dimension (of the vectors before the map).
+        """
         return dict(self.artifact.manifest.details["new_encoder"])
 
     @property
     def old_encoder(self) -> dict[str, Any]:
-        """Return the description of the encoder that made the vectors."""
+        """Return the description of the encoder that made the vectors, with the same entries as `new_encoder`."""
         return dict(self.artifact.manifest.details["old_encoder"])
 
     @property
@@ -100,6 +103,9 @@ class Bridge:
     def check_vectors(self, made: Artifact) -> None:
         """Refuse vectors, or an index of them, for which the bridge was not fitted.
 
+        Args:
+            made: the output of `readapt embed` or `readapt index`.
+
         Raises:
             FingerprintMismatchError: the bridge was fitted on other vectors.
         """
@@ -113,6 +119,6 @@ class Bridge:
             )
 
     def warn_if_not_worth_it(self) -> None:
-        """Log a warning if the manifest says that the bridge is not worth using."""
+        """Log a warning if, by its recall when it was made, the bridge is not worth using; else do nothing."""
         if objection := self.artifact.manifest.details["not_worth_it"]:
             logger.warning("bridge %s is not worth it: %s", self.artifact.uri, objection)

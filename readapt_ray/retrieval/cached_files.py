@@ -20,8 +20,8 @@ _FILE = "content"
 def local_copy(file: Location, sha256: str, *, is_mapped: bool = True) -> Location:
     """Return a copy of a file on this node's disk; make the copy first if needed.
 
-    A local file is returned as it is. The file itself is also returned, with a warning, if there is no room for a copy
-    or the cache cannot be written.
+    A local file is returned as it is, unverified. The file itself is also returned, with a warning, if there is no room
+    for a copy or the cache cannot be written.
 
     Args:
         file: local, or on an object store.
@@ -29,7 +29,7 @@ def local_copy(file: Location, sha256: str, *, is_mapped: bool = True) -> Locati
         is_mapped: keep the copy until this process ends. Otherwise it may be removed as soon as others need the room.
 
     Raises:
-        CorruptFileError: the file is gone, or its checksum is wrong.
+        CorruptFileError: a file of an object store is gone, or its checksum is wrong.
     """
     if file.is_local:
         return file

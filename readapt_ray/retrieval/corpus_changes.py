@@ -31,6 +31,7 @@ class Changes:
     changed: int
     deleted: int
     kept: int
+    """Passages with the same doc_id, title and text in both states."""
     other_columns: int
     """Kept passages whose other columns differ: in a value, or in which columns exist."""
     sample_new: NDArray[np.int64]
@@ -67,9 +68,10 @@ def compare(
     columns: Sequence[str] = (),
     shared: Set[str] = frozenset(),
 ) -> Changes:
-    """Compare two states of a corpus, for the doc_ids of one part of several.
+    """Compare two states of a corpus, for the doc_ids of one part of several; only these count.
 
-    The hash of a doc_id decides its part, so that parts can be compared by different workers.
+    The hash of a doc_id decides its part, so that parts can be compared by different workers. Each part's samples have
+    at most SAMPLE / num_parts rows.
 
     Args:
         before: passages of the earlier state.
@@ -115,7 +117,7 @@ def _sampled(kept: NDArray[np.int64], now: ParquetRows, unread: Set[str]) -> NDA
 
 
 def added_up(parts: Sequence[Changes]) -> Changes:
-    """Add up the changes of all parts."""
+    """Add up the changes of all parts of one comparison (at least one); their samples are concatenated."""
     names = ("added", "changed", "deleted", "kept", "other_columns")
     return Changes(
         **{name: sum(getattr(each, name) for each in parts) for name in names},
@@ -125,7 +127,7 @@ def added_up(parts: Sequence[Changes]) -> Changes:
 
 
 def known_contents(passages: ParquetRows) -> NDArray[np.uint64]:
-    """Return the distinct content hashes of a corpus, sorted, 8 bytes per passage; for `is_known`.
+    """Return the first 8 bytes of each distinct content hash of a corpus, sorted: uint64, for `is_known`.
 
     Raises:
         CorruptFileError: a file was cut short or altered.
@@ -135,14 +137,19 @@ def known_contents(passages: ParquetRows) -> NDArray[np.uint64]:
 
 
 def is_known(known: NDArray[np.uint64], hashes: Sequence[bytes]) -> NDArray[np.bool_]:
-    """Return for each content hash whether it is among `known`, which `known_contents` made."""
+    """Return for each content hash of 16 bytes whether it is among `known`, bool [N]; only 8 bytes are compared.
+
+    Args:
+        known: from `known_contents`.
+        hashes: content hashes, as `content_hashes` computes them.
+    """
     contents = _contents(hashes)
     place = np.minimum(np.searchsorted(known, contents), max(0, len(known) - 1))
     return known[place] == contents if len(known) else np.zeros(len(contents), bool)
 
 
 def content_hashes(passages: pa.Table) -> list[bytes]:
-    """Compute the content hash, 16 bytes, of title and text of each row."""
+    """Compute the content hash, 16 bytes, of title and text of each row; the table has both columns."""
     pairs = zip(passages["title"].to_pylist(), passages["text"].to_pylist(), strict=True)
     return [content_hash(title, text) for title, text in pairs]
 

@@ -59,12 +59,12 @@ class DeviceIndex:
                 start, first = start + len(block), first + len(live)
 
     def search(self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64] | None = None) -> Hits:
-        """Return the k best passages of each query, ties by doc_id.
+        """Return the k best passages of each query, ties by doc_id. Deleted vectors are never found.
 
         Args:
             queries: [Q, D].
             top_k: k.
-            rows: search only these rows, rising, none of them deleted; None searches all.
+            rows: search only these rows, rising, numbered among all N, none of them deleted; None searches all.
 
         Raises:
             InputError: the dimensions differ, top_k is under 1, or a query holds NaN or infinity.

@@ -29,7 +29,7 @@ class DomainEncoder:
     """A retriever and the domains that are in memory.
 
     Args:
-        bundle: factors of any domain; the retriever is read from it.
+        bundle: factors of any domain (output of `readapt merge --factors`); the retriever is read from it.
         base: the base model of these factors.
         retriever_fingerprint: fingerprint of that retriever, see `DomainRecord`.
         dtype: float32, float16 or bfloat16.
@@ -87,7 +87,10 @@ class DomainEncoder:
         return sum(each.num_bytes for each in tuple(self._domains.values()))
 
     def find(self, source: DomainSource) -> Domain | None:
-        """Return a domain if it is in memory, and mark it as used; else None. Another thread may load meanwhile."""
+        """Return a domain if it is in memory, and mark it as used; else None. It never loads.
+
+        Another thread may load meanwhile.
+        """
         domain = self._domains.get(source.fingerprint)
         if domain is not None:
             with contextlib.suppress(KeyError):  # another thread has just evicted it
@@ -96,6 +99,13 @@ class DomainEncoder:
 
     def load(self, source: DomainSource, adapters: Sequence[Adapter]) -> Iterator[None]:
         """Load a domain into memory, layer by layer, and evict the least recently used ones if memory is short.
+
+        Iterate to the end: only then does `find` return the domain, and only then are others evicted. It yields after
+        each layer, so that the caller can encode in between.
+
+        Args:
+            source: the domain.
+            adapters: its knowledge adapters, bound to `base`.
 
         Raises:
             ModelError: its factors hold NaN, or do not fit the architecture.
@@ -118,7 +128,13 @@ class DomainEncoder:
 
 
 def encoder_of_domains(retriever_fingerprint: str, encoding: Encoding, dtype: str) -> str:
-    """Return the fingerprint of an encoder that several domains share."""
+    """Return the fingerprint of an encoder that several domains share.
+
+    Args:
+        retriever_fingerprint: fingerprint of the retriever in their bundles.
+        encoding: encoding of the encoder.
+        dtype: dtype that it computes in.
+    """
     return fingerprint(
         {"retriever": retriever_fingerprint, "encoding": encoding.model_dump(mode="json"), "dtype": dtype}
     )
@@ -129,8 +145,8 @@ def domain_fingerprint(
 ) -> str:
     """Return a fingerprint of everything that decides the vectors of a domain.
 
-    At the scales of a merge it equals the fingerprint of the merged model; at scale 0, the fingerprint of the
-    retriever.
+    At the scales of the merge it equals `encoder_fingerprint` of the merged model. If all scales are 0, it equals that
+    of the retriever, unless the bundle truncated or scaled the retriever.
 
     Args:
         encoder: fingerprint of the encoder that the domains share.

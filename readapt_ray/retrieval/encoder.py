@@ -69,7 +69,8 @@ class Encoder:
         domains: holds `network` and the adapters of several domains; None if all texts are for one retriever.
 
     Raises:
-        ModelError: the encoding asks for more tokens than the model has positions.
+        ModelError: the encoding asks for more tokens than the model has positions, or for more dimensions.
+        InputError: `batch_tokens` is under 1, or a template of the encoding cannot be used.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class Encoder:
 
     @property
     def dimension(self) -> int:
-        """Return the number of dimensions of a vector."""
+        """Return the numbers in a vector: `dimensions` of the encoding if set, else all that the model gives."""
         return self.encoding.dimensions or self._width
 
     @functools.cached_property
@@ -163,24 +164,30 @@ class Encoder:
         Args:
             texts: N texts.
             kind: query or passage; decides template and maximum length.
-            titles: N titles of passages; an empty title adds nothing.
+            titles: N titles of passages; an empty title adds nothing. None for queries.
 
         Returns:
-            float32 [N, D], in the order of the texts.
+            float32 [N, D], in the order of the texts, of length 1 if the encoding normalizes.
 
         Raises:
-            InputError: a text is not a string, or gives no token.
+            InputError: a text is not a string or gives no token, or queries have titles.
         """
         return self.encode_ids(self.tokenize(texts, kind, titles))
 
     def tokenize(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[list[int]]:
-        """Return the token ids that `encode` would feed to the model, special tokens included."""
+        """Return the token ids of each text that `encode` would feed to the model, special tokens included.
+
+        Arguments are as in `encode`. A text without any token gives an empty list, which `encode_ids` refuses.
+
+        Raises:
+            InputError: a text is not a string, or queries have titles.
+        """
         return self._tokenizer.ids(texts, kind, titles)
 
     def tokenize_with_losses(
         self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None
     ) -> tuple[list[list[int]], list[int]]:
-        """Tokenise like `tokenize`, and count the tokens that truncation cut from each text."""
+        """Tokenise like `tokenize`; also return how many tokens truncation cut from each text (0 for none)."""
         return self._tokenizer.ids_and_losses(texts, kind, titles)
 
     def encode_ids(self, rows: Sequence[Tokens], domains: Sequence[DomainUse | None] | None = None) -> np.ndarray:
@@ -229,7 +236,8 @@ class Encoder:
         """Encode like `encode_ids`, and encode a text again in float32 if its vector is NaN, infinite or zero.
 
         Returns:
-            float32 [N, D]. A vector that is unusable in float32 too is returned as it is; `is_usable` finds it.
+            float32 [N, D]. A vector that is unusable in float32 too, or of a model that is already float32 or cannot be
+            converted, is returned as it is; `is_usable` finds it.
         """
         vectors = self.encode_ids(rows)
         unusable = np.flatnonzero(~is_usable(vectors))

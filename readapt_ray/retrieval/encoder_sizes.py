@@ -70,6 +70,9 @@ class TextSize(NamedTuple):
 def shard_rows(num_passages: int, text: TextSize, shape: ModelShape, dimension: int, *, on_gpus: bool) -> int:
     """Return the default number of passages per data shard: some 45 seconds of work for one device.
 
+    It is less if the texts or vectors of a shard would take over 256 MiB, or if the corpus would be cut into fewer than
+    32 shards; but at least 256.
+
     Args:
         num_passages: passages of the corpus.
         text: mean length of a passage.
@@ -132,7 +135,7 @@ def resident_bytes(
 
 
 def free_for_batches(usable_bytes: float, weight_bytes: float) -> float:
-    """Return the bytes of GPU memory that are left for batches after the weights and the CUDA process.
+    """Return the bytes of GPU memory that are left for batches after the weights and the CUDA process; 0 if none.
 
     Args:
         usable_bytes: what all tensors and the process may take: a GPU, or the encoder's part of it.

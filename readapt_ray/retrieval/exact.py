@@ -28,7 +28,10 @@ Vectors = NDArray[np.float32] | NDArray[np.float16] | torch.Tensor
 
 @dataclass(frozen=True)
 class Hits:
-    """The best passages of Q queries, best first. If a query has fewer than K, its row ends with scores of -inf."""
+    """The best passages of Q queries, best first. If a query has fewer than K, its row ends with scores of -inf.
+
+    The doc_ids at such places mean nothing. K is less than `top_k` if there are fewer passages.
+    """
 
     scores: NDArray[np.float32]
     """[Q, K], falling."""
@@ -36,7 +39,12 @@ class Hits:
     """[Q, K]."""
 
     def of_query(self, index: int, query_id: str) -> list[ScoredDoc]:
-        """Return the passages of query number `index`, without places that are empty."""
+        """Return the passages of query number `index`, best first, without places that are empty.
+
+        Args:
+            index: number of the query among the Q.
+            query_id: id to store in the results.
+        """
         pairs = zip(self.doc_ids[index].tolist(), self.scores[index].tolist(), strict=True)
         return [ScoredDoc(query_id, doc_id, score) for doc_id, score in pairs if score != -np.inf]
 
@@ -73,7 +81,12 @@ class TopK:
         self.merge(np.take_along_axis(scores, columns, axis=1), _taken(doc_ids, columns))
 
     def merge(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
-        """Add the best of some passages, [Q, K] each."""
+        """Add the best of some passages.
+
+        Args:
+            scores: [Q, K], for any K; -inf means no passage.
+            doc_ids: [Q, K].
+        """
         _check_scores(scores, doc_ids)  # covers add() too, since torch.topk puts NaN first
         scores = np.concatenate([self._scores, scores], axis=1)
         doc_ids = np.concatenate([self._doc_ids, doc_ids], axis=1)
@@ -83,7 +96,7 @@ class TopK:
         self._scores, self._doc_ids = scores, doc_ids
 
     def hits(self) -> Hits:
-        """Return the best passages so far, by falling score, ties by doc_id."""
+        """Return the best passages so far, by falling score, ties by doc_id: fewer than k if fewer were added."""
         order = np.argsort(-self._scores, axis=1, kind="stable")
         scores = np.take_along_axis(self._scores, order, axis=1)
         doc_ids = np.take_along_axis(self._doc_ids, order, axis=1)
@@ -127,7 +140,7 @@ def search_exact(
     *,
     device: str = "cpu",
 ) -> Hits:
-    """Return the k best passages of each query by inner product.
+    """Return the k best passages of each query by inner product, best first, ties by doc_id.
 
     Args:
         queries: [Q, D].

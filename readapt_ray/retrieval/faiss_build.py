@@ -30,9 +30,13 @@ tasks share a GPU."""
 
 
 def train(index: Any, vectors: NDArray[np.float32]) -> None:
-    """Train an index. The k-means of its inverted lists runs on a GPU if there is one and FAISS is built for it.
+    """Train an index in place. The k-means of its inverted lists runs on a GPU if FAISS can use one.
 
     At 4,096 dimensions k-means takes nearly all of the time. Tasks of one node spread over its GPUs by process id.
+
+    Args:
+        index: an untrained FAISS index, which may be wrapped (refined or transformed).
+        vectors: [N, D] to train on; they are not added.
     """
     lists: Any = None
     if faiss.get_num_gpus():  # 0 in faiss-cpu
@@ -113,7 +117,10 @@ def _on_gpu(flat: Any) -> tuple[Any, Any]:
 
 
 def flat_vectors(index: Any) -> NDArray[np.float32] | NDArray[np.float16] | None:
-    """Return the vectors [N, D] of a flat inner-product index as a view, not a copy; None for another kind."""
+    """Return the vectors [N, D] of a flat inner-product index as a view, not a copy.
+
+    None for another kind, and for an empty index. Use the view only while the index exists.
+    """
     index = faiss.downcast_index(index)
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or not index.ntotal:
         return None

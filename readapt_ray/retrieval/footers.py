@@ -30,13 +30,16 @@ Out = TypeVar("Out")
 
 
 def map_in_threads(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
-    """Call a function that waits for storage for each item, in 32 threads, and return the results in order."""
+    """Call a function that waits for storage for each item, in 32 threads, and return the results in order.
+
+    An error of any call is raised.
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(function, items))
 
 
 def read_footers(folder: Location, names: Sequence[str]) -> list[Footer]:
-    """Read the footer of each file.
+    """Read the footer of each file, in the order of `names`, many at a time.
 
     Raises:
         CorruptFileError: a file was cut short or altered, or is gone.
@@ -55,14 +58,19 @@ def named_footers(folder: Location) -> dict[str, Footer]:
 
 
 def write_table(artifact: Location, what: str, shared: Mapping[str, Footer] | None = None) -> dict[str, Footer]:
-    """Write a table with the footers of a folder of an artifact, and return the footers by name.
+    """Write a table with the footers of a folder of an artifact, and return the footers of all its files by name.
 
-    Files whose columns differ from the first file's are left out of the table.
+    The table is `passages.footers.parquet` for the folder `passages`. It leaves out files whose columns differ from the
+    first file's.
 
     Args:
         artifact: the artifact.
-        what: name of the folder.
-        shared: footers of files that an earlier artifact shares, by their names here. These files are not opened.
+        what: name of the folder, which has at least one Parquet file.
+        shared: footers of files that an earlier artifact shares, by their names here. They are not opened if their size
+            is the same here.
+
+    Raises:
+        CorruptFileError: a file that was opened was cut short or altered.
     """
     found = _confirmed_footers(artifact / what, shared or {})
     schema = next(iter(found.values())).schema.remove_metadata()
@@ -81,8 +89,12 @@ def write_table(artifact: Location, what: str, shared: Mapping[str, Footer] | No
 def listed_footers(artifact: Location, what: str) -> dict[str, Footer]:
     """Return the footers of a folder by name, from the table of its artifact if the sizes in the listing agree.
 
-    Other files are opened. A footer from the table has, of our own metadata, only the digest of the rows and the first
-    doc_id.
+    Other files are opened; all are, if there is no table. A footer from the table has, of our own metadata, only the
+    digest of the rows and the first doc_id.
+
+    Args:
+        artifact: the artifact.
+        what: name of the folder, as in `write_table`.
 
     Raises:
         CorruptFileError: a file that was opened was cut short or altered.

@@ -29,7 +29,14 @@ _ALIKE = 0.995
 def padded_inputs(
     rows: Sequence[Sequence[int] | np.ndarray], width: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Pad texts on the right: return ids and mask, both int64 [B, width]."""
+    """Pad texts on the right: return ids and mask (1 for tokens, 0 for padding), both int64 [B, width].
+
+    Padding repeats the last token of the text.
+
+    Args:
+        rows: token ids of each text, at least one.
+        width: at least the length of the longest text.
+    """
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     ids = np.zeros((len(rows), width), dtype=np.int64)
     for row, tokens in zip(ids, rows, strict=True):
@@ -43,7 +50,10 @@ def padded_inputs(
 def packed_inputs(
     rows: Sequence[Sequence[int] | np.ndarray],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """Concatenate texts in one row: return ids and positions, both [1, T], and the offsets of the texts, [B + 1]."""
+    """Concatenate texts in one row: return ids and positions, both [1, T], and the offsets of the texts, [B + 1].
+
+    Positions start at 0 in each text. Two texts of 2 and 3 tokens have the offsets 0, 2, 5.
+    """
     lengths = [len(row) for row in rows]
     ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])[None]
     positions = np.concatenate([np.arange(length) for length in lengths])[None]
@@ -52,6 +62,10 @@ def packed_inputs(
 
 def check_ids(highest: int, num_embeddings: int) -> None:
     """Refuse token ids that a model does not know.
+
+    Args:
+        highest: the highest id of the texts.
+        num_embeddings: number of the model's token embeddings.
 
     Raises:
         ModelError: the highest id is not below the number of token embeddings.
@@ -64,7 +78,10 @@ def check_ids(highest: int, num_embeddings: int) -> None:
 
 
 class ForwardPass:
-    """A model that turns a batch of token ids into one pooled vector per text.
+    """A model that turns a batch of token ids into one pooled vector per text, padded until `pack` is called.
+
+    The network is changed in place: on a GPU its norms are fused, on a CPU linear layers are packed where that is
+    faster.
 
     Args:
         network: headless transformers model in eval mode, on its device.
@@ -85,7 +102,10 @@ class ForwardPass:
         self._num_embeddings = int(network.get_input_embeddings().num_embeddings)
 
     def pooled(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """Compute the vectors of B texts from their token ids: float32 [B, H], on the device.
+        """Compute the vectors of B texts from their token ids: float32 [B, H], on the device, not normalised.
+
+        Args:
+            rows: token ids of each text, at least one per text.
 
         Raises:
             ModelError: the model has no embedding for a token id.
@@ -93,7 +113,10 @@ class ForwardPass:
         return (self._packed if self.is_packed else self._padded)(rows)
 
     def pack(self) -> bool:
-        """Pack texts from now on if a trial gives the same vectors as padding; else change nothing, return False."""
+        """Pack texts from now on if a trial gives the same vectors as padding; return whether it does.
+
+        If it does not, or the model cannot be packed, texts are padded as before.
+        """
         if "position_ids" not in self._accepted:
             return False
         rows = [[1, 2, 3], [3, 2, 1, 2, 3, 1, 2], [2], [3, 1, 2, 2, 1]]

@@ -13,9 +13,11 @@ DEPTH = 100
 def reciprocal_rank_fusion(rankings: Iterable[Sequence[str]], top_k: int) -> list[tuple[str, float]]:
     """Fuse rankings by reciprocal rank; return the k best doc_ids with their fused scores, ties by doc_id.
 
+    A score is the sum of 1 / (60 + rank) over the rankings that have the doc_id; ranks start at 1.
+
     Args:
-        rankings: doc_ids, best first.
-        top_k: k.
+        rankings: doc_ids, best first, each once per ranking.
+        top_k: k; fewer are returned if the rankings have fewer.
     """
     scores: defaultdict[str, float] = defaultdict(float)
     for ranking in rankings:

@@ -36,7 +36,11 @@ class HalfQueries:
         self._halves_2QD = torch.cat([high_QD, low_QD])
 
     def scores(self, vectors_ND: Tensor) -> Tensor:
-        """Return the inner products with float16 vectors, float32 [Q, N]. The vectors are read once for both halves."""
+        """Return the inner products with float16 vectors, float32 [Q, N]. The vectors are read once for both halves.
+
+        Args:
+            vectors_ND: float16, on the device of the queries. On a CPU both are widened to float32.
+        """
         high_QN, low_QN = _product(self._halves_2QD, vectors_ND).chunk(2)
         return high_QN.add_(low_QN, alpha=1 / _LOW_SCALE).mul_(self._factors_Q1)
 

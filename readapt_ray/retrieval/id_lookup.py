@@ -25,18 +25,18 @@ class IdLookup:
 
     @classmethod
     def build(cls, doc_ids: Iterable[str], values: NDArray[np.uint64]) -> "IdLookup":
-        """Build a lookup from doc_ids and their values [N]."""
+        """Build a lookup from doc_ids and their values [N]. Of a doc_id that occurs twice, the first value is found."""
         found = cls.sort(id_keys(doc_ids))
         return cls(found.keys, values[found.values])
 
     @classmethod
     def sort(cls, keys: NDArray[np.uint64]) -> "IdLookup":
-        """Build a lookup from keys; the value of a key is its position in `keys`."""
+        """Build a lookup from keys (of `id_keys`); the value of a key is its position in `keys`."""
         order = np.argsort(keys, kind="stable")
         return cls(keys[order], order.astype(np.uint64))
 
     def find(self, doc_ids: Iterable[str]) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
-        """Return the value of each doc_id (0 if it is unknown), and whether it is known."""
+        """Return the value of each doc_id (0 if it is unknown), uint64 [N], and whether it is known, bool [N]."""
         wanted = id_keys(doc_ids)
         if not len(self.keys):
             return np.zeros(len(wanted), np.uint64), np.zeros(len(wanted), bool)

@@ -68,9 +68,11 @@ def kept_and_added_by_changes(
         folder, records: as in `kept_and_added`.
 
     Returns:
-        None if this shortcut is not possible: a shard must be dropped, a content hash is unknown, or the index is not
-            of
-        the earlier vectors. Then call `kept_and_added`.
+        As `kept_and_added`; or None if this shortcut is not possible: a shard must be dropped, a content hash is
+        unknown, or the index is not of the earlier vectors. Then call `kept_and_added`.
+
+    Raises:
+        CorruptFileError: as in `kept_and_added`.
     """
     if not (before.hashes.any(axis=1).all() and now.hashes.any(axis=1).all()):
         return None

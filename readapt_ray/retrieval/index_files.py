@@ -42,6 +42,7 @@ class ShardRecord:
     name: str
     num_vectors: int
     num_bytes: int
+    """Bytes of the `.faiss` and the `.ids.parquet` file together."""
     index_sha256: str
     ids_sha256: str
     num_deleted: int = 0
@@ -159,7 +160,15 @@ def carry_over(
 
 
 def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> dict[str, ShardRecord]:
-    """Return the records of complete shards of this encoder, by name. Reads one listing and a small file per shard."""
+    """Return the records of complete shards of this encoder, by name. Reads one listing and a small file per shard.
+
+    A shard is left out if its record is missing or damaged, a file has another size, or another encoder made it.
+
+    Args:
+        folder: the `shards` folder; it need not exist.
+        names: the shards to look for.
+        encoder: fingerprint of the encoder.
+    """
     sizes = {name: info.size for name, info in folder.listing()}
     written = [name for name in names if f"{name}.json" in sizes]
     states = map_in_threads(lambda name: (folder / f"{name}.json").read_bytes(), written)
@@ -178,13 +187,17 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
 
 
 def read_id_table(folder: Location, record: ShardRecord, *, use_cache: bool = False) -> pa.Table:
-    """Read doc_id and content hash of each vector of a shard, deleted ones too; arguments as in `read_ids`."""
+    """Read doc_id and content_hash of each vector of a shard, deleted ones too; arguments and errors as in `read_ids`.
+
+    A doc_id is null if an older release deleted its vector; `deleted_rows` also knows the vectors that were deleted
+    since.
+    """
     content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256, use_cache=use_cache)
     return pq.read_table(io.BytesIO(content))
 
 
 def deleted_rows(folder: Location, record: ShardRecord, table: pa.Table) -> NDArray[np.bool_]:
-    """Return which vectors of a shard were deleted, bool [N], given its table of ids."""
+    """Return which vectors of a shard were deleted, bool [N], given its table from `read_id_table`."""
     deleted = table["doc_id"].is_null().to_numpy()
     if record.num_dead:
         deleted = deleted.copy()
@@ -194,6 +207,8 @@ def deleted_rows(folder: Location, record: ShardRecord, table: pa.Table) -> NDAr
 
 def read_ids(folder: Location, record: ShardRecord, *, use_cache: bool = False) -> tuple[NDArray[np.object_], bytes]:
     """Read the doc_id of each vector of a shard (DELETED for deleted ones), and its content hash, 16 bytes per vector.
+
+    An unknown hash is 16 zeros.
 
     Args:
         folder, record, use_cache: as in `read_shard`.
@@ -211,7 +226,7 @@ def read_ids(folder: Location, record: ShardRecord, *, use_cache: bool = False) 
 def read_shard(
     folder: Location, record: ShardRecord, *, is_mapped: bool = False, use_cache: bool = False
 ) -> IndexShard:
-    """Load a shard.
+    """Load a shard without its BM25 scores (see `read_words`), set to the search depth of its record.
 
     Args:
         folder: the `shards` folder.
@@ -246,12 +261,18 @@ def _dead_file(folder: Location, name: str) -> Location:
 
 
 def words_file(folder: Location, name: str) -> Location:
-    """Return the file with the BM25 scores of a shard."""
+    """Return the path of the file with the BM25 scores of a shard; an index without BM25 does not have it."""
     return folder / f"{name}.bm25.npz"
 
 
 def read_words(folder: Location, name: str, sha256: str, *, use_cache: bool = False) -> WordIndex:
-    """Load the BM25 scores of a shard; with `use_cache`, through a copy in this node's cache.
+    """Load the BM25 scores of a shard.
+
+    Args:
+        folder: the `shards` folder.
+        name: name of the shard.
+        sha256: of its BM25 file, from the manifest.
+        use_cache: read a file of an object store through a copy in this node's cache.
 
     Raises:
         CorruptFileError: the file is gone, or its checksum is wrong.

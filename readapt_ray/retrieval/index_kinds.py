@@ -65,7 +65,7 @@ KINDS: tuple[IndexKind, ...] = (
 
 
 def index_kind(name: str) -> IndexKind:
-    """Return the kind of index with a name.
+    """Return the kind of index with a name. `auto` is not a kind: `choose` replaces it.
 
     Raises:
         InputError: no kind has that name.
@@ -113,6 +113,13 @@ class IndexSpec:
 def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> IndexSpec:
     """Return how to build an index of `num_vectors` vectors, whether or not it is cut into shards.
 
+    Below 1,000 vectors every kind becomes flat. A `factory` in the options is used unchanged.
+
+    Args:
+        options: the index that the user wants; its kind is not `auto`.
+        num_vectors: vectors of all shards together.
+        dimension: numbers in a vector.
+
     Raises:
         InputError: the kind is unknown, or `code_bytes` does not divide the dimension.
     """
@@ -145,18 +152,26 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
 
 
 def is_flat(factory: str) -> bool:
-    """Return whether a factory string makes a flat index, which compares a query with every vector."""
+    """Return whether a factory string is Flat, SQfp16 or SQ8: a query is compared with every vector."""
     return factory in _QUANTIZERS.values()
 
 
 def same_codes(factory: str, other: str) -> bool:
-    """Return whether two factory strings differ only in the number of inverted lists."""
+    """Return whether two factory strings are equal but for the number of inverted lists.
+
+    True for `IVF100,PQ96x8` and `IVF200,PQ96x8`, and for equal strings.
+    """
     one, two = (re.sub(r"IVF\d+", "IVF", each) for each in (factory, other))
     return one == two
 
 
 def default_storage(kind: str, vector_dtype: str | None) -> Storage:
-    """Return the default storage of an index: a flat one keeps float16 vectors; all others store float32."""
+    """Return the default storage of an index: a flat one keeps float16 vectors; all others store float32.
+
+    Args:
+        kind: name of the kind.
+        vector_dtype: dtype of the vectors to index; None if unknown.
+    """
     return "float16" if vector_dtype == "float16" and kind == "flat" else "float32"
 
 
@@ -164,7 +179,12 @@ def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
     """Return the vectors per shard: as many as one task holds, so that all shards have about the same size.
 
     A flat shard takes at most 512 MiB, so that it loads quickly. An approximate one has at most 4 million vectors of up
-    to 512 numbers, and 1 million of 2,048 numbers or more.
+    to 512 numbers, and 1 million of 2,048 numbers or more. Shards may be smaller, since all get about the same number.
+
+    Args:
+        options: a `factory` other than `Flat` counts as approximate.
+        num_vectors: vectors of the whole index; with 0, the largest size is returned.
+        dimension: numbers in a vector.
     """
     is_flat = options.factory == "Flat" or (options.factory is None and options.kind == "flat")
     if is_flat:
@@ -202,7 +222,7 @@ def _default_codes(dimension: int) -> int:
 
 
 def vector_bytes(options: IndexOptions, dimension: int) -> float:
-    """Return the bytes of memory per vector, without ids."""
+    """Return the bytes of memory per vector, without ids, by kind and storage; `factory` is ignored."""
     stored = _ELEMENT_BYTES[options.storage] * dimension
     refined = stored if options.refine else 0
     return {

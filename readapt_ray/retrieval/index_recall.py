@@ -66,7 +66,7 @@ class BestRows:
         self.rows = np.empty((len(queries), 0), np.int64)
 
     def add(self, vectors: NDArray[np.float32]) -> None:
-        """Score the next vectors [N, D], and keep the best so far."""
+        """Score the next vectors [N, D], whose rows follow those added earlier, and keep the best so far."""
         rows = np.arange(self.num_rows, self.num_rows + len(vectors))
         self.num_rows += len(vectors)
         scores = self.queries @ vectors.T
@@ -116,21 +116,24 @@ class ShardRecall:
 
 
 def query_rows(num_rows: int) -> NDArray[np.int64]:
-    """Choose at random the rows whose vectors are the queries: up to 100 of `num_rows`."""
+    """Choose at random the rows whose vectors are the queries: up to 100 of `num_rows`, always the same."""
     rows = random_generator(0, "recall queries").choice(num_rows, min(_NUM_QUERIES, num_rows), replace=False)
     return np.asarray(rows, np.int64)
 
 
 def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
-    """Set an index to the least depth at which recall at 10 and at 100 reach `min_recall`; return what was measured.
+    """Set an index to the least search depth (nprobe or efSearch) that reaches `min_recall`; return what was measured.
+
+    Both recall at 10 and recall at 100 must reach it. Queries are up to 100 of `vectors`, each without itself as a
+    result.
 
     Args:
         index: holds `vectors` [N, D], in their order.
         spec: how it was made.
-        options: the recall, and the depth if the user gave one.
+        options: hold `min_recall`, and the `depth` if the user gave one, which is then the only one tried.
 
     Raises:
-        InputError: the recall is too low at every depth; the message says which option to raise.
+        InputError: no depth reaches it; the message says which option to raise.
     """
     rows = query_rows(len(vectors))
     best = BestRows(np.ascontiguousarray(vectors[rows]), rows)
@@ -141,7 +144,7 @@ def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options
 
 
 def set_depth(index: Any, depth: int | None) -> None:
-    """Set nprobe or efSearch, whichever the index has; None changes nothing."""
+    """Set nprobe or efSearch of an index in place, whichever it has; None changes nothing."""
     if depth is None:
         return
     name = "nprobe" if faiss.try_extract_index_ivf(index) is not None else "efSearch"
@@ -151,8 +154,14 @@ def set_depth(index: Any, depth: int | None) -> None:
 def measure_shard(index: Any, best: BestRows, spec: IndexSpec, options: IndexOptions) -> ShardRecall:
     """Measure a shard at rising depths, until one depth after the first that reaches the recall for this shard alone.
 
-    The index is left at the depth that reached the recall. All shards together often need less depth, since each holds
-    only some of the best 100 of all.
+    The index is left at the depth that reached it, or at the last if none did, which is no error here. All shards
+    together often need less depth, since each holds only some of the best 100 of all.
+
+    Args:
+        index: the FAISS index of the shard.
+        best: the queries, and their exact best rows among all vectors of the shard.
+        spec: how it was made.
+        options: hold `min_recall`, and perhaps the only `depth` to try.
     """
     refined = faiss.downcast_index(index)
     if hasattr(refined, "k_factor"):
@@ -207,10 +216,17 @@ def _padded(scores: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def choose_depth(shards: Iterable[ShardRecall], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
-    """Find the least depth at which all shards together reach `min_recall`.
+    """Return the recall of the index at the least search depth (nprobe or efSearch) that reaches `min_recall`.
+
+    Both recall at 10 and recall at 100, over all shards together, must reach it.
+
+    Args:
+        shards: the measurements of all shards, with the same queries; at least one.
+        spec: the kind of index; used in the error.
+        options: hold `min_recall`.
 
     Raises:
-        InputError: the recall is too low at every depth; the message says which option to raise.
+        InputError: no depth reaches it; the message says which option to raise.
     """
     whole = functools.reduce(_together, shards)
     measured = None

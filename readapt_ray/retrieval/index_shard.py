@@ -65,8 +65,12 @@ class IndexShard:
         An approximate search may find fewer than k, since it looks at few lists or since deleted vectors took places.
         Such a query is searched again, deeper each time, until it has k results or all vectors.
 
+        Args:
+            queries: [Q, D].
+            top_k: k; fewer are returned if the shard has fewer.
+
         Raises:
-            InputError: the dimensions differ, or top_k is under 1.
+            InputError: the dimensions differ, top_k is under 1, or a query holds NaN or infinity.
         """
         check_queries(queries, self.index.d)
         if isinstance(self.index, DeviceIndex):
@@ -101,10 +105,10 @@ class IndexShard:
         Args:
             queries: [Q, D].
             top_k: k.
-            rows: row numbers, rising; none of them is deleted.
+            rows: row numbers in the shard, rising; none of them is deleted.
 
         Raises:
-            InputError: the dimensions differ, or top_k is under 1.
+            InputError: as in `search`.
         """
         check_queries(queries, self.index.d)
         if isinstance(self.index, DeviceIndex):
@@ -204,8 +208,9 @@ def _widened(
 def merged(shards: Iterable[IndexShard]) -> list[IndexShard]:
     """Merge shards of one training into one, so that a query searches one index instead of many.
 
-    The result equals the index that FAISS would make of all their vectors at once. Graphs cannot be merged and are
-    returned as they are. Memory peaks at all shards plus one.
+    The result equals the index that FAISS would make of all their vectors at once. The given indexes are used up.
+    Graphs and shards whose `trained` is None cannot be merged and are returned as they are. Memory peaks at all shards
+    plus one.
     """
     groups: dict[str | None, list[IndexShard]] = {}
     for shard in shards:
@@ -218,7 +223,7 @@ def merged(shards: Iterable[IndexShard]) -> list[IndexShard]:
 
 
 def on_device(shards: Sequence[IndexShard], device: str) -> IndexShard:
-    """Copy the vectors of flat shards to a device, and return them as one shard.
+    """Copy the vectors of flat shards to a device, and return them as one shard, in the order of the shards.
 
     Args:
         shards: at least one of them holds vectors.
@@ -276,9 +281,17 @@ def _merge(index: Any, other: Any) -> None:
 
 
 def search_shards(shards: Iterable[IndexShard], queries: NDArray[np.float32], top_k: int) -> Hits:
-    """Return the k best passages of each query over all shards, as one index with all their vectors would.
+    """Return the k best passages of each query over all shards, best first, ties by doc_id.
 
-    `shards` may be a generator that loads one shard at a time. If k exceeds the number of vectors, all are returned.
+    Exact shards give what one index with all their vectors would. If k exceeds the number of vectors, all are returned.
+
+    Args:
+        shards: may be a generator that loads one shard at a time.
+        queries: [Q, D].
+        top_k: k.
+
+    Raises:
+        InputError: as in `IndexShard.search`.
     """
     found = [shard.search(queries, top_k) for shard in shards]
     if len(found) == 1:
@@ -328,7 +341,10 @@ def new_index(factory: str, dimension: int) -> Any:
 
 
 def num_training_rows(index: Any, num_rows: int) -> int:
-    """Return how many vectors to train an index on: 64 per list, at least 65,536, at most what fits one task."""
+    """Return how many vectors to train an index on: 64 per inverted list, at least 65,536, and at most `num_rows`.
+
+    More than 8 GiB of float32 vectors are not used, since one task holds them; 65,536 are always allowed.
+    """
     lists = faiss.try_extract_index_ivf(index)
     num_lists = int(lists.nlist) if lists is not None else 0
     wanted = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * num_lists)
@@ -336,7 +352,10 @@ def num_training_rows(index: Any, num_rows: int) -> int:
 
 
 def training_rows(index: Any, num_rows: int) -> NDArray[np.int64]:
-    """Return the rows to train an index on, in runs of 128 rows, since neighbouring rows are read together."""
+    """Return the rows to train an index on, rising, int64: about as many as `num_training_rows` says.
+
+    They are runs of 128 rows, since neighbouring rows are read together, drawn at random but always the same.
+    """
     size = num_training_rows(index, num_rows)
     if size == num_rows:
         return np.arange(num_rows)
@@ -347,7 +366,10 @@ def training_rows(index: Any, num_rows: int) -> NDArray[np.int64]:
 
 
 def training_sample(vectors: NDArray[np.float32], index: Any) -> NDArray[np.float32]:
-    """Return a random sample of vectors to train an index on, as many as `num_training_rows` says."""
+    """Return a random sample of vectors to train an index on, as many as `num_training_rows` says, in their order.
+
+    The vectors themselves, if all are used. The sample is always the same.
+    """
     size = num_training_rows(index, len(vectors))
     if len(vectors) == size:
         return vectors

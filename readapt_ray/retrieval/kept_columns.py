@@ -30,11 +30,16 @@ _KEPT_MASKS = 16
 
 @dataclass(frozen=True)
 class Condition:
-    """A filter on one column: its value must be one of some values, or within bounds. A null never passes."""
+    """A filter on one column: its value must be one of some values, and within bounds; give at least one of both.
+
+    A null never passes. A list passes if one of its values does.
+    """
 
     column: str
     one_of: tuple[Value, ...] | None = None
+    """None allows all values."""
     bounds: tuple[tuple[Bound, Value], ...] = ()
+    """All must hold: `(("gte", 2020), ("lt", 2024))`."""
     kinds: tuple[type, ...] = field(init=False)
     """Types of the values, so that 1, 1.0 and True make different conditions, though they are equal in Python."""
 
@@ -45,7 +50,11 @@ class Condition:
 
 
 def kept_columns(files: Sequence[Location]) -> dict[str, pa.DataType]:
-    """Return the columns, with their types, by which searches in a corpus can be filtered."""
+    """Return the columns, with their types, by which searches in a corpus can be filtered, from its first file.
+
+    They hold text, numbers, booleans, times or lists of these, and are not our own (doc_id, title, text, ...). Empty
+    without files.
+    """
     if not files:
         return {}
     with files[0].open_input() as stream:
@@ -77,11 +86,19 @@ class KeptColumns:
     def __init__(self, table: pa.Table) -> None:
         self._table = table
         self.passing = functools.lru_cache(maxsize=_KEPT_MASKS)(self._passing)
-        """Return which rows pass, as `_passing`. The last 16 results are cached, since many searches share a filter."""
+        """Return for each row whether all of some conditions (a tuple) hold: bool [N], which must not be changed.
+
+        Raises InputError if a column does not exist, or a value does not fit its type. The last 16 results are cached,
+        since many searches share a filter.
+        """
 
     @classmethod
     def read(cls, files: Sequence[Location], doc_ids: Sequence[str]) -> "KeptColumns":
-        """Read the columns of the passages with these doc_ids from the files of a corpus."""
+        """Read the filterable columns of the passages with these doc_ids from the files of a corpus.
+
+        Row i belongs to `doc_ids[i]`; it is null if the corpus lacks that doc_id. Without such columns the table is
+        empty. The columns of all files are read.
+        """
         names = list(kept_columns(files))
         if not names:
             return cls(pa.table({}))
@@ -97,7 +114,7 @@ class KeptColumns:
         return cls(pa.concat_tables(parts).take(pa.array(place, mask=place < 0)).combine_chunks())
 
     def part(self, start: int, num_rows: int) -> "KeptColumns":
-        """Return `num_rows` rows from row `start`."""
+        """Return `num_rows` rows from row `start`, as columns of their own, without copying."""
         return KeptColumns(self._table.slice(start, num_rows))
 
     def _passing(self, conditions: tuple[Condition, ...]) -> NDArray[np.bool_]:

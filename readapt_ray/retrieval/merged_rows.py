@@ -30,8 +30,14 @@ def merge_rows(
 
     Each part must have broken its own ties by doc_id, so that at most k rows of a part are needed.
 
+    Args:
+        parts: scores and row numbers of each part, [Q, K]; a score of -inf is an empty place. Row numbers are those of
+            the whole corpus.
+        num_queries: Q.
+        top_k: k.
+
     Returns:
-        The k best of each query, with more columns if others tie with the k-th.
+        The k best of each query, with more columns if for any query others tie with the k-th; fewer if there are fewer.
     """
     scores, rows = np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
     for more_scores, more_rows in parts:

@@ -30,13 +30,18 @@ class ParquetRows:
 
     @property
     def num_rows(self) -> int:
-        """Return the number of rows in all files."""
+        """Return the total number of live rows of all files."""
         return sum(count for _, count in self.counts)
 
     def take(self, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Read some rows, in the order of `rows`; only the row groups with these rows are read.
 
-        A column that no file has is left out. If some files lack a column, it is null in their rows.
+        A column that no file has is left out. If some files lack a column, it is null in their rows. No rows give a
+        table without columns.
+
+        Args:
+            rows: numbers of live rows over all files, in any order.
+            columns: names of columns.
 
         Raises:
             CorruptFileError: a file was cut short or altered, is gone, or has fewer rows.
@@ -62,18 +67,22 @@ class ParquetRows:
 
 
 def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
-    """Read live rows `start` to `start + num_rows` of a file; only the row groups with these rows are read.
+    """Read live rows `start` to `start + num_rows` (exclusive) of one Parquet file.
 
-    Columns that the file does not have are left out.
+    Only the row groups with these rows are read. Columns that the file does not have are left out.
 
     Raises:
-        CorruptFileError: the file was cut short or altered, or has fewer rows.
+        CorruptFileError: the file was cut short or altered, is gone, or has fewer rows.
     """
     return _read(location, range(start, start + num_rows), columns)
 
 
 def scan_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
-    """Read like `read_rows`, for scans of a few columns: a small object is fetched whole in one request."""
+    """Read live rows `start` to `start + num_rows` (exclusive) of one Parquet file.
+
+    Use it instead of `read_rows` to read a few columns of all rows: a file of up to 4 MiB on an object store is fetched
+    whole in one request. Errors are the same.
+    """
     return _read(location, range(start, start + num_rows), columns, max_bytes=MAX_SCANNED_BYTES)
 
 
@@ -90,7 +99,11 @@ def _read(
 
 @contextlib.contextmanager
 def explain_damage(location: Location) -> Iterator[None]:
-    """Raise CorruptFileError for a file that is damaged or gone; let errors of disk and network pass."""
+    """Raise CorruptFileError if the block finds that a file is damaged or gone; let errors of disk and network pass.
+
+    Args:
+        location: the file, for the message.
+    """
     try:
         yield
     except FileNotFoundError as error:

@@ -24,7 +24,7 @@ _BATCH_ROWS = 16384
 
 
 def read_batches(file: Location, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Read columns of a file, up to 16,384 rows at a time.
+    """Read columns of a file, up to 16,384 rows at a time. A column that the file lacks is left out.
 
     Raises:
         CorruptFileError: the file is damaged or gone, or lacks one of TEXT_COLUMNS.
@@ -35,10 +35,11 @@ def read_batches(file: Location, columns: Sequence[str]) -> Iterator[pa.RecordBa
 
 @contextlib.contextmanager
 def opened(file: Location) -> Iterator[pq.ParquetFile]:
-    """Open a file of passages.
+    """Open a file of passages, as a context manager.
 
     Raises:
-        CorruptFileError: the file is damaged or gone, or lacks one of TEXT_COLUMNS.
+        CorruptFileError: the file is damaged or gone, or lacks one of TEXT_COLUMNS; also for damage found inside the
+            block.
     """
     with explain_damage(file), file.open_input() as stream:
         parquet = pq.ParquetFile(stream)
@@ -68,6 +69,8 @@ class PassageFiles:
     def missing(self, doc_ids: Iterable[str]) -> list[str]:
         """Return the doc_ids that the corpus lacks, each once, in the order given.
 
+        If the corpus is split, the ids of documents are not missing either.
+
         Raises:
             CorruptFileError: a file cannot be read.
         """
@@ -80,6 +83,8 @@ class PassageFiles:
 
     def documents_of(self, ids: Iterable[str]) -> dict[str, str]:
         """Return the document of each id: for a passage of a split document its parent, else the id itself.
+
+        An id that the corpus lacks is its own document too.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -108,6 +113,9 @@ class PassageFiles:
     def find(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
         """Return the passages with these doc_ids, by doc_id. A doc_id that the corpus lacks is left out.
 
+        If the corpus is split, the id of a document finds its first passage, which then has that id. Other columns are
+        not read.
+
         Raises:
             CorruptFileError: a file cannot be read.
         """
@@ -126,7 +134,10 @@ class PassageFiles:
         return found
 
     def pieces_of(self, doc_ids: Iterable[str]) -> dict[str, list[Passage]]:
-        """Return all passages of each document, in order, by its id. The id of a passage gives that passage alone.
+        """Return the passages of each document or passage, by the given id.
+
+        The id of a document gives all its passages, in order; the id of a passage gives that passage alone. Ids that
+        are not in the corpus are missing from the result.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -146,7 +157,7 @@ class PassageFiles:
         return {each: found[each] for each in wanted.to_pylist() if each in found}
 
     def passage_ids(self, ids: Iterable[str]) -> frozenset[str]:
-        """Replace each id of a split document by the ids of all its passages; other ids stay.
+        """Replace each id of a split document by the ids of all its passages; other ids stay, known or not.
 
         Raises:
             CorruptFileError: a file cannot be read.

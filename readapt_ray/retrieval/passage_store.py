@@ -85,7 +85,11 @@ class PassageStore:
         return int(self._starts[-1])
 
     def find(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        """Return the passages with these doc_ids, by doc_id. A doc_id that the corpus lacks is left out."""
+        """Return the passages with these doc_ids, by doc_id, with their filterable columns.
+
+        A doc_id that the corpus lacks is left out. If the corpus is split, the id of a document finds its first
+        passage, which then has that id.
+        """
         wanted = list(doc_ids)
         found = dict(self._found(wanted))
         if self.is_split:

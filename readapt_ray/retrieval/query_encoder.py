@@ -27,12 +27,15 @@ class QueryEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Return a fingerprint of everything that decides the vector of a query."""
+        """Return a fingerprint of everything that decides the vector of a query, a bridge included."""
         return self.bridge.query_fingerprint if self.bridge else str(self.description["fingerprint"])
 
 
 def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
-    """Return the description of an encoder that vector files and manifests store."""
+    """Return the description of an encoder that vector files and manifests store.
+
+    It has fingerprint, model (its name), dtype and encoding. The weights are hashed, unless the model has a manifest.
+    """
     from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 
     return {
@@ -51,7 +54,8 @@ def query_encoder(
     Args:
         model: encodes the queries.
         made: the vectors, or an index of them.
-        encoding: given by the user; None takes the one of the vectors, the query model or the bridge.
+        encoding: given by the user; None takes the one of the vectors, the query model or the bridge. Any other is
+            refused, except with a query model.
         bridge: maps the queries, if another model made the vectors.
 
     Raises:

@@ -58,13 +58,13 @@ class QueryMap:
         return functional.normalize(torch.from_numpy(mapped), dim=1, eps=_LEAST_LENGTH).numpy()
 
     def to_bytes(self) -> bytes:
-        """Return the map as the content of a safetensors file."""
+        """Return the map, without its name, as the content of a safetensors file."""
         named = {name: getattr(self, name) for name in ("matrix", "inward", "bias", "outward")}
         return bytes(save({name: array for name, array in named.items() if array is not None}))
 
     @classmethod
     def from_bytes(cls, name: str, content: bytes) -> "QueryMap":
-        """Read what `to_bytes` wrote."""
+        """Read what `to_bytes` wrote, and give the map its name."""
         return cls(name, **load(content))
 
 
@@ -78,8 +78,8 @@ def fit_maps(new: Matrix, old: Matrix, *, seed: int, recall: Callable[[QueryMap]
         new: [N, D_new], vectors of N passages by the new model.
         old: [N, D_old], vectors of the same passages by the old model.
         seed: of the residual map's training.
-        recall: returns the recall of a map on passages that are not among the N. It chooses the ridge, and the epoch of
-            the residual map.
+        recall: returns the recall of a map (higher is better) on passages that are not among the N. It chooses the
+            ridge, the start of the residual map and its epoch. The maps come in no order of recall.
     """
     centred_new, centred_old = new - new.mean(axis=0), old - old.mean(axis=0)
     across = (centred_old.T @ centred_new).astype(np.float64)

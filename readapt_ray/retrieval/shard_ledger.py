@@ -64,7 +64,8 @@ class Origin(NamedTuple):
 class ShardLedger:
     """The shards of a run, and the figures of those that are written.
 
-    Memory: some 600 bytes per shard, twice that while saving.
+    Call `begin`, then `find`: before that no shard counts as written. Memory: some 600 bytes per shard, twice that
+    while saving.
 
     Args:
         shards: all shards of the run, numbered from 0.
@@ -83,12 +84,12 @@ class ShardLedger:
 
     @property
     def pending(self) -> list[DataShard]:
-        """Return the shards that are not written yet."""
+        """Return the shards that are not written yet, as far as `find` and `record` know."""
         return [shard for shard in self.shards if not self.figures["num_bytes"][shard.number]]
 
     @property
     def num_vectors(self) -> int:
-        """Return how many vectors are written."""
+        """Return how many vectors are written, those of shared earlier files included."""
         return int(self.figures["num_rows"].sum())
 
     @property
@@ -97,7 +98,7 @@ class ShardLedger:
         return self.num_vectors + int(self.figures["num_left_out"].sum())
 
     def begin(self, previous: str | None, *, may_clear: bool) -> None:
-        """Store the plan before the first file is written.
+        """Store the plan before the first file is written. Nothing changes if the folder was begun with this plan.
 
         Under another plan, a file of the same number holds other passages, so files of another plan cannot be used.
 
@@ -124,7 +125,11 @@ class ShardLedger:
         self._write(np.zeros(0, np.int64))
 
     def find(self) -> None:
-        """Find which shards are written: one listing, and the footers of files that `shards.parquet` lacks."""
+        """Load which shards are already written, with their figures, so that only the others are `pending`.
+
+        It takes one listing, and opens the files that `shards.parquet` lacks. A file that is damaged, incomplete or of
+        another encoder counts as not written.
+        """
         sizes = self._sizes()
         self._load(sizes)
         unknown = [shard for shard in self.pending if shard.name in sizes]
@@ -133,11 +138,16 @@ class ShardLedger:
                 self.record(shard.number, figures)
 
     def record(self, number: int, figures: Mapping[str, Any]) -> None:
-        """Record the figures of a shard that is written."""
+        """Record the figures of a shard that is written, in memory only; `save` writes them.
+
+        Args:
+            number: number of the shard.
+            figures: a value for each name in COUNTS and SECONDS.
+        """
         self.figures[number] = tuple(figures[name] for name in _FIGURES.names or ())
 
     def save(self) -> None:
-        """Write `shards.parquet`, unless no shard is written yet."""
+        """Write `shards.parquet` with the figures recorded so far, unless no shard is written yet."""
         numbers = np.flatnonzero(self.figures["num_bytes"])
         if len(numbers):
             self._write(numbers)
@@ -235,12 +245,18 @@ def open_vectors(artifact: Artifact) -> ParquetRows:
 
 
 def file_counts(artifact: Location) -> dict[str, dict[str, int]]:
-    """Return the counts of each file of vectors, by name, from `shards.parquet`; empty if it cannot be read."""
+    """Return the counts of each file of vectors, by file name, from `shards.parquet`; empty if it cannot be read.
+
+    The names of the counts are in COUNTS.
+    """
     return counts_and_origins(artifact)[0]
 
 
 def counts_and_origins(artifact: Location) -> tuple[dict[str, dict[str, int]], dict[str, Origin]]:
-    """Return counts and origin of each file of vectors, by name, from `shards.parquet`; empty if it lacks them."""
+    """Return counts and origin of each file of vectors, by file name, from `shards.parquet`.
+
+    Both are empty if it cannot be read; origins are empty if an older release wrote it.
+    """
     table = _read_ledger(artifact)
     if table is None:
         return {}, {}
@@ -252,14 +268,24 @@ def counts_and_origins(artifact: Location) -> tuple[dict[str, dict[str, int]], d
 
 
 def shared_files(artifact: Location) -> frozenset[str]:
-    """Return the names of files whose vectors were all taken from earlier ones, according to `shards.parquet`."""
+    """Return the names of files whose vectors were all taken from earlier ones, according to `shards.parquet`.
+
+    Empty if it cannot be read.
+    """
     return frozenset(
         name for name, figures in file_counts(artifact).items() if figures["num_copied"] == figures["num_rows"]
     )
 
 
 def write_compacted(source: Location, target: Location) -> int:
-    """Write the ledger of a compacted artifact, whose files are copies without dead rows; return their total bytes."""
+    """Write the ledger of a compacted artifact, whose files are copies without dead rows; return their total bytes.
+
+    Without a ledger in `source`, none is written.
+
+    Args:
+        source: the artifact before.
+        target: the compacted artifact, whose files of vectors are already written.
+    """
     table = _read_ledger(source)
     sizes = {name: int(info.size) for name, info in (target / "vectors").listing(".parquet")}
     if table is not None:
@@ -292,14 +318,27 @@ def _counts_of(table: pa.Table) -> dict[str, NDArray[np.int64]]:
 
 
 def shared_figures(kept: KeptFile, dimension: int) -> dict[str, Any]:
-    """Return the figures of a shard that shares an earlier file, so that nothing was encoded."""
+    """Return the figures of a shard that shares an earlier file, so that nothing was encoded.
+
+    Args:
+        kept: the earlier file.
+        dimension: numbers in a vector.
+    """
     figures = dict.fromkeys(COUNTS, 0) | dict.fromkeys(SECONDS, 0.0)
     figures |= {name: getattr(kept, name) for name in ("num_rows", "num_bytes", "num_dead")}
     return figures | {"num_copied": kept.num_rows, "dimension": dimension}
 
 
 def read_figures(file: Location, *, num_rows: int, made_by: str) -> dict[str, Any] | None:
-    """Read the figures of a shard from its file; None if it is damaged, incomplete, or of another encoder."""
+    """Read the figures of a shard from its file; None if it is damaged, incomplete, or of another encoder.
+
+    A warning is logged for a damaged file.
+
+    Args:
+        file: the file of vectors.
+        num_rows: passages of the shard, with those without a usable vector.
+        made_by: fingerprint of the encoder.
+    """
     try:
         footer = read_footer(file)
     except CorruptFileError as error:

@@ -71,29 +71,39 @@ class DataShard:
 
     @property
     def name(self) -> str:
-        """Return the name of the file with its vectors."""
+        """Return the file name of its vectors: part-00007.parquet, or part-00007-partly.parquet with dead rows."""
         name = shard_name(self.number)
         return partly_name(name) if self.kept and self.kept.num_dead else name
 
     @property
     def num_rows(self) -> int:
-        """Return the number of rows in its ranges."""
+        """Return the number of rows in its ranges; 0 if it shares an earlier file."""
         return sum(each.num_rows for each in self.ranges)
 
     def __len__(self) -> int:
-        """Return how many passages it has vectors of."""
+        """Return how many passages get a vector, in this file or in the earlier file that it shares."""
         if self.kept:
             return self.kept.num_rows
         return self.num_rows if self.num_drawn is None else self.num_drawn
 
 
 def shard_name(number: int) -> str:
-    """Return the name of the file with the vectors of a shard, if no row of it is dead."""
+    """Return the file name of a shard's vectors, such as part-00007.parquet.
+
+    A file with dead rows has the name `partly_name` of this one.
+    """
     return f"part-{number:05d}.parquet"
 
 
 def plan_shards(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[DataShard]:
-    """Cut the rows of files into shards of equal size, the last one smaller."""
+    """Cut the rows of a corpus into shards of `rows_per_shard` rows; only the last shard of the corpus may be smaller.
+
+    A shard may span files.
+
+    Args:
+        counts: name and number of rows of each file, in the order of the corpus.
+        rows_per_shard: at least 1.
+    """
     return [
         DataShard(number, number * rows_per_shard, tuple(ranges))
         for number, ranges in enumerate(cut_into_shards(counts, rows_per_shard))
@@ -108,9 +118,9 @@ def files_to_keep(
 ) -> list[KeptFile]:
     """Choose the files of earlier vectors to share, and find their dead rows.
 
-    A file is not kept if more than MAX_DEAD of its rows are dead, so that its live rows are written again. If more
-    files would be kept than twice what a fresh run writes plus 32, the smaller half is not kept, so that small files do
-    not accumulate.
+    A file is not kept if none of its rows live, or if more than MAX_DEAD (a fifth) are dead; its live rows are then
+    written again. If more files would be kept than twice what a fresh run writes plus 32, the smaller half is not kept,
+    so that small files do not accumulate.
 
     Args:
         counts: name and number of live rows of each earlier file.
@@ -150,7 +160,8 @@ def plan_rest(
     Args:
         counts: name and number of rows of each passages file.
         rows_per_shard: most passages per shard.
-        left: pairs: the first row of a piece of the corpus, and the rows without a vector, counted from that row.
+        left: pairs in the order of the corpus: the first row of a piece (a range of rows of the corpus), and its rows
+            without a vector, rising, counted from that row.
         number: number of the first shard.
     """
     rows = np.concatenate([np.zeros(0, np.int64), *(first + places for first, places in left)])
@@ -180,7 +191,7 @@ def plan_fingerprint(shards: Iterable[DataShard], earlier: str) -> str:
 
 
 def ranges_between(counts: Sequence[tuple[str, int]], first: int, last: int) -> Iterator[RowRange]:
-    """Yield rows `first` to `last` (exclusive), numbered over all files, as one range per file."""
+    """Yield rows `first` to `last` (exclusive), numbered over all files, as one range per file, in order."""
     begin = 0
     for name, num_rows in counts:
         start, end = max(first, begin), min(last, begin + num_rows)
@@ -190,7 +201,15 @@ def ranges_between(counts: Sequence[tuple[str, int]], first: int, last: int) -> 
 
 
 def scan_vectors(folder: Location, counts: Sequence[tuple[str, int]]) -> Contents:
-    """Read doc_id and content hash of each vector. A file without content hashes gives zeros, which match nothing."""
+    """Read doc_id and content hash of each vector. A file without content hashes gives zeros, which match nothing.
+
+    Args:
+        folder: the folder of the vectors.
+        counts: name and number of live rows of each file to read.
+
+    Raises:
+        CorruptFileError: a file was cut short or altered, is gone, or has fewer rows.
+    """
     ids: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     hashes = [b""]
     for name, count in counts:
@@ -202,7 +221,11 @@ def scan_vectors(folder: Location, counts: Sequence[tuple[str, int]]) -> Content
 
 
 def hashes_of(table: pa.Table) -> NDArray[np.uint64]:
-    """Return the content hashes of rows, [N, 2]; a row without a hash gets zeros, which match nothing."""
+    """Return the content hashes of rows, uint64 [N, 2]; a row without a hash gets zeros, which match nothing.
+
+    Args:
+        table: may have the column content_hash (16 bytes each); without it all rows get zeros.
+    """
     if "content_hash" not in table.column_names:
         return np.zeros((table.num_rows, 2), np.uint64)
     column = table["content_hash"]
@@ -222,7 +245,13 @@ def packed_hashes(digests: Iterable[bytes | None]) -> bytes:
 
 
 def first_rows(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each row the first row with the same content hash, [N]."""
+    """Return for each row the first row with the same content hash (itself, if none is earlier): int64 [N].
+
+    Unknown hashes, which are zeros, count as equal here.
+
+    Args:
+        hashes: [N, 2], as in `Contents`.
+    """
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     ordered = hashes[order]
     begins = np.ones(len(order), bool)
@@ -234,7 +263,10 @@ def first_rows(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def matching_rows(hashes: NDArray[np.uint64], there: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return for each row the first row of `there` with the same content hash, or -1: [N]."""
+    """Return for each row the first row of `there` with the same content hash, or -1: int64 [N].
+
+    Unknown hashes, which are zeros, match nothing. Both arguments are as `Contents.hashes`.
+    """
     first = first_rows(np.concatenate([there, hashes]))[len(there) :]
     known = (first < len(there)) & there[np.minimum(first, len(there) - 1)].any(axis=1) if len(there) else first < 0
     return np.where(known, first, -1)

@@ -22,7 +22,13 @@ _FIELDS = ("text", "title", "task")
 
 
 def fill_query(encoding: Encoding, text: str) -> str:
-    """Fill the query template of a retriever with a text; lower-case the result if the encoding says so."""
+    """Fill the query template of a retriever with a text; lower-case the result if the encoding says so.
+
+    Unlike a passage, it is not stripped.
+
+    Raises:
+        InputError: the template cannot be used.
+    """
     filled = _fill(encoding.query_template, text=text, title="", task=encoding.task)
     return filled.lower() if encoding.lower_case else filled
 
@@ -31,7 +37,8 @@ def fill_passage(encoding: Encoding, title: str, text: str) -> str:
     """Fill the passage template of a retriever with a title and a text, and strip the result.
 
     An empty title leaves no second space: `passage: {title} {text}` gives `passage: text`, not `passage:  text`. If the
-    text is empty and the template has no title, the title takes the place of the text.
+    text is empty and the template has no title, the title takes the place of the text. The result is lower-cased if the
+    encoding says so.
     """
     if not text and "title" not in {field for _, field in _parts(encoding.passage_template)}:
         text = title
@@ -108,7 +115,12 @@ class TextTokenizer:
         return limits[kind] - self._num_specials
 
     def texts(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[str]:
-        """Fill the templates with texts and titles.
+        """Fill the templates with texts and titles, and return the filled texts.
+
+        Args:
+            texts: the texts.
+            kind: query or passage; decides the template.
+            titles: one per passage, may be empty; None for queries, or if no passage has a title.
 
         Raises:
             InputError: a text is not a string, titles are given for queries, or their number differs.
@@ -127,7 +139,7 @@ class TextTokenizer:
         return [fill_passage(self.encoding, title or "", text) for title, text in paired]
 
     def ids(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[list[int]]:
-        """Return the token ids of each text; see `ids_and_losses`."""
+        """Return the token ids of each text, special tokens included; arguments and errors as in `ids_and_losses`."""
         return self.ids_and_losses(texts, kind, titles)[0]
 
     def ids_and_losses(
@@ -136,10 +148,11 @@ class TextTokenizer:
         """Return the token ids of each text, special tokens included, and how many tokens truncation cut from each.
 
         A text that is longer than the encoding allows is cut before the EOS. A text without tokens gives only the
-        special tokens, or an empty list if there are none.
+        special tokens, or an empty list if there are none. Arguments are as in `texts`.
 
         Raises:
             InputError: as in `texts`, or a text is not valid Unicode, since it holds half a surrogate pair.
+            ModelError: the ids do not begin and end with the BOS and EOS that the encoding wants.
         """
         room = self._room(kind)
         head = [] if self._bos is None else [self._bos]

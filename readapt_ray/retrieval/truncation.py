@@ -26,6 +26,9 @@ def truncation(
         num_tokens: tokens that were kept.
         num_lost: tokens that were cut off.
         max_tokens: the maximum length of a text in tokens.
+
+    Returns:
+        `num_texts`, `num_truncated`, `num_lost_tokens`, `lost_share` (lost of all tokens, 0 to 1) and `max_tokens`.
     """
     share = num_lost / max(1, num_tokens + num_lost)
     return {
@@ -38,7 +41,13 @@ def truncation(
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """Describe truncation in words: "12 of 300 passages truncated to 512 tokens, 3.4% of the tokens lost"."""
+    """Describe truncation: "12 of 300 passages truncated to 512 tokens, 3.4% of the tokens lost".
+
+    If nothing was truncated: "no passage is longer than 512 tokens".
+
+    Args:
+        found: a record of `truncation`.
+    """
     if not found["num_truncated"]:
         return f"no passage is longer than {found['max_tokens']:,} tokens"
     return (
@@ -48,10 +57,10 @@ def sentence(found: Mapping[str, Any]) -> str:
 
 
 def warn_of_loss(stage: str, found: Mapping[str, Any], advice: str) -> None:
-    """Warn if more than 5% of the tokens were lost.
+    """Log a warning if more than 5% of the tokens were lost; else do nothing.
 
     Args:
-        stage: the stage that truncated.
+        stage: name of the stage that truncated.
         found: a record of `truncation`.
         advice: how to keep more of the texts; ends the message.
     """

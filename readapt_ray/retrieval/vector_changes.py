@@ -20,7 +20,9 @@ class ChangedFiles:
     """The files of vectors that differ between the earlier and the present artifact."""
 
     before: ParquetRows
+    """Files of the earlier artifact that the present one does not share, or shares with other dead rows."""
     now: ParquetRows
+    """Files of the present artifact that are not the same in the earlier one."""
     rows: NDArray[np.int64]
     """Number of each row of `now` among the rows of all present vectors."""
 
@@ -32,9 +34,9 @@ def changed_files(artifact: Artifact, vectors: ParquetRows, fingerprint: str) ->
     again.
 
     Args:
-        artifact: the present vectors.
+        artifact: the present vectors, the output of `embed`.
         vectors: all of their files.
-        fingerprint: fingerprint of the earlier vectors.
+        fingerprint: fingerprint of the earlier vectors, those that the index to update was made from.
     """
     earlier = artifact.manifest.config.get("previous")
     if not earlier or artifact.manifest.details.get("previous") != fingerprint:

@@ -55,7 +55,7 @@ class Footer:
 
     @property
     def dimension(self) -> int:
-        """Return the number of dimensions of a vector."""
+        """Return the number of dimensions of a vector; only for a file of vectors."""
         return int(self.schema.field("vector").type.list_size)
 
     @property
@@ -65,9 +65,10 @@ class Footer:
 
 
 def cut_into_shards(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[list[RowRange]]:
-    """Cut the rows of files into shards of equal size, the last one smaller.
+    """Cut the rows of files into shards of `rows_per_shard` rows; only the last one may be smaller.
 
-    Files a (5 rows) and b (3 rows) at 4 rows per shard: [a 0-4], [a 4-5, b 0-3].
+    A shard may span files. Files a (5 rows) and b (3 rows) at 4 rows per shard: [a 0-4], [a 4-5, b 0-3]; ends are
+    exclusive.
 
     Args:
         counts: each file's name and number of rows, in order.
@@ -147,9 +148,11 @@ def write_vectors(
     dtype: str,
     metadata: Mapping[str, Any],
 ) -> None:
-    """Write a file of vectors, which appears complete or not at all.
+    """Write a file of vectors, sorted by doc_id and without content hashes; it appears complete or not at all.
 
     Args:
+        location: the file; an existing one is replaced.
+        doc_ids: of the N vectors.
         vectors: [N, D]; converted by `to_stored_columns`.
         dtype: float32, float16 or int8.
         metadata: JSON values, kept under the key `readapt` of the Parquet metadata.
@@ -165,6 +168,8 @@ def write_stored(
     location: Location, doc_ids: Sequence[str], stored: pa.Table, hashes: pa.Array, *, metadata: Mapping[str, Any]
 ) -> int:
     """Write vectors that `to_stored_columns` converted. Rows with a null vector are left out; the footer names them.
+
+    The rows are written in the order of their doc_ids.
 
     Args:
         doc_ids: of the N rows.
@@ -189,7 +194,7 @@ def write_stored(
 
 
 def write_live(source: Location, target: Location) -> None:
-    """Copy a file of vectors without its dead rows."""
+    """Copy a file of vectors without its dead rows; an existing target is replaced. All rows are in memory."""
     _write(target, dead_rows.read_table(source))
 
 
@@ -225,6 +230,12 @@ def describe_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -
 def matrix_of(table: pa.Table, where: object) -> tuple[list[str], NDArray[np.float32]]:
     """Return doc_ids and vectors (float32 [N, D]) of a table that was read from a file of vectors.
 
+    int8 vectors are multiplied by their scale.
+
+    Args:
+        table: the columns VECTOR_COLUMNS, as far as the file has them.
+        where: the file, for errors.
+
     Raises:
         CorruptFileError: a vector is missing, not finite, or zero; `where` and the doc_id are named.
     """
@@ -246,7 +257,9 @@ def matrix_of(table: pa.Table, where: object) -> tuple[list[str], NDArray[np.flo
 def iterate_vectors(
     folder: Location, ranges: Sequence[RowRange], *, chunk_rows: int = _CHUNK_ROWS
 ) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-    """Read doc_ids and vectors of row ranges, in chunks of at most `chunk_rows` rows.
+    """Read doc_ids and vectors (float32) of row ranges, in their order, in chunks of at most `chunk_rows` rows.
+
+    A chunk holds rows of one range only.
 
     Raises:
         CorruptFileError: as in `read_rows` and `matrix_of`.

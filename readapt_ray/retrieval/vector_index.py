@@ -55,10 +55,25 @@ class VectorIndex:
         return self.artifact.location / "shards"
 
     def shards(self) -> Iterator[IndexShard]:
-        """Load and verify the shards, one at a time."""
+        """Load and verify the shards, one at a time, without their BM25 scores.
+
+        Raises:
+            CorruptFileError: a file is gone, or its checksum is wrong.
+        """
         for record in self.records:
             yield read_shard(self.folder, record)
 
     def search(self, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """Return the k best passages of each query [Q, D], with one shard in memory at a time."""
+        """Return the k best passages of each query, with one shard in memory at a time.
+
+        Each call loads all shards again.
+
+        Args:
+            queries: float32 [Q, D], by the encoder of queries for these vectors.
+            top_k: k.
+
+        Raises:
+            CorruptFileError: a file of a shard is gone, or its checksum is wrong.
+            InputError: the dimensions differ, top_k is under 1, or a query holds NaN or infinity.
+        """
         return search_shards(self.shards(), queries, top_k)

@@ -23,6 +23,8 @@ _KEPT_S = 30 * 86_400
 def check_whole(file: Path, sha256: str, *, name: str = "") -> None:
     """Check the SHA-256 of a file, whose content is read once per node.
 
+    If the cache folder cannot be written, each process reads it, and a warning is logged.
+
     Args:
         file: on this machine.
         sha256: of its content.
