@@ -51,6 +51,14 @@ def edge_tokens(tokenizer: Any, encoding: Encoding) -> tuple[str | None, str | N
 def write_tokenizer(tokenizer: Any, encoding: Encoding, folder: Path) -> None:
     """Write the tokenizer into a local folder that holds the model's config.json, and check it by reading it back.
 
+    It adds the special tokens that the encoding asks for, pads and truncates on the right, and its maximum length is
+    the longer one of queries and passages. The given tokenizer is not changed.
+
+    Args:
+        tokenizer: the tokenizer of the retriever, as transformers loads it.
+        encoding: how the retriever encodes text.
+        folder: the local folder.
+
     Raises:
         ModelError: it is not a fast tokenizer, or the one that is read back makes other ids.
     """
