@@ -53,7 +53,10 @@ class DriftConfig(StageConfig):
 
 
 def drift(config: DriftConfig) -> Artifact:
-    """Measure without queries how much an adaptation changed loss, vectors and neighbours.
+    """Measure without queries how much an adaptation changed loss, vectors and neighbours, and write a report.
+
+    Differences are after minus before. Does nothing if the output holds this report already. If no passage was withheld
+    from training, or a worker fails, the report has a note instead of the loss.
 
     Raises:
         ArtifactMissingError: the adapter or the vectors are not the output of their stage.

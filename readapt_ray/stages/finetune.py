@@ -85,7 +85,9 @@ class FinetuneConfig(OptimizationConfig):
 
 
 def finetune(config: FinetuneConfig) -> Artifact:
-    """Train a retriever on (query, passage) pairs.
+    """Train a retriever on (query, passage) pairs: an adapter, or all weights if `method` is full.
+
+    A killed run resumes from its newest checkpoint. Does nothing if the output is complete.
 
     Raises:
         InputError: `base_dtype` needs a package that is not installed.

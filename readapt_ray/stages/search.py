@@ -148,7 +148,10 @@ class _Source:
 
 
 def search(config: SearchConfig) -> Artifact:
-    """Search a corpus for queries and write the results as a TREC run.
+    """Search a corpus for queries and write the results as a TREC run, best first for each query.
+
+    If ingest split documents, the results are documents, by their best passage. A killed run starts again. Does nothing
+    if the output is complete.
 
     Raises:
         ArtifactMissingError: the index or the vectors are not the output of their stage.

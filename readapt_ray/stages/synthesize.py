@@ -102,7 +102,10 @@ class SynthesizeConfig(StageConfig):
 
 
 def synthesize(config: SynthesizeConfig) -> Artifact:
-    """Write queries for passages with a language model.
+    """Write queries for a random sample of passages with a language model, as pairs to train or tune on.
+
+    Passages that have answers are not asked again when a stopped run resumes. If `budget_tokens` is spent, the queries
+    so far make a complete output; the same command with a larger budget continues it.
 
     Raises:
         ArtifactMissingError: the corpus or the vectors are not the output of their stage.
