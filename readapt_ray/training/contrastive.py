@@ -66,15 +66,22 @@ class Contrast:
 
     @property
     def data_order(self) -> DataOrder:
-        """The order in which pairs are trained on."""
+        """The order in which pairs are trained on: that of `reader`."""
         return self.reader.data_order
 
     def batches(self, first_step: int) -> Iterator[np.ndarray]:
-        """Yield the numbers of all workers' pairs for every step from `first_step` on."""
+        """Yield the numbers of all workers' pairs for every step from `first_step` on, as `PairReader.steps`."""
         return self.reader.steps(first_step)
 
     def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
         """Return this worker's micro-batches and loss; with several micro-batches, workers exchange vectors here.
+
+        Collective: all workers must call it.
+
+        Args:
+            engine: gives rank and number of workers.
+            batch: the numbers of all workers' pairs in this step, from `batches`.
+            step: steps before this one; it seeds dropout.
 
         Raises:
             ModelError: a token id exceeds the model's vocabulary.
@@ -240,10 +247,13 @@ class Contrast:
 
 
 def install_packed_attention(model: Any, name: str) -> None:
-    """Change a model's attention so that it takes packed texts, if the model allows that.
+    """Replace a model's attention by one for packed texts, in place; leave a model that cannot be changed as it is.
+
+    A model can be changed if its class takes functions of transformers' AttentionInterface and its forward pass takes
+    position_ids. `is_packed` tells whether it was changed; texts are padded if it was not.
 
     Args:
-        model: a transformers model without a head; it is changed in place and keeps its weights.
+        model: a transformers model without a head; its weights stay.
         name: what the user calls the model; used in errors.
     """
     if attention.is_exchangeable(model) and "position_ids" in inspect.signature(model.forward).parameters:
@@ -256,7 +266,14 @@ def is_packed(model: Any) -> bool:
 
 
 def encode(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
-    """Encode tokenised texts into vectors, float32 [B, D], with gradients."""
+    """Encode tokenised texts into vectors, float32 [B, D], with gradients, in the order of the texts.
+
+    Args:
+        model: a transformers model without a head. Texts are packed if `is_packed(model)`, else padded.
+        token_ids: the B texts, with prompts and special tokens.
+        encoding: pooling, dimensions to keep, and whether vectors are normalised.
+        device: device of the model.
+    """
     pooled = (_packed if is_packed(model) else _padded)(model, token_ids, encoding, device)
     vectors = pooled[:, : encoding.dimensions]
     return normalized(vectors) if encoding.normalize else vectors.float()

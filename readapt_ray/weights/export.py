@@ -46,7 +46,7 @@ class WeightShard:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the weights in the file, in file order."""
+        """Names of the weights in the file, in file order; the tensors that hold them may have other names."""
         return tuple(weight for tensor in self.tensors for weight in tensor.weights)
 
 

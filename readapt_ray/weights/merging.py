@@ -136,7 +136,11 @@ class TensorTerms:
         return TensorTerms(name=self.name, pretrained_rows=self.pretrained_rows[start:stop], terms=terms)
 
     def with_unchanged(self, rows: torch.Tensor) -> "TensorTerms":
-        """Return these terms with more rows appended, which no scale changes (new vocabulary)."""
+        """Return these terms with more rows appended, which no scale changes (new vocabulary).
+
+        Args:
+            rows: the rows that only the retriever has. Terms that are factors do not cover them.
+        """
         terms: list[Term | None] = []
         for each in self.terms:
             if each is None or isinstance(each, Factors):
@@ -210,7 +214,7 @@ class Readapter:
         return sorted({*self.pretrained.names(), *self.carried}, key=natural_order)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a readapted tensor."""
+        """Return the shape of a readapted tensor; word embeddings have the rows of a retriever with full weights."""
         return self._checkpoint_of(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:

@@ -35,7 +35,7 @@ class MergeInput:
     revision: str
     """The commit on the Hugging Face hub; empty if the model is not from the hub."""
     files: Mapping[str, str]
-    """SHA-256 of each file that decides the model's content, by file name."""
+    """SHA-256 of each file that decides the model's content, by file name; also of files it was converted from."""
 
     @property
     def weight_files(self) -> dict[str, str]:

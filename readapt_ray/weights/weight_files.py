@@ -304,12 +304,12 @@ def base_prefix(backbone: Iterable[str]) -> str:
 
 
 def is_head(stored_name: str) -> bool:
-    """Return whether a tensor or module belongs to a language-model head or a classifier."""
+    """Return whether a tensor or module belongs to a language-model head or a classifier, by the start of its name."""
     return bool(_HEAD.match(f"{stored_name}."))
 
 
 def is_buffer(name: str) -> bool:
-    """Return whether the model computes this tensor by itself instead of loading it (old checkpoints store some)."""
+    """Return, by its name, whether the model computes a tensor instead of loading it (old checkpoints store some)."""
     return bool(_BUFFER.search(name))
 
 
@@ -327,7 +327,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts `layers.2` before `layers.10`."""
+    """Return a sort key by which numbers in names are compared as numbers: `layers.2` is before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
