@@ -110,8 +110,8 @@ class TuneConfig(StageConfig):
 def tune(config: TuneConfig) -> Artifact:
     """Find the pair of merge scales with the best retrieval on withheld queries, and write a report.
 
-    The best pair is in the manifest's `best`, for the options of merge; no model is written. Half of the queries choose,
-    and `reported` comes from the other half. Does nothing if the output is complete.
+    The best pair is in the manifest's `best`, for the options of merge; no model is written. Half of the queries choose
+    it, and `reported` comes from the other half. Does nothing if the output is complete.
 
     Raises:
         ArtifactMissingError: the corpus is not the output of `readapt ingest`.

@@ -20,9 +20,9 @@ _BLOCK = 64
 
 
 def adapted_output(base: Tensor, x: Tensor, scaled_A_RI: Tensor, B_OR: Tensor, share_O: Tensor | None) -> Tensor:
-    """Compute the output [..., O] of an adapted layer in plain operations, for torch.compile and as a reference in tests.
+    """Compute the output of an adapted layer in plain operations, for torch.compile and as a reference in tests.
 
-    The bias of the layer is not added. No argument is changed.
+    The output [..., O] is without bias. No argument is changed.
 
     Args:
         base: W x, [..., O].

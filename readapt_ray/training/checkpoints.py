@@ -79,7 +79,7 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: "dict[str, Tensor]") -> None:
-        """Start to write a checkpoint in the background, after waiting for the previous one.
+        """Start to write a checkpoint in the background, after waiting for the previous one; then old ones are removed.
 
         Args:
             step: number of steps done.
@@ -92,7 +92,7 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, step, state)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written; raise the error if that failed. Call it before the process ends."""
+        """Wait until the last checkpoint is written; raise the error if that failed. Call it at the end of the run."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -133,7 +133,7 @@ def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, di
 
 
 def steps_done(folder: Location, data_order: DataOrder) -> int:
-    """Return the step of the newest complete checkpoint, reading only its header; 0 if there is none.
+    """Return how many steps were done at the newest complete checkpoint, from its header; 0 if there is none.
 
     Raises:
         CorruptFileError: as `newest_checkpoint`.

@@ -40,8 +40,8 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 def compile_layers(model: nn.Module) -> None:
     """Make torch compile each layer of a model at its first call, with one graph for all lengths.
 
-    It also makes adapters keep casts of their factors, and sets torch's memory budget for the whole process. The results
-    are not tested; see `compile_if_right`.
+    It also makes adapters keep casts of their factors, and sets torch's memory budget for the whole process. It does
+    not test the results; see `compile_if_right`.
     """
     torch._functorch.config.activation_memory_budget = _MEMORY_BUDGET
     for _, adapted in dora.adapted_layers(model):

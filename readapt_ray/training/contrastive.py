@@ -40,14 +40,16 @@ from readapt_ray.training.steps import StepWork
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """The InfoNCE objective: score each query's passage above all other passages of the batch.
+    """The InfoNCE objective: score each query's passage above the passages of the batch that do not answer the query.
+
+    The batch has the pairs and hard negatives of all workers.
 
     Args:
         model: the model without a language-model head, on the worker's device.
         reader: the pairs in training order.
         encoding: pooling and normalisation.
         temperature: divides the inner product of query and passage.
-        both_directions: also score each passage's query above all other queries, with equal weight.
+        both_directions: also score each passage's query above the queries that it does not answer, with equal weight.
         micro_batch_tokens: most tokens of one forward and backward pass, padding included; a longer text is alone.
         dtype: type of matrix products. If it is below float32 and weights have another type, autocast is used.
         seed: random seed of dropout.
@@ -202,6 +204,8 @@ class Contrast:
 
     def loss_share(self, vectors_TD: Tensor, shares: Sequence[Texts], worker_rank: int) -> Tensor:
         """Compute this worker's share of the mean InfoNCE loss over all workers' pairs (van den Oord et al., 2018).
+
+        Collective, since workers exchange their vectors.
 
         The negatives of a query are the passages and hard negatives of all workers, except those that answer it. In the
         other direction, the negatives of a passage are the queries that it does not answer.

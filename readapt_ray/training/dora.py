@@ -74,9 +74,9 @@ class AdapterShape:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trained low-rank update: DoRA with a magnitude, LoRA without.
 
-    The trained parameters are `lora_A` [R, I], `lora_B` [O, R] (zeros at first) and `magnitude` [O] (at first the norms
-    of the base's rows). They are float32 for any type of the base: in bfloat16 a magnitude would stop changing. I =
-    inputs, O = outputs, R = rank.
+    The trained parameters are `lora_A` [R, I], `lora_B` [O, R] (zeros at first) and, for DoRA, `magnitude` [O] (the
+    norms of the base's rows at first; None for LoRA). They are float32 for any type of the base: in bfloat16 a
+    magnitude would stop changing. I = inputs, O = outputs, R = rank.
 
     Args:
         base: the layer to wrap, weight [O, I]. It is frozen, and its bias moves to this layer, to be added after the
@@ -117,7 +117,7 @@ class AdaptedLinear(nn.Module):
             self.register_buffer("norm", norm.clamp_min(torch.finfo(norm.dtype).tiny), persistent=False)
 
     def saved_share(self) -> Tensor | None:
-        """Return the factor [O] by which the trained magnitude is multiplied when it is saved; None if it is 1 or absent.
+        """Return the factor [O] by which the magnitude is multiplied when it is saved; None if there is none to apply.
 
         Quantization changes the norms of rows, and an adapter is saved for the base in full precision. The factor keeps
         m / norm as it was trained. Without it, an adapter that learned nothing would scale the rows.
@@ -234,15 +234,16 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def refresh(model: nn.Module) -> None:
-    """Recompute the norms and casts of all adapters; call it once after each optimizer step. Collective under ZeRO-3."""
+    """Recompute the norms and casts of all adapters; call it after each optimizer step. Collective under ZeRO-3."""
     for _, layer in adapted_layers(model):
         layer.refresh()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the trained tensors to the CPU in float32, under PEFT's names; empty without adapters. Collective under ZeRO-3.
+    """Copy the trained tensors to the CPU in float32, under PEFT's names. Collective under ZeRO-3.
 
-    Magnitudes are those for the base in full precision, also if it is quantized here (`saved_share`).
+    A model without adapters gives an empty dict. Magnitudes are those for the base in full precision, also if it is
+    quantized here (`saved_share`).
     """
     state = {}
     for name, layer in adapted_layers(model):
@@ -258,7 +259,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], *, name: str) -> None:
-    """Set the trained tensors of a model to a state from `adapter_state`, and refresh its norms. Collective under ZeRO-3.
+    """Set the trained tensors of a model to a state from `adapter_state`, and refresh norms. Collective under ZeRO-3.
 
     Args:
         model: a model with adapters of the same settings.

@@ -245,7 +245,7 @@ class DeepSpeedEngine:
         return state
 
     def load_state(self, state: dict[str, Tensor], *, step: int) -> None:
-        """Load a state that `state` returned after `step` steps, on any number of workers. Collective if ZeRO partitions."""
+        """Load a state that `state` returned after `step` steps, for any number of workers. Collective under ZeRO."""
         if self._zero_stage:
             self._allocate_moments(step)
         for name, tensor in self.trained.items():

@@ -37,7 +37,7 @@ class GradientBuckets:
                 parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
-        """Set all gradients to 0, as views of the buckets; call it at the beginning of each step, the first included."""
+        """Set all gradients to 0, as views of the buckets; call it at the beginning of each step."""
         for bucket, views in self._buckets:
             bucket.zero_()
             for parameter, view in views:

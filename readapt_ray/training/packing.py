@@ -129,8 +129,8 @@ def end_id(tokenizer: Any) -> int | None:
 def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> tuple[list[list[int]], list[int]]:
     """Tokenise passages with their special tokens, and count the tokens that truncation cut from each.
 
-    For a decoder: BOS if the tokenizer has one, the text, and EOS if the text was not truncated. For an encoder (its
-    tokenizer has a mask token): CLS, the text, and always SEP.
+    A passage begins with BOS, or else CLS, if the tokenizer has one of them, and ends with EOS, or else SEP. If it is
+    truncated, a decoder's passage has no end token. An encoder's (its tokenizer has a mask token) always has.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -138,7 +138,7 @@ def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> tup
         max_tokens: maximum tokens of a passage, special tokens included.
 
     Returns:
-        Token ids per passage, and number of lost tokens per passage.
+        Token ids per passage, and number of lost tokens per passage (0 if it was not truncated), in order.
     """
     if not texts:
         return [], []

@@ -125,7 +125,7 @@ class PairReader:
         return float(sum(lengths)) / (2 * self.data_order.num_units)
 
     def most_tokens(self, num_workers: int) -> int:
-        """Return an upper bound of the tokens that a worker computes in one step, padding and hard negatives included."""
+        """Return an upper bound of the tokens of one worker in one step, with padding and hard negatives."""
         negatives = self._columns["negative_ids"]
         ids = [self._columns["query_ids"], self._columns["passage_ids"], negatives.flatten()]
         longest = max(pc.max(pc.list_value_length(each)).as_py() or 0 for each in ids)

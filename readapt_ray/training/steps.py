@@ -55,7 +55,7 @@ class Objective(Protocol[B, T]):
         """Yield what `work` needs of every step from `first_step` on: this worker's share, or numbers of all pairs."""
 
     def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> StepWork[T]:
-        """Return this worker's micro-batches and loss for a batch; `step` counts from 0. All workers call it together."""
+        """Return this worker's micro-batches and loss for a batch; `step` counts from 0. Collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Reporter(Protocol):
     """A receiver of worker 0's reports. `part` and the call must return soon, since training waits for them."""
 
     def part(self, report: PartReport) -> None:
-        """Take a report of the progress inside a step: before each micro-batch, and after a process's first forward pass."""
+        """Take a report of the progress inside a step, before each micro-batch and after the first forward pass."""
 
     def __call__(self, report: StepReport) -> None:
         """Take the report of a finished step."""
@@ -250,7 +250,7 @@ class CheckpointClock:
         self._last_s = time.monotonic()
 
     def is_due(self, next_step_s: float = 0.0) -> bool:
-        """Return whether to write a checkpoint now, as it always is if `every_s` is 0. If so, the next interval starts now.
+        """Return whether to write a checkpoint now (always if `every_s` is 0). If so, the next interval starts now.
 
         Args:
             next_step_s: expected seconds of the next step; if the interval would end during it, write now.

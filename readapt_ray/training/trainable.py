@@ -176,8 +176,8 @@ def reduce_memory(model: Any, *, gradient_checkpointing: bool, compile_layers: b
 def save_model(model: Any, source: Location, output: Location) -> None:
     """Write all weights as a Hugging Face folder, with the tokenizer files of `source`, the folder of the original.
 
-    All workers may call it, and under ZeRO-3 all must; worker 0 writes. Files of the same name are replaced. Memory: two
-    times a shard of 2 GB.
+    All workers may call it, and under ZeRO-3 all must; worker 0 writes. Files of the same name are replaced. Memory:
+    two times a shard of 2 GB.
     """
     file_of, num_bytes = _write_weights(model, output)
     if torch.distributed.get_rank() != 0:

@@ -34,6 +34,9 @@ _PROBE: Rows = ([1, 2, 3], [3, 2, 1, 2, 3, 1, 2])
 class DomainNetwork:
     """A retriever in memory whose linear layers can add the factors of domains.
 
+    `module` is transformers' module without a head, with the retriever's weights (at the bundle's readapter_scale). Its
+    layers are replaced when `load` loads a domain that changes them.
+
     Args:
         bundle: the bundle of any one domain; all domains must have been made with the same retriever.
         base: the base (pretrained) model of the bundle.

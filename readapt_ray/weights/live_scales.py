@@ -29,8 +29,7 @@ class LiveReadapter:
         """Read every input of the merge onto the module's device.
 
         Args:
-            module: a model of the same architecture, from `load_model`; `set_scales` replaces its weights, which are not
-                changed before.
+            module: a model of the same architecture, from `load_model`. Only `set_scales` changes its weights.
             readapter: the models that are merged.
             layers: factors that multiply the knowledge scales in ranges of layers.
 

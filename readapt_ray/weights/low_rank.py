@@ -58,8 +58,9 @@ class FactorRecord:
     """Share of the squared difference that is stored, 0 to 1."""
 
     def entries(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Return name, type and shape of each tensor that the file holds for this weight: B and A, the whole difference,
-        or none if the weight did not change.
+        """Return name, type and shape of each tensor that the file holds for this weight.
+
+        These are B and A, or the whole difference, or nothing if the weight did not change.
         """
         if self.rank is None:
             return [(self.name + _WHOLE, torch.float32, self.shape)]

@@ -66,7 +66,7 @@ class MergePlan:
 
     @property
     def made_of(self) -> list[tuple[str, str]]:
-        """Role and fingerprint of each model that the result is made from; with a bundle, of those that it was made from.
+        """Role and fingerprint of each model that the result, or its bundle (if there is one), is made from.
 
         Roles are pretrained, retriever, and adapter (adapter 1, adapter 2 ... if there are several).
         """
@@ -140,11 +140,11 @@ def check_pair(
         pretrained: the model before retrieval training.
         retriever: the model after it.
         accept: mismatches to allow: config, tokenizer, vocabulary, base.
-        layer_scales: ranges of layers that a later merge will scale; the models must have these layers.
+        layer_scales: ranges of layers that a later merge will scale, such as 0-11=0.8; the models must have them.
 
     Raises:
         WeightMismatchError: the models do not fit each other; the message lists what differs.
-        ModelError: a model cannot be read, or encodes only queries.
+        ModelError: a model cannot be read, or the retriever encodes only queries.
         InputError: the models lack layers of `layer_scales`.
     """
     refuse_query_model(retriever)

@@ -48,13 +48,13 @@ class Scales:
                 raise InputError(f"the scale {scale} is not a finite number; give one such as 0.5")
 
     def of(self, name: str) -> tuple[float, ...]:
-        """Return the scales for one tensor: the readapter's, then one per knowledge adapter times its layer's factor."""
+        """Return the scales for one tensor: the readapter's, then each knowledge adapter's times the layer's factor."""
         factor = factor_of(self.layers, name)
         return (self.readapter, *(each * factor for each in self.knowledge))
 
 
 def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple[float, ...]:
-    """Return one knowledge scale per adapter; a single number is used for all of them.
+    """Return one knowledge scale per adapter; a single number, or a sequence of one, is used for all of them.
 
     Raises:
         InputError: there is neither one scale nor one per adapter.
@@ -94,7 +94,8 @@ class TensorTerms:
         """Add the scaled changes to the pretrained rows in float32 (RE-AdaptIR, section 2.2).
 
         A term with scale 0 is left out. With a readapter_scale of 1 and a retriever of full weights, the sum starts at
-        the retriever's rows. So scales (0, 0) give the pretrained weight bit for bit, and (1, 0) the retriever's.
+        the retriever's rows. So scales (0, 0) give the pretrained weight bit for bit, and (1, 0) the weight of such a
+        retriever.
 
         Args:
             scales: how much of each change is added.
@@ -218,7 +219,7 @@ class Readapter:
         return self._checkpoint_of(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type that the retriever stores a tensor in; if it is an adapter, the type of the pretrained weight.
+        """Return the type that the retriever stores a tensor in; for an adapter, the type of the pretrained weight.
 
         A merge may write another type.
         """

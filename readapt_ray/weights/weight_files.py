@@ -86,7 +86,7 @@ class StoredTensor:
 
         Args:
             start: first row.
-            stop: end of the rows, exclusive; None reads to the last row.
+            stop: end of the rows, exclusive; None reads to the last row. A scalar counts as one row.
             scratch: buffers to read into; None makes a new tensor.
             role: name of the buffer in `scratch`.
 
@@ -260,7 +260,7 @@ class Checkpoint:
         return Whole(rows=self.read(name, start, stop, scratch, role))
 
     def weight_named(self, stored_name: str) -> str | None:
-        """Return the name here of a weight that another file may call `model.layers.0...`; None if there is no such weight.
+        """Return the name here of a weight that another file may call `model.layers.0...`; None if it is unknown.
 
         A base prefix (`model.`, `bert.` ...) is removed if needed, and old names of norms are translated.
         """
