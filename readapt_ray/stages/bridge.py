@@ -75,8 +75,8 @@ class BridgeConfig(StageConfig):
 def bridge(config: BridgeConfig) -> Artifact:
     """Fit a bridge: a map by which a new model's queries search an old model's vectors.
 
-    Does nothing if the output holds this bridge already. A bridge that is not worth it is written too: the manifest's
-    `not_worth_it` says why, and a warning is logged.
+    Does nothing if the output holds a bridge of the same options and inputs. A bridge that is not worth it is written
+    too: the manifest's `not_worth_it` says why, and a warning is logged.
 
     Raises:
         ArtifactMissingError: the old vectors are not the output of `readapt embed`, or their corpus is missing.

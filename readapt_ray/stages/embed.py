@@ -104,7 +104,7 @@ def embed(config: EmbedConfig) -> Artifact:
 
     With `previous`, vectors of unchanged passages are reused and only new or changed ones are encoded. With `sample`,
     only a part is encoded, into OUTPUT-sample, to estimate a full run. A stopped run resumes; does nothing if the
-    output is complete.
+    output is complete and of the same options and inputs.
 
     Raises:
         ArtifactMissingError: the corpus is no output of `readapt ingest`, or `previous` no output of `readapt embed`.

@@ -111,7 +111,7 @@ def index(config: IndexConfig) -> Artifact:
     """Build a FAISS index from vectors, or update an earlier one.
 
     `previous` itself is not changed: its shards are shared or copied into the output. A killed run resumes with the
-    missing shards. Does nothing if the output is complete.
+    missing shards. Does nothing if the output is complete and of the same options and inputs.
 
     Raises:
         ArtifactMissingError: the vectors are no output of `readapt embed`, or `previous` no output of `readapt index`.

@@ -153,7 +153,8 @@ class _Merge:
 def merge(config: MergeConfig) -> Artifact:
     """Merge the models into a model folder (RE-AdaptIR, section 2.2), or write a bundle of factors for such a merge.
 
-    A killed merge resumes with the missing files. If the output is complete, nothing is merged, but `push` is done.
+    A killed merge resumes with the missing files. If the output is complete and of the same options and inputs, nothing
+    is merged, but `push` is done.
 
     Raises:
         ModelError: a model cannot be found or read, holds NaN, or nothing says how the retriever encodes.

@@ -73,7 +73,8 @@ class PackConfig(PackOptions, StageConfig):
 def pack(config: PackConfig) -> Artifact:
     """Tokenise the passages of a corpus and pack them into token blocks.
 
-    A killed run resumes with the missing files. Does nothing if the output is complete.
+    A killed run resumes with the missing files. Does nothing if the output is complete and of the same options and
+    inputs.
 
     Raises:
         ArtifactMissingError: the corpus, or `new_since`, is not a complete output of ingest.
@@ -81,6 +82,7 @@ def pack(config: PackConfig) -> Artifact:
         CorruptFileError: passages of the corpus are missing.
         PlacementError: no node of the cluster has a CPU.
         ModelError: the tokenizer cannot be read or has no end token, or `block_tokens` exceeds the model's positions.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     from readapt_ray.sources.judgements import read_doc_ids
 

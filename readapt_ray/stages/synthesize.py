@@ -114,6 +114,7 @@ def synthesize(config: SynthesizeConfig) -> Artifact:
         InputError: the endpoint refuses the key, the model or the request.
         ModelError: the model cannot be found, or is an adapter or a masked language model.
         WorkerError: the endpoint cannot be reached, or tasks died repeatedly; answers so far are kept.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     corpus = open_artifact(config.corpus, "ingest")
     vectors = None if config.vectors is None else open_artifact(config.vectors, "embed")

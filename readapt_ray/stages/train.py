@@ -59,7 +59,8 @@ class TrainConfig(PackOptions, OptimizationConfig):
 def train(config: TrainConfig) -> Artifact:
     """Train a knowledge adapter on token blocks, or all weights if `method` is full.
 
-    A killed run resumes from its newest checkpoint. Does nothing if the output is complete.
+    A killed run resumes from its newest checkpoint. Does nothing if the output is complete and of the same
+    options and inputs.
 
     Args:
         config: the options; here `corpus` must name an output of pack.
@@ -73,6 +74,7 @@ def train(config: TrainConfig) -> Artifact:
             another model.
         PlacementError: the cluster does not have the requested workers, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     blocks = artifacts.open_artifact(config.corpus, "pack")
     if not blocks.manifest.counts["num_blocks"]:

@@ -111,7 +111,8 @@ def tune(config: TuneConfig) -> Artifact:
     """Find the pair of merge scales with the best retrieval on withheld queries, and write a report.
 
     The best pair is in the manifest's `best`, for the options of merge; no model is written. Half of the queries choose
-    it, and `reported` comes from the other half. Does nothing if the output is complete.
+    it, and `reported` comes from the other half. Does nothing if the output is complete and of the same options and
+    inputs.
 
     Raises:
         ArtifactMissingError: the corpus is not the output of `readapt ingest`.
@@ -121,6 +122,7 @@ def tune(config: TuneConfig) -> Artifact:
         CorruptFileError: a file of the corpus is missing.
         PlacementError: the cluster does not have the CPUs or GPUs that the actors need.
         WorkerError: actors died repeatedly.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     corpus = artifacts.open_artifact(config.corpus, "ingest")
     if config.drop_self_hits is None:
