@@ -32,6 +32,7 @@ class Optimization:
     learning_rate: float
     """Peak learning rate of AdamW."""
     weight_decay: float
+    """Weight decay of AdamW."""
     warmup_fraction: float
     """Share of the steps in which the learning rate rises to its peak."""
     max_gradient_norm: float

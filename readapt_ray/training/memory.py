@@ -47,7 +47,9 @@ class MemoryEstimate:
     """The memory of one worker in bytes, by part, with an explanation of each part."""
 
     parts: dict[str, int]
+    """Bytes by part, such as activations."""
     reasons: dict[str, str]
+    """What each part is computed from, as text."""
 
     @property
     def total_bytes(self) -> int:

@@ -42,8 +42,10 @@ class LayerTerms:
     """The factors that one domain adds to one linear layer [O, I]. K is its number of adapters, R the sum of ranks."""
 
     A_RI: Tensor
+    """The factors A of all adapters, one below the other."""
     B_OR: Tensor
-    """Already multiplied by the adapter's scaling, by the layer's factor, and for DoRA by d."""
+    """The factors B of all adapters, side by side. Each is already multiplied by the adapter's scaling, by the layer's
+    factor, and for DoRA by d."""
     ranks: tuple[int, ...]
     """Rank of each adapter; 0 if it does not change this layer."""
     gains: Tensor | None
