@@ -73,7 +73,10 @@ class BridgeConfig(StageConfig):
 
 
 def bridge(config: BridgeConfig) -> Artifact:
-    """Fit a bridge from a new model's queries to an old model's vectors.
+    """Fit a bridge: a map by which a new model's queries search an old model's vectors.
+
+    Does nothing if the output holds a bridge of the same options and inputs. A bridge that is not worth it is written
+    too: the manifest's `not_worth_it` says why, and a warning is logged.
 
     Raises:
         ArtifactMissingError: the old vectors are not the output of `readapt embed`, or their corpus is missing.
@@ -124,6 +127,13 @@ def _open_corpus(config: BridgeConfig, old: Artifact) -> Artifact:
 
 def check_sample(size: int, num_vectors: int, dimension: int) -> None:
     """Refuse a sample that is too small to fit a map between vectors of this dimension.
+
+    At least 500 passages are needed, and 1.25 times the dimension.
+
+    Args:
+        size: passages in the sample.
+        num_vectors: passages in the whole corpus.
+        dimension: dimension of the vectors of one of the two models; check both models.
 
     Raises:
         InputError: the sample or the corpus is too small; the message says how many passages are needed.

@@ -53,13 +53,17 @@ class DriftConfig(StageConfig):
 
 
 def drift(config: DriftConfig) -> Artifact:
-    """Measure without queries how much an adaptation changed loss, vectors and neighbours.
+    """Measure without queries how much an adaptation changed loss, vectors and neighbours, and write a report.
+
+    Differences are after minus before. If no passage was withheld from training, or a worker fails, the report has a
+    note instead of the loss. Does nothing if the output holds a report of the same options and inputs.
 
     Raises:
         ArtifactMissingError: the adapter or the vectors are not the output of their stage.
         CorpusError: the vectors are of different corpora or dimensions, or in shards that have no passage in common.
         FingerprintMismatchError: the blocks or the corpus of the adapter were replaced since it was trained.
         CorruptFileError: a file was cut short, altered, or is missing.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     adapter = artifacts.open_artifact(config.adapter, "train")
     before, after = (artifacts.open_artifact(uri, "embed") for uri in config.vectors)

@@ -91,11 +91,16 @@ class _Loaded:
 
 
 def evaluate(config: EvaluateConfig) -> Artifact:
-    """Measure runs, compare them with the first one, and write a report.
+    """Measure runs, compare each with the first one, and write a report.
+
+    A requirement (`require`) that fails raises nothing; the manifest's `requirements` say so. Does nothing if the
+    output holds a report of the same options and inputs.
 
     Raises:
-        InputError: a run, the judgements, a measure or a name cannot be used.
-        CorpusError: the runs and the judgements belong to different corpora.
+        InputError: a run, the judgements, a measure, a requirement or a name cannot be used.
+        ArtifactMissingError: `corpus` or `general` is not the output of its stage.
+        CorpusError: the runs and the judgements belong to different corpora: no judged passage is in any run.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     measures = measuring.parse_measures(config.measures)
     general = open_artifact(config.general, "evaluate") if config.general else None

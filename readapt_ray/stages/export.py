@@ -74,13 +74,17 @@ class ExportConfig(StageConfig):
 def export(config: ExportConfig) -> Artifact:
     """Send vectors, with the texts of their passages, to a vector database.
 
+    With `previous`, only changed rows are sent and removed ones deleted. A stopped run resumes, and does not send a
+    complete file of vectors again. If the output says that this export is complete, nothing is done, and the collection
+    is not checked.
+
     Raises:
         ArtifactMissingError: an input is not the output of its stage.
         FingerprintMismatchError: the collection, the corpus or `previous` belong to other vectors.
         ArtifactConflictError: the collection or the output folder holds something else.
         InputError: the target cannot index these vectors, its client is not installed, or `previous` does not match.
         CorpusError: the passages have other columns than those sent by `previous`.
-        TargetError: the database cannot be reached or refuses a request.
+        TargetError: the database cannot be reached or refuses a request, or rows are missing at the end.
     """
     source = open_artifact(config.vectors, "embed")
     corpus = _open_corpus(config, source)

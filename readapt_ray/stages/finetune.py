@@ -85,7 +85,10 @@ class FinetuneConfig(OptimizationConfig):
 
 
 def finetune(config: FinetuneConfig) -> Artifact:
-    """Train a retriever on (query, passage) pairs.
+    """Train a retriever on (query, passage) pairs: an adapter, or all weights if `method` is full.
+
+    A killed run resumes from its newest checkpoint. Does nothing if the output is complete and of the same
+    options and inputs.
 
     Raises:
         InputError: `base_dtype` needs a package that is not installed.
@@ -95,6 +98,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
             pooling, or nothing says how it encodes text.
         PlacementError: the cluster does not have the requested workers, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     from readapt_ray.nn import quantized
 

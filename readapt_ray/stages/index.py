@@ -110,6 +110,9 @@ class IndexConfig(StageConfig):
 def index(config: IndexConfig) -> Artifact:
     """Build a FAISS index from vectors, or update an earlier one.
 
+    `previous` itself is not changed: its shards are shared or copied into the output. A killed run resumes with the
+    missing shards. Does nothing if the output is complete and of the same options and inputs.
+
     Raises:
         ArtifactMissingError: the vectors are no output of `readapt embed`, or `previous` no output of `readapt index`.
         FingerprintMismatchError: `previous` is an index of another model's vectors, or of another kind.
@@ -201,10 +204,10 @@ def _open_previous(
 
 
 def index_options(config: IndexConfig, num_vectors: int, dimension: int, vector_dtype: str | None) -> IndexOptions:
-    """Choose the kind, storage and depth of an index from the options and the vectors.
+    """Resolve the options of an index: choose kind and storage if `kind` is auto, and fill in the storage otherwise.
 
     Args:
-        config: the options.
+        config: the options. A `factory` is used as it is, also if `kind` is auto.
         num_vectors: number of vectors to index.
         dimension: dimension of the vectors.
         vector_dtype: type that the vectors are stored in; None if unknown.

@@ -114,7 +114,10 @@ class IngestConfig(StageConfig):
         return self
 
     def read_options(self) -> ReadOptions:
-        """Return the options that the readers of sources take."""
+        """Return the options that the readers of sources take: limits of size, and the user's columns.
+
+        With `split_tokens` the readers do not split text files by `max_passage_chars`.
+        """
         return ReadOptions(
             max_text_bytes=self.max_text_bytes,
             max_passage_chars=self.max_text_bytes if self.split_tokens else self.max_passage_chars,
@@ -125,10 +128,14 @@ class IngestConfig(StageConfig):
 def ingest(config: IngestConfig) -> Artifact:
     """Read a source into passages, with its queries and judgements if it has them.
 
+    A killed run reads the source again and keeps the files that are written. Does nothing if the output was made from
+    the same source with the same options; to find that out, local files are hashed.
+
     Raises:
         ArtifactMissingError: `previous` is not the output of `readapt ingest`.
         InputError: the source is missing, empty, without text, or of an unknown format; no passage is left; or a row is
             bad and `bad_rows` is "fail".
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     options = config.read_options()
     source = open_source(config.source, config.format, options)

@@ -135,7 +135,7 @@ class MergeConfig(StageConfig):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The knowledge adapters as the user named them."""
+        """The knowledge adapters as the user named them; empty with a bundle."""
         return (self.adapter,) if isinstance(self.adapter, str) else self.adapter or ()
 
 
@@ -153,10 +153,14 @@ class _Merge:
 def merge(config: MergeConfig) -> Artifact:
     """Merge the models into a model folder (RE-AdaptIR, section 2.2), or write a bundle of factors for such a merge.
 
+    A killed merge resumes with the missing files. If the output is complete and of the same options and inputs, nothing
+    is merged, but `push` is done.
+
     Raises:
         ModelError: a model cannot be found or read, holds NaN, or nothing says how the retriever encodes.
         WeightMismatchError: the models do not fit each other; the message lists what differs.
-        InputError: there is neither one knowledge scale nor one per adapter, or the model lacks layers of layer_scales.
+        InputError: there is neither one knowledge scale nor one per adapter; the model lacks layers of layer_scales; or
+            `push` or `measures` names something else.
         ArtifactConflictError: the output folder holds something else.
     """
     from readapt_ray.catalog.models import open_model

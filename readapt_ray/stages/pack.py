@@ -73,12 +73,16 @@ class PackConfig(PackOptions, StageConfig):
 def pack(config: PackConfig) -> Artifact:
     """Tokenise the passages of a corpus and pack them into token blocks.
 
+    A killed run resumes with the missing files. Does nothing if the output is complete and of the same options and
+    inputs.
+
     Raises:
         ArtifactMissingError: the corpus, or `new_since`, is not a complete output of ingest.
         CorpusError: `exclude` or `only` cannot be read, or names no passage of the corpus; or no passage is left.
         CorruptFileError: passages of the corpus are missing.
         PlacementError: no node of the cluster has a CPU.
         ModelError: the tokenizer cannot be read or has no end token, or `block_tokens` exceeds the model's positions.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     from readapt_ray.sources.judgements import read_doc_ids
 
@@ -122,7 +126,9 @@ def _checked(config: PackConfig, model: models.OpenModel) -> PackConfig:
 
 
 def within_positions(config: PackConfig, model: models.OpenModel) -> PackConfig:
-    """Lower the default of `block_tokens` to the model's number of positions; return the config.
+    """Return the config with the default of `block_tokens` lowered to the model's number of positions, if need be.
+
+    Otherwise, also if the model has no fixed number of positions, the config is returned as it is.
 
     Raises:
         ModelError: the user gave `block_tokens`, and it exceeds the model's positions.
@@ -204,7 +210,12 @@ def _packed(
 
 
 def withheld_numbers(withhold: int, num_passages: int) -> list[int]:
-    """Draw the numbers of the passages to withhold; always the same for one number of passages."""
+    """Draw the numbers of the passages to withhold, sorted; the same in each call with the same arguments.
+
+    Args:
+        withhold: how many to draw; all passages if there are fewer.
+        num_passages: passages in the corpus, numbered from 0 in the order of its files.
+    """
     drawn = random_generator(0, "withheld passages").choice(num_passages, min(withhold, num_passages), replace=False)
     return sorted(drawn.tolist())
 

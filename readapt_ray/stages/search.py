@@ -148,7 +148,10 @@ class _Source:
 
 
 def search(config: SearchConfig) -> Artifact:
-    """Search a corpus for queries and write the results as a TREC run.
+    """Search a corpus for queries and write the results as a TREC run, best first for each query.
+
+    If ingest split documents, the results are documents, by their best passage. A killed run starts again. Does nothing
+    if the output is complete and of the same options and inputs.
 
     Raises:
         ArtifactMissingError: the index or the vectors are not the output of their stage.
@@ -157,6 +160,7 @@ def search(config: SearchConfig) -> Artifact:
         InputError: the mode needs BM25 and the index was built without it.
         CorpusError: there are no queries, or a row is not a query, or no query is judged.
         CorruptFileError: a shard was cut short or altered.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     source = _Source(
         open_artifact(config.index, "index") if config.index else open_artifact(str(config.vectors), "embed")

@@ -102,7 +102,10 @@ class SynthesizeConfig(StageConfig):
 
 
 def synthesize(config: SynthesizeConfig) -> Artifact:
-    """Write queries for passages with a language model.
+    """Write queries for a random sample of passages with a language model, as pairs to train or tune on.
+
+    Passages that have answers are not asked again when a stopped run resumes. If `budget_tokens` is spent, the queries
+    so far make a complete output; the same command with a larger budget continues it.
 
     Raises:
         ArtifactMissingError: the corpus or the vectors are not the output of their stage.
@@ -111,6 +114,7 @@ def synthesize(config: SynthesizeConfig) -> Artifact:
         InputError: the endpoint refuses the key, the model or the request.
         ModelError: the model cannot be found, or is an adapter or a masked language model.
         WorkerError: the endpoint cannot be reached, or tasks died repeatedly; answers so far are kept.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     corpus = open_artifact(config.corpus, "ingest")
     vectors = None if config.vectors is None else open_artifact(config.vectors, "embed")

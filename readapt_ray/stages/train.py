@@ -57,7 +57,10 @@ class TrainConfig(PackOptions, OptimizationConfig):
 
 
 def train(config: TrainConfig) -> Artifact:
-    """Train a knowledge adapter on token blocks.
+    """Train a knowledge adapter on token blocks, or all weights if `method` is full.
+
+    A killed run resumes from its newest checkpoint. Does nothing if the output is complete and of the same
+    options and inputs.
 
     Args:
         config: the options; here `corpus` must name an output of pack.
@@ -71,6 +74,7 @@ def train(config: TrainConfig) -> Artifact:
             another model.
         PlacementError: the cluster does not have the requested workers, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     blocks = artifacts.open_artifact(config.corpus, "pack")
     if not blocks.manifest.counts["num_blocks"]:
@@ -99,7 +103,9 @@ def train(config: TrainConfig) -> Artifact:
 
 
 def check_pretrained(config: TrainConfig) -> None:
-    """Check that the pretrained model can be trained with these options, before passages are packed; fetch no weight.
+    """Check that the pretrained model can be trained with these options, before passages are packed.
+
+    Of a model that is not on this machine, configuration and tokenizer are fetched, not the weights.
 
     Raises:
         InputError: as `resolve`.
@@ -110,6 +116,15 @@ def check_pretrained(config: TrainConfig) -> None:
 
 def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConfig]:
     """Fill in the objective and the target modules that depend on the model, and check them; no weight is read.
+
+    With `continue_from`, rank, alpha, method and target modules are those of that adapter.
+
+    Args:
+        config: the options; what the user gave is kept.
+        model: the pretrained model.
+
+    Returns:
+        The same model, and the config with these options filled in.
 
     Raises:
         InputError: `continue_from` has another rank, alpha, method or target modules than the options ask for, or
@@ -136,7 +151,7 @@ def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConf
 
 
 def objective_of(model: OpenModel) -> Objective:
-    """Return the training objective that a pretrained model has a head for.
+    """Return the training objective that a pretrained model has a head for: causal_lm or masked_lm.
 
     Raises:
         ModelError: its config names no architecture, or one without a language-model head.

@@ -108,13 +108,21 @@ class TuneConfig(StageConfig):
 
 
 def tune(config: TuneConfig) -> Artifact:
-    """Find the pair of merge scales with the best retrieval on withheld queries.
+    """Find the pair of merge scales with the best retrieval on withheld queries, and write a report.
+
+    The best pair is in the manifest's `best`, for the options of merge; no model is written. Half of the queries choose
+    it, and `reported` comes from the other half. Does nothing if the output is complete and of the same options and
+    inputs.
 
     Raises:
-        InputError: a model, the corpus or the queries cannot be used.
+        ArtifactMissingError: the corpus is not the output of `readapt ingest`.
+        InputError: a layer or the queries cannot be used; at least two queries need a relevant passage.
+        CorpusError: no queries are given, and the corpus gives fewer than two pseudo-queries.
+        ModelError: a model cannot be found or read.
         CorruptFileError: a file of the corpus is missing.
         PlacementError: the cluster does not have the CPUs or GPUs that the actors need.
         WorkerError: actors died repeatedly.
+        ArtifactConflictError: the output holds something else, or a result of other options and `overwrite` is not set.
     """
     corpus = artifacts.open_artifact(config.corpus, "ingest")
     if config.drop_self_hits is None:

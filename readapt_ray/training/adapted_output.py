@@ -22,6 +22,8 @@ _BLOCK = 64
 def adapted_output(base: Tensor, x: Tensor, scaled_A_RI: Tensor, B_OR: Tensor, share_O: Tensor | None) -> Tensor:
     """Compute the output of an adapted layer in plain operations, for torch.compile and as a reference in tests.
 
+    The output [..., O] is without bias. No argument is changed.
+
     Args:
         base: W x, [..., O].
         x: the input after dropout, [..., I].
@@ -39,7 +41,7 @@ class CastFactor(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, factor: Tensor, cast: Tensor, scale: float) -> Tensor:
-        """Return the cast copy."""
+        """Return `cast`, which must hold `scale * factor` in the type of the products; it shares its memory."""
         ctx.scale, ctx.dtype = scale, factor.dtype
         return cast.view_as(cast)
 
@@ -69,7 +71,10 @@ class AdaptedOutput(torch.autograd.Function):
         scaling: float,
         probability: float,
     ) -> Tensor:
-        """Map x [..., I] to the output [..., O], in the type of `base`."""
+        """Map x [..., I] to the output [..., O] without bias, in the type of W x; a given `base` is overwritten by it.
+
+        `magnitude_O` and `norm_O` are None for LoRA; `scaling` is s; `probability` is that of dropout.
+        """
         ctx.quantized = weight if isinstance(weight, QuantizedLinear) else None
         weight_OI = weight if isinstance(weight, Tensor) else None
         if base is None:
@@ -133,10 +138,10 @@ def keeps_mask(device_type: str) -> bool:
 
 
 def column_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
-    """Return the sum over N of one * other, [O].
+    """Return the sum over N of one * other, [O], in float32 on a CPU, and on a GPU in the type of the inputs.
 
     On a GPU it is computed as diagonals of matrix products of 64 columns each. This takes more arithmetic, but reads
-    each input once and writes no tensor of their size.
+    each input once and writes no tensor of their size. If their number is no multiple of 64, a GPU computes as a CPU.
     """
     if one_NO.device.type == "cpu" or one_NO.shape[1] % _BLOCK:
         return (one_NO * other_NO).sum(0, dtype=torch.promote_types(one_NO.dtype, torch.float32))

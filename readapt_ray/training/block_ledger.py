@@ -20,12 +20,16 @@ _SAVE_S = 60.0
 
 
 def block_file(index: int) -> str:
-    """Return the name of the blocks file that belongs to the passages file with this number."""
+    """Return the name of the blocks file for the passages file with this number from 0: part-00007.parquet for 7."""
     return f"part-{index:05d}.parquet"
 
 
 class BlockLedger:
-    """The finished blocks files of an artifact. `done` has their counts by the number of their passages file."""
+    """The finished blocks files of an artifact. `done` has their counts by the number of their passages file.
+
+    Args:
+        artifact: output folder of pack. Nothing is read before `find`.
+    """
 
     def __init__(self, artifact: Location) -> None:
         self.done: dict[int, tuple[int, ...]] = {}
@@ -34,7 +38,10 @@ class BlockLedger:
         self._saved_s = time.monotonic()
 
     def find(self) -> None:
-        """Read the saved table, and take the rows whose file exists with the same size."""
+        """Read the saved table, and record the rows whose file exists with the same size.
+
+        Without a table, or if it cannot be read, nothing is recorded. Call it once, before `record`.
+        """
         try:
             with (self._artifact / _NAME).open_input() as stream:
                 table = pq.read_table(stream)
@@ -46,14 +53,18 @@ class BlockLedger:
                 self.record(dict(zip(_COLUMNS, row, strict=True)))
 
     def record(self, counts: Mapping[str, int]) -> None:
-        """Record the counts of a written file; the table is saved at most once a minute."""
+        """Record the counts of a written file; the table is saved at most once a minute, so call `save` at the end.
+
+        Args:
+            counts: `index` (number of the passages file), `num_bytes` (size of the file) and all of COUNTS.
+        """
         self.done[counts["index"]] = tuple(counts[name] for name in _COLUMNS)
         self._total.update({name: counts[name] for name in COUNTS})
         if time.monotonic() - self._saved_s > _SAVE_S:
             self.save()
 
     def save(self) -> None:
-        """Write the table, unless it is empty."""
+        """Write the table of all recorded files, which replaces the old one; write nothing if none is recorded."""
         if self.done:
             columns = dict(zip(_COLUMNS, map(list, zip(*sorted(self.done.values()), strict=True)), strict=True))
             with (self._artifact / _NAME).open_output() as stream:
@@ -61,5 +72,5 @@ class BlockLedger:
         self._saved_s = time.monotonic()
 
     def total(self) -> dict[str, int]:
-        """Return the counts, summed over all files."""
+        """Return each of COUNTS, summed over all recorded files."""
         return {name: self._total[name] for name in COUNTS}

@@ -46,7 +46,7 @@ class RowGroups:
         return int(self.group_lengths.sum(dtype=np.int64))
 
     def read(self, number: int) -> list[Block]:
-        """Read the blocks of one row group, by its number in the folder.
+        """Read the blocks of one row group, by its number from 0 over all files of the folder.
 
         Raises:
             CorruptFileError: its file cannot be read.
@@ -97,7 +97,9 @@ class Piece:
 
 
 def pieces(row_groups: RowGroups, data_order: DataOrder, first_step: int) -> Iterator[Piece]:
-    """Divide all steps from `first_step` on into pieces, some thousands at most.
+    """Divide all steps from `first_step` on into pieces, in order, some thousands at most; none if all steps are done.
+
+    Steps count from 0 over all epochs. A piece never spans two epochs.
 
     The state of a random generator depends on all earlier draws. So the shuffle of each window is drawn here and thrown
     away, which takes 10 ns per block.
@@ -144,6 +146,11 @@ def read_steps(row_groups: RowGroups, piece: Piece, batch_size: int) -> Iterator
     """Read the blocks of a piece; yield a list for all workers per step. The last list of an epoch may be shorter.
 
     Memory: one window and one batch.
+
+    Args:
+        row_groups: the row groups that the pieces were planned for.
+        piece: from `pieces`; it is not changed, so it can be read again.
+        batch_size: blocks per step over all workers, the same as in the plan.
     """
     batch: list[Block] = []
     num_left = piece.num_blocks

@@ -49,11 +49,17 @@ class DataOrder:
         return self.steps_per_epoch * self.num_epochs
 
     def identity(self) -> dict[str, int]:
-        """Return the settings that decide the order; a checkpoint with other ones is refused."""
+        """Return the settings that decide the order; a checkpoint with other ones is refused.
+
+        The number of epochs is not among them, since it changes no epoch's order.
+        """
         return {"num_units": self.num_units, "batch_size": self.batch_size, "seed": self.seed}
 
     def consumed(self, step: int) -> tuple[int, int]:
-        """Return the current epoch after `step` steps, and how many units of its shuffled order were consumed."""
+        """Return the current epoch (from 0) after `step` steps, and how many units of its order were consumed.
+
+        At the end of an epoch it is the next epoch, with 0 units.
+        """
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         return epoch, in_epoch * self.batch_size
 
@@ -73,7 +79,7 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: "dict[str, Tensor]") -> None:
-        """Start to write a checkpoint in the background, after waiting for the previous one.
+        """Start to write a checkpoint in the background, after waiting for the previous one; then old ones are removed.
 
         Args:
             step: number of steps done.
@@ -86,7 +92,7 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, step, state)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is written; raise the error if that failed."""
+        """Wait until the last checkpoint is written; raise the error if that failed. Call it at the end of the run."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -105,10 +111,13 @@ class CheckpointWriter:
 
 
 def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, dict[str, Tensor]] | None":
-    """Load the newest complete checkpoint; return its step and state, or None if there is none.
+    """Load the newest complete checkpoint; return its number of steps and state on the CPU, or None if there is none.
+
+    Damaged files are skipped if an older checkpoint can be read.
 
     Raises:
-        CorruptFileError: there are checkpoints but none can be read, or the newest has another data order.
+        CorruptFileError: there are checkpoints but none can be read; or the newest that can be read has another data
+            order, or is of a version of readapt that ordered data in another way.
     """
     from safetensors.torch import load_file
 
@@ -124,7 +133,7 @@ def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, di
 
 
 def steps_done(folder: Location, data_order: DataOrder) -> int:
-    """Return the step of the newest complete checkpoint, reading only its header; 0 if there is none.
+    """Return how many steps were done at the newest complete checkpoint, from its header; 0 if there is none.
 
     Raises:
         CorruptFileError: as `newest_checkpoint`.

@@ -33,12 +33,16 @@ class _CapturedError(Exception):
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
-    """Return the transformer layers of a model: its longest list of modules."""
+    """Return the transformer layers of a model: its longest ModuleList. Raises ValueError if it has none."""
     return max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Make torch compile each layer of a model at its first call, with one graph for all lengths."""
+    """Make torch compile each layer of a model at its first call, with one graph for all lengths.
+
+    It also makes adapters keep casts of their factors, and sets torch's memory budget for the whole process. It does
+    not test the results; see `compile_if_right`.
+    """
     torch._functorch.config.activation_memory_budget = _MEMORY_BUDGET
     for _, adapted in dora.adapted_layers(model):
         adapted.keep_casts()
@@ -47,7 +51,12 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def compile_if_right(model: nn.Module) -> None:
-    """Compile the layers of a model at its first forward pass in training, if the results are right on all workers."""
+    """Compile all transformer layers of a model at its first forward pass with gradients.
+
+    One layer, compared with itself uncompiled (output and gradients), decides for all of them: if any worker sees a
+    difference or an error, no layer stays compiled, and a warning is logged. If the test passes, compiler errors later
+    on are suppressed in the whole process. The first forward pass is collective: all workers must make it.
+    """
 
     def before_first(module: nn.Module, args: Any, kwargs: Any) -> None:
         if not torch.is_grad_enabled():

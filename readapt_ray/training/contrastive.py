@@ -40,14 +40,16 @@ from readapt_ray.training.steps import StepWork
 
 @dataclass(frozen=True, kw_only=True)
 class Contrast:
-    """The InfoNCE objective: score each query's passage above all other passages of the batch.
+    """The InfoNCE objective: score each query's passage above the passages of the batch that do not answer the query.
+
+    The batch has the pairs and hard negatives of all workers.
 
     Args:
         model: the model without a language-model head, on the worker's device.
         reader: the pairs in training order.
         encoding: pooling and normalisation.
         temperature: divides the inner product of query and passage.
-        both_directions: also score each passage's query above all other queries, with equal weight.
+        both_directions: also score each passage's query above the queries that it does not answer, with equal weight.
         micro_batch_tokens: most tokens of one forward and backward pass, padding included; a longer text is alone.
         dtype: type of matrix products. If it is below float32 and weights have another type, autocast is used.
         seed: random seed of dropout.
@@ -66,15 +68,22 @@ class Contrast:
 
     @property
     def data_order(self) -> DataOrder:
-        """The order in which pairs are trained on."""
+        """The order in which pairs are trained on: that of `reader`."""
         return self.reader.data_order
 
     def batches(self, first_step: int) -> Iterator[np.ndarray]:
-        """Yield the numbers of all workers' pairs for every step from `first_step` on."""
+        """Yield the numbers of all workers' pairs for every step from `first_step` on, as `PairReader.steps`."""
         return self.reader.steps(first_step)
 
     def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
         """Return this worker's micro-batches and loss; with several micro-batches, workers exchange vectors here.
+
+        Collective: all workers must call it.
+
+        Args:
+            engine: gives rank and number of workers.
+            batch: the numbers of all workers' pairs in this step, from `batches`.
+            step: steps before this one; it seeds dropout.
 
         Raises:
             ModelError: a token id exceeds the model's vocabulary.
@@ -196,6 +205,8 @@ class Contrast:
     def loss_share(self, vectors_TD: Tensor, shares: Sequence[Texts], worker_rank: int) -> Tensor:
         """Compute this worker's share of the mean InfoNCE loss over all workers' pairs (van den Oord et al., 2018).
 
+        Collective, since workers exchange their vectors.
+
         The negatives of a query are the passages and hard negatives of all workers, except those that answer it. In the
         other direction, the negatives of a passage are the queries that it does not answer.
 
@@ -240,10 +251,13 @@ class Contrast:
 
 
 def install_packed_attention(model: Any, name: str) -> None:
-    """Change a model's attention so that it takes packed texts, if the model allows that.
+    """Replace a model's attention by one for packed texts, in place; leave a model that cannot be changed as it is.
+
+    A model can be changed if its class takes functions of transformers' AttentionInterface and its forward pass takes
+    position_ids. `is_packed` tells whether it was changed; texts are padded if it was not.
 
     Args:
-        model: a transformers model without a head; it is changed in place and keeps its weights.
+        model: a transformers model without a head; its weights stay.
         name: what the user calls the model; used in errors.
     """
     if attention.is_exchangeable(model) and "position_ids" in inspect.signature(model.forward).parameters:
@@ -256,7 +270,14 @@ def is_packed(model: Any) -> bool:
 
 
 def encode(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
-    """Encode tokenised texts into vectors, float32 [B, D], with gradients."""
+    """Encode tokenised texts into vectors, float32 [B, D], with gradients, in the order of the texts.
+
+    Args:
+        model: a transformers model without a head. Texts are packed if `is_packed(model)`, else padded.
+        token_ids: the B texts, with prompts and special tokens.
+        encoding: pooling, dimensions to keep, and whether vectors are normalised.
+        device: device of the model.
+    """
     pooled = (_packed if is_packed(model) else _padded)(model, token_ids, encoding, device)
     vectors = pooled[:, : encoding.dimensions]
     return normalized(vectors) if encoding.normalize else vectors.float()

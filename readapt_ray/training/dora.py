@@ -74,9 +74,9 @@ class AdapterShape:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trained low-rank update: DoRA with a magnitude, LoRA without.
 
-    The trained parameters are `lora_A` [R, I], `lora_B` [O, R] (zeros at first) and `magnitude` [O] (at first the norms
-    of the base's rows). They are float32 for any type of the base: in bfloat16 a magnitude would stop changing. I =
-    inputs, O = outputs, R = rank.
+    The trained parameters are `lora_A` [R, I], `lora_B` [O, R] (zeros at first) and, for DoRA, `magnitude` [O] (the
+    norms of the base's rows at first; None for LoRA). They are float32 for any type of the base: in bfloat16 a
+    magnitude would stop changing. I = inputs, O = outputs, R = rank.
 
     Args:
         base: the layer to wrap, weight [O, I]. It is frozen, and its bias moves to this layer, to be added after the
@@ -117,7 +117,7 @@ class AdaptedLinear(nn.Module):
             self.register_buffer("norm", norm.clamp_min(torch.finfo(norm.dtype).tiny), persistent=False)
 
     def saved_share(self) -> Tensor | None:
-        """Return the factor [O] from the trained magnitude to the one to save; None if they are the same.
+        """Return the factor [O] by which the magnitude is multiplied when it is saved; None if there is none to apply.
 
         Quantization changes the norms of rows, and an adapter is saved for the base in full precision. The factor keeps
         m / norm as it was trained. Without it, an adapter that learned nothing would scale the rows.
@@ -128,7 +128,10 @@ class AdaptedLinear(nn.Module):
         return full_squared.clamp_min(0).sqrt().clamp_min(torch.finfo(self.norm.dtype).tiny) / self.norm
 
     def keep_casts(self) -> None:
-        """Cast the factors once per step instead of in each pass; this saves two kernels in compiled passes."""
+        """Cast the factors once per step instead of in each pass; this saves two kernels in compiled passes.
+
+        Only compiled passes use the casts. Nothing changes if the base has the type of the factors.
+        """
         weight: Any = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
         if weight.dtype != self.lora_A.dtype:
             self.cast_scaled_a = torch.empty_like(self.lora_A, dtype=weight.dtype, requires_grad=False)
@@ -157,7 +160,10 @@ class AdaptedLinear(nn.Module):
         self.norm.copy_(square_O.clamp_min(0).sqrt().clamp_min(torch.finfo(square_O.dtype).tiny))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., I] to [..., O], in the dtype of the base layer's output."""
+        """Map [..., I] to [..., O], in the dtype of the base layer's output, with dropout in train mode.
+
+        If `is_on` is False, it computes as the base layer with its bias.
+        """
         probability = self.dropout if self.training else 0.0
         if not self.is_on:
             y: Tensor = self.base(x)
@@ -181,7 +187,9 @@ class AdaptedLinear(nn.Module):
 
 
 def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
-    """Freeze a model and wrap every linear layer whose name ends with one of the targets.
+    """Freeze a model and wrap every linear layer whose name ends with one of the targets, in place.
+
+    A target is one or more whole parts of a dotted name: "q_proj" matches "layers.0.q_proj", not "layers.0.my_q_proj".
 
     Returns:
         The full names of the wrapped layers.
@@ -200,7 +208,7 @@ def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Yield the names and layers of a model that have an adapter."""
+    """Yield name and layer of each layer of a model that has an adapter, in the order of `named_modules`."""
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
@@ -208,7 +216,10 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Switch adapters, dropout and gradients off during a `with` block, so that the model computes like its base."""
+    """Switch adapters, dropout and gradients off during a `with` block, so that the model computes like its base.
+
+    After the block all adapters are on, and the model is in the mode (train or eval) in which it was before.
+    """
     layers, was_training = [layer for _, layer in adapted_layers(model)], model.training
     try:
         model.eval()
@@ -223,13 +234,17 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def refresh(model: nn.Module) -> None:
-    """Recompute the norms and casts of all adapters; call it once after each optimizer step."""
+    """Recompute the norms and casts of all adapters; call it after each optimizer step. Collective under ZeRO-3."""
     for _, layer in adapted_layers(model):
         layer.refresh()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copy the trained tensors to the CPU in float32, under PEFT's names. Collective under ZeRO-3."""
+    """Copy the trained tensors to the CPU in float32, under PEFT's names. Collective under ZeRO-3.
+
+    A model without adapters gives an empty dict. Magnitudes are those for the base in full precision, also if it is
+    quantized here (`saved_share`).
+    """
     state = {}
     for name, layer in adapted_layers(model):
         parts: dict[str, Tensor] = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
@@ -244,7 +259,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_adapter_state(model: nn.Module, state: dict[str, Tensor], *, name: str) -> None:
-    """Set the trained tensors of a model to a state from `adapter_state`. Collective under ZeRO-3.
+    """Set the trained tensors of a model to a state from `adapter_state`, and refresh norms. Collective under ZeRO-3.
 
     Args:
         model: a model with adapters of the same settings.
@@ -273,10 +288,10 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], *, name: str)
 def save_adapter(
     location: Location, state: dict[str, Tensor], shape: AdapterShape, *, base: str, task_type: str
 ) -> None:
-    """Write a PEFT adapter folder that plain PEFT loads.
+    """Write a PEFT adapter folder (weights and config) that plain PEFT loads.
 
     Args:
-        location: the folder.
+        location: the folder. Its weights and config are replaced.
         state: the tensors, from `adapter_state`.
         shape: the settings of the adapter.
         base: name, folder or hub id of the base model.

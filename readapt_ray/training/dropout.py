@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def draw_seed() -> int:
-    """Draw a seed from torch's CPU generator, so that the GPU need not be waited for."""
+    """Draw a seed below 2^62 from torch's global CPU generator, so that the GPU need not be waited for."""
     return int(torch.randint(2**62, ()))
 
 
@@ -20,11 +20,16 @@ def kept_share(probability: float) -> float:
 
 
 def keep_mask(x: Tensor, probability: float, seed: int) -> Tensor:
-    """Draw a dropout mask for `x`: true or 1 where an element is kept. Seed, shape and device decide it.
+    """Draw a dropout mask for `x`: true or 1 where an element is kept, not scaled. Seed, shape and device decide it.
 
     On a CPU, 16-bit pieces of numbers from NumPy's fastest generator take a third of the time of torch's Bernoulli
     draws. There the mask has the type of `x`, since multiplying by booleans would convert them in both passes.
     Elsewhere it is bool.
+
+    Args:
+        x: gives shape and device, and on a CPU the type.
+        probability: share of elements that is dropped. Divide by `kept_share(probability)` to scale the rest.
+        seed: the same seed gives the same mask.
     """
     if x.device.type != "cpu":
         generator = torch.Generator(x.device).manual_seed(seed)

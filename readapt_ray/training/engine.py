@@ -32,6 +32,7 @@ class Optimization:
     learning_rate: float
     """Peak learning rate of AdamW."""
     weight_decay: float
+    """Weight decay of AdamW."""
     warmup_fraction: float
     """Share of the steps in which the learning rate rises to its peak."""
     max_gradient_norm: float
@@ -47,6 +48,8 @@ class Optimization:
 
 def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, Any]:
     """Return DeepSpeed's settings. We make batches and accumulate gradients, so DeepSpeed sees one batch per step.
+
+    `zero_stage` and `max_gradient_norm` are as in `Optimization`.
 
     Communication overlaps with computation: the sum of gradients with the backward pass, and at stage 3 also the
     fetching of weights. Buckets are small, since DeepSpeed's default puts all gradients of an adapter into one bucket,
@@ -68,7 +71,10 @@ def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, 
 
 
 def prepare_deepspeed() -> None:
-    """Silence DeepSpeed's log, and keep it from compiling a C++ extension, which takes minutes on a CPU."""
+    """Silence DeepSpeed's log, and keep it from compiling a C++ extension, which takes minutes on a CPU.
+
+    It changes this process only, and may be called again.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -76,7 +82,11 @@ def prepare_deepspeed() -> None:
 
 
 def linear_schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:
-    """Return the learning rate of a step (from 0) as a share of the peak: linear warmup, then linear decay to 0."""
+    """Return the learning rate of a step (from 0) as a share of the peak: linear warmup, then linear decay.
+
+    Neither end is 0: the first step of a warmup has 1 / warmup_steps, the last step of the run
+    1 / (num_steps - warmup_steps).
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return (num_steps - step) / max(1, num_steps - warmup_steps)
@@ -100,6 +110,7 @@ class StepOutcome:
 
     loss: float
     gradient_norm: float
+    """Norm of the gradient over all trained parameters, before clipping."""
 
 
 class DeepSpeedEngine:
@@ -147,16 +158,18 @@ class DeepSpeedEngine:
     def step(
         self, parts: Sequence[tuple[T, float]], *, loss_of: Callable[[T], Tensor], rate: float, step: int
     ) -> StepOutcome:
-        """Take one optimizer step. Collective: all workers call it.
+        """Take one optimizer step: all micro-batches, clipping, AdamW, DoRA's norms. Collective: all workers call it.
 
         Args:
-            parts: this worker's micro-batches with their weights; every worker has the same number.
+            parts: this worker's micro-batches with their weights (0 for one that only fills up); every worker has the
+                same number.
             loss_of: a function from a micro-batch to its share of the loss; all shares add up to the mean loss.
             rate: learning rate as a share of the peak.
             step: optimizer steps before this one; it seeds dropout.
 
         Raises:
-            TrainingDivergedError: the loss or the gradient is NaN or infinite.
+            TrainingDivergedError: the loss or the gradient is NaN or infinite. The weights may hold NaN then; load a
+                checkpoint.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self._learning_rate
@@ -210,7 +223,10 @@ class DeepSpeedEngine:
         return self._zero_stage > 0
 
     def state(self) -> dict[str, Tensor]:
-        """Copy trained tensors and Adam's moments to the CPU, as whole tensors. Collective if ZeRO partitions them."""
+        """Copy trained tensors and Adam's moments to the CPU, as whole tensors. Collective if ZeRO partitions them.
+
+        Keys are the parameters' names, and NAME@exp_avg and NAME@exp_avg_sq; moments before the first step are zeros.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = {}
@@ -230,7 +246,7 @@ class DeepSpeedEngine:
         return state
 
     def load_state(self, state: dict[str, Tensor], *, step: int) -> None:
-        """Load a state that `state` returned after `step` steps. Collective if ZeRO partitions."""
+        """Load a state that `state` returned after `step` steps, for any number of workers. Collective under ZeRO."""
         if self._zero_stage:
             self._allocate_moments(step)
         for name, tensor in self.trained.items():

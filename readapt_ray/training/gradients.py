@@ -22,6 +22,7 @@ class GradientBuckets:
 
     Args:
         trained: the float32 parameters, in the order of the forward pass; the backward pass reaches the last one first.
+            Each gets a hook that stays.
     """
 
     def __init__(self, trained: Sequence[nn.Parameter]) -> None:
@@ -36,7 +37,7 @@ class GradientBuckets:
                 parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
-        """Set all gradients to 0; call it at the beginning of a step."""
+        """Set all gradients to 0, as views of the buckets; call it at the beginning of each step."""
         for bucket, views in self._buckets:
             bucket.zero_()
             for parameter, view in views:
@@ -44,7 +45,10 @@ class GradientBuckets:
 
     @contextlib.contextmanager
     def summed(self) -> Iterator[None]:
-        """Sum all gradients while the last backward pass of a step runs inside the `with` block. Collective."""
+        """Sum all gradients while the last backward pass of a step runs inside the `with` block. Collective.
+
+        After the block each `parameter.grad` is the sum (not the mean) over workers. With one worker nothing is sent.
+        """
         self._sums, self._num_missing = [], [len(views) for _, views in self._buckets]
         self._is_last_pass = self._num_workers > 1
         try:

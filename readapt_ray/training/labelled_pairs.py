@@ -67,7 +67,7 @@ def open_pairs(corpus: str, split: str, negatives: str | None) -> PairSource:
     """Open a corpus with judgements, queries that a language model wrote for one, or a JSONL file of pairs.
 
     Args:
-        corpus: output of ingest or synthesize, or a JSONL file.
+        corpus: output of ingest or synthesize, or a JSONL file (its name ends with .jsonl), which is hashed.
         split: split of the qrels, such as train; ignored for a file.
         negatives: TREC run to take hard negatives from; None for none.
 
@@ -120,6 +120,7 @@ def write_pairs(
 ) -> None:
     """Tokenise every pair and write a Parquet file, in the order of the qrels or of the JSONL file.
 
+    Of qrels, only those are pairs that are above 0 and name a query and a passage of the corpus; others are left out.
     Texts with the same tokens get the same number, since they are the same to the model.
 
     Args:
@@ -127,7 +128,7 @@ def write_pairs(
         model: the model whose tokenizer is used.
         encoding: prompts, special tokens and maximum lengths.
         target: the file to write, of PAIR_SCHEMA.
-        num_negatives: hard negatives per query, if the source has a run.
+        num_negatives: most hard negatives per query, if the source has a run. A JSONL file's own are all kept.
 
     Raises:
         CorpusError: there are fewer than two pairs, or a line of the file is not a pair.

@@ -36,6 +36,11 @@ class LanguageModelling:
     def work(self, engine: DeepSpeedEngine, batch: Share, step: int) -> StepWork[Batch]:
         """Return this worker's micro-batches and loss.
 
+        Args:
+            engine: gives rank and device.
+            batch: this worker's share of the step, from `batches`.
+            step: steps before this one.
+
         Raises:
             RuntimeError: the batch belongs to another step or worker.
             ModelError: a token id exceeds the model's vocabulary.

@@ -29,11 +29,15 @@ class WorkerSetup:
     adapter: AdapterShape | None
     """The adapter that is trained; None trains all weights."""
     num_workers: int
+    """All workers of the run, which ZeRO partitions over."""
     zero_stage: int
     micro_batch_tokens: int
+    """Tokens of one forward and backward pass of a worker."""
     dtype: torch.dtype
+    """Type of the frozen weights and of the activations; trained weights are float32."""
     gradient_checkpointing: bool
     device_type: str
+    """cpu or cuda."""
     base_dtype: BaseDtype = "auto"
     """Type that the frozen linear layers are stored in; auto stores them in `dtype`."""
 
@@ -43,7 +47,9 @@ class MemoryEstimate:
     """The memory of one worker in bytes, by part, with an explanation of each part."""
 
     parts: dict[str, int]
+    """Bytes by part, such as activations."""
     reasons: dict[str, str]
+    """What each part is computed from, as text."""
 
     @property
     def total_bytes(self) -> int:
@@ -56,7 +62,12 @@ class MemoryEstimate:
         return f"{' + '.join(terms)} = {_gigabytes(self.total_bytes)}"
 
     def corrected(self, measured_bytes: int) -> float:
-        """Return the ratio of measured to estimated activations, at least 0.1, for `estimate_memory`'s `correction`."""
+        """Return the ratio of measured to estimated activations, at least 0.1, for `estimate_memory`'s `correction`.
+
+        Args:
+            measured_bytes: peak memory of a worker with this setup. All other parts are taken to be exact. The estimate
+                must have been made without a correction.
+        """
         fixed = self.total_bytes - self.parts["activations"]
         return max(0.1, (measured_bytes - fixed) / max(1, self.parts["activations"]))
 
@@ -126,7 +137,11 @@ def process_bytes(device_type: str) -> int:
 
 
 def num_trained(shape: ModelShape, adapter: AdapterShape | None) -> int:
-    """Count the trained parameters: those of the adapter, or all of the model if `adapter` is None."""
+    """Count the trained parameters of the model, not divided over workers: of the adapter, or all if it is None.
+
+    Raises:
+        ModelError: a target of the adapter matches no layer.
+    """
     if adapter is None:
         return shape.num_parameters
     magnitudes = 1 if adapter.method == "dora" else 0
@@ -161,7 +176,7 @@ def advice_that_fits(shape: ModelShape, setup: WorkerSetup, free_bytes: float, *
     """Find options with which a worker fits, `gradient_checkpointing` or a smaller `base_dtype`; return advice as text.
 
     The options are tried in order of cost: each next one computes longer or rounds more. The text is empty if none
-    fits.
+    fits, or if the setup fits as it is. Example: "set train.base_dtype int8, which needs 9.31 GB".
 
     Args:
         shape: as for `estimate_memory`.
@@ -205,7 +220,12 @@ def check_fits(shape: ModelShape, setup: WorkerSetup, *, free_bytes: int, correc
 
 
 def free_bytes(device: torch.device, num_workers_here: int) -> int:
-    """Return the bytes that a worker may use: free GPU memory, or its share of the free memory of the machine."""
+    """Return the bytes that a worker may use: free GPU memory, or its share of the free memory of the machine.
+
+    Args:
+        device: device of the worker. A GPU's free memory is not divided.
+        num_workers_here: workers on this machine, which share its memory equally.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return hardware.free_memory_bytes() // num_workers_here

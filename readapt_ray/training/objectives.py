@@ -98,8 +98,8 @@ class LossHead(nn.Module):
         """Make the layer return the loss of labels during a `with` block.
 
         Args:
-            labels_BT: int64 [B, T], the tokens to predict.
-            places_N: int64 [N], the positions in the flattened batch that count.
+            labels_BT: int64 [B, T], the token to predict at each position (shifted already for next-token prediction).
+            places_N: int64 [N], the positions in the flattened batch that count; labels elsewhere are not read.
         """
         self._labels = labels_BT, places_N
         try:
@@ -121,8 +121,8 @@ class LossHead(nn.Module):
 def prepare(model: Any, name: str) -> None:
     """Prepare a language model for training: replace its output layer by a LossHead, and install faster kernels.
 
-    The kernels are attention for packed passages (attention.py), if the model allows that, and on a GPU fused norms and
-    gated layers (norms.py, gated.py).
+    The kernels are attention for packed passages (attention.py), if the model allows that (else `loss_sum` pads them),
+    and on a GPU fused norms and gated layers (norms.py, gated.py).
 
     Args:
         model: a transformers `*ForCausalLM` or `*ForMaskedLM`; changed in place.
@@ -153,7 +153,7 @@ def prepare(model: Any, name: str) -> None:
 
 
 def loss_sum(model: Any, batch: Batch) -> Tensor:
-    """Compute the cross entropy of a language model, summed over all labelled tokens, a float32 scalar.
+    """Compute the cross entropy of a language model in nats, summed over all labelled tokens, a float32 scalar.
 
     Args:
         model: a language model that `prepare` made ready.

@@ -60,7 +60,9 @@ class Block:
 
     input_ids: np.ndarray
     passage_lengths: tuple[int, ...]
+    """Tokens of each passage, in order."""
     passage_numbers: tuple[int, ...]
+    """Number of each passage: its row, from 0, over all files of the corpus."""
 
     def num_labels(self, masking: "Masking | None" = None) -> int:
         """Count the tokens in the loss: all except the first of each passage; with masking, the masked ones."""
@@ -69,7 +71,7 @@ class Block:
         return sum(masking.num_masked(length) for length in self.passage_lengths)
 
     def passages(self) -> Iterator["Block"]:
-        """Yield each passage as a separate block."""
+        """Yield each passage as a block of one passage, in order; their tokens share memory with this block."""
         start = 0
         for length, number in zip(self.passage_lengths, self.passage_numbers, strict=True):
             yield Block(self.input_ids[start : start + length], (length,), (number,))
@@ -81,18 +83,31 @@ class Masking:
     """The masking of tokens for masked-token training of an encoder."""
 
     mask_id: int
+    """Id of the mask token."""
     vocab_size: int
+    """Random tokens have ids below this."""
     seed: int
     share: float = 0.15
     """Share of a passage's tokens that count in the loss."""
 
     def num_masked(self, length: int) -> int:
-        """Return how many tokens of a passage are masked, never CLS or SEP; `length` includes these two."""
+        """Return how many tokens of a passage count in the loss, never CLS or SEP; `length` includes these two.
+
+        It is at least 1, but 0 if there are no other tokens.
+        """
         inner = length - 2
         return max(1, round(self.share * inner)) if inner > 0 else 0
 
     def apply(self, ids: np.ndarray, *, step: int, passage_number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Mask tokens of a passage; return its tokens and its labels (original tokens or IGNORED), int64 [T] each."""
+        """Mask tokens of a passage; return its tokens and its labels, int64 [T] each. The same arguments mask the same.
+
+        A label is the original token where a token counts in the loss, also if it was not replaced, else IGNORED.
+
+        Args:
+            ids: the passage's tokens, with CLS and SEP; they are not changed.
+            step: number of the training step.
+            passage_number: number of the passage in the corpus.
+        """
         random = random_generator(self.seed, "masking", step, passage_number)
         chosen = 1 + random.permutation(len(ids) - 2)[: self.num_masked(len(ids))] if len(ids) > 2 else np.empty(0, int)
         labels = np.full(len(ids), IGNORED, np.int64)
@@ -114,8 +129,8 @@ def end_id(tokenizer: Any) -> int | None:
 def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> tuple[list[list[int]], list[int]]:
     """Tokenise passages with their special tokens, and count the tokens that truncation cut from each.
 
-    For a decoder: BOS if the tokenizer has one, the text, and EOS if the text was not truncated. For an encoder (its
-    tokenizer has a mask token): CLS, the text, and always SEP.
+    A passage begins with BOS, or else CLS, if the tokenizer has one of them, and ends with EOS, or else SEP. If it is
+    truncated, a decoder's passage has no end token. An encoder's (its tokenizer has a mask token) always has.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -123,7 +138,7 @@ def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> tup
         max_tokens: maximum tokens of a passage, special tokens included.
 
     Returns:
-        Token ids per passage, and number of lost tokens per passage.
+        Token ids per passage, and number of lost tokens per passage (0 if it was not truncated), in order.
     """
     if not texts:
         return [], []
@@ -160,7 +175,7 @@ def pack(passages: Iterable[tuple[int, list[int]]], *, mode: Mode, block_tokens:
 
 
 def blocks_to_table(blocks: Sequence[Block], first_block_id: int) -> pa.Table:
-    """Convert blocks to a table of BLOCK_SCHEMA, numbered from `first_block_id`."""
+    """Convert blocks to a table of BLOCK_SCHEMA, with consecutive block ids from `first_block_id`."""
     return pa.table(
         {
             "block_id": pa.array(range(first_block_id, first_block_id + len(blocks)), pa.int64()),
@@ -173,7 +188,7 @@ def blocks_to_table(blocks: Sequence[Block], first_block_id: int) -> pa.Table:
 
 
 def table_to_blocks(table: pa.Table) -> list[Block]:
-    """Convert a table from `blocks_to_table` back to blocks."""
+    """Convert a table from `blocks_to_table` back to blocks, in its order; their ids are dropped."""
     columns = [table.column(name).combine_chunks() for name in ("input_ids", "passage_lengths", "passage_numbers")]
     rows = zip(*columns, strict=True)
     return [
@@ -194,12 +209,12 @@ class Batch:
     passage_ends: "torch.Tensor"
     """int32 [passages + 1]: 0, then the end offset of each passage; the padding counts as a passage."""
     longest_passage: int
-    """Tokens in the longest passage."""
+    """Tokens in the longest passage, where the padding counts as a passage."""
     label_places: "torch.Tensor"
     """int64 [N]: positions in the row that have a label. Computed on the host, to avoid waiting for the device."""
 
     def to(self, device: "str | torch.device") -> "Batch":
-        """Copy the batch to another device."""
+        """Return the batch on another device; the copy may still be running."""
         import torch
 
         moved: dict[str, Any] = {
@@ -210,9 +225,10 @@ class Batch:
         return replace(self, **moved)
 
     def in_rows(self) -> "dict[str, torch.Tensor]":
-        """Return input_ids, position_ids, labels and attention_mask with one padded row per passage.
+        """Return input_ids, position_ids, labels and attention_mask with one padded row per passage, int64 [rows, T].
 
-        This is for models whose attention cannot keep concatenated passages separate.
+        This is for models whose attention cannot keep concatenated passages separate. If the batch is padded, its
+        padding is the last row, without labels.
         """
         import torch
 
@@ -227,7 +243,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Row:
-    """The arrays of a `Batch` in numpy, for processes that do not load torch."""
+    """The arrays of a `Batch` in numpy, for processes that do not load torch: int64 [T], and int32 `passage_ends`."""
 
     input_ids: np.ndarray
     position_ids: np.ndarray
@@ -235,7 +251,7 @@ class Row:
     passage_ends: np.ndarray
 
     def batch(self) -> Batch:
-        """Convert the arrays to tensors, which share their memory."""
+        """Convert the arrays to the tensors of a `Batch` on the CPU, which share their memory."""
         import torch
 
         return Batch(
@@ -282,7 +298,10 @@ def lay_out(passages: Sequence[Block], *, pad_id: int, masking: Masking | None =
 
 
 def micro_batches(passages: Sequence[Block], *, max_tokens: int) -> list[list[Block]]:
-    """Split passages, in order, into micro-batches of at most `max_tokens` tokens; a longer passage gets its own."""
+    """Split passages, in order, into micro-batches of at most `max_tokens` tokens; a longer passage gets its own.
+
+    Padding does not count. Without passages the list is empty.
+    """
     groups: list[list[Block]] = []
     total = 0
     for passage in passages:

@@ -92,7 +92,10 @@ class PairReader:
         self.data_order = DataOrder(num_units=table.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
     def steps(self, first_step: int) -> Iterator[np.ndarray]:
-        """Yield the numbers of all workers' pairs for every step from `first_step` on."""
+        """Yield the numbers of all workers' pairs, an int64 array per step, for every step from `first_step` on.
+
+        A pair's number is its row in the files. Steps count from 0 over all epochs.
+        """
         data_order = self.data_order
         for step in range(first_step, data_order.num_steps):
             epoch, first = data_order.consumed(step)
@@ -100,21 +103,29 @@ class PairReader:
             yield order[first : first + data_order.batch_size]
 
     def doc_numbers(self, pairs: np.ndarray) -> np.ndarray:
-        """Return the numbers of the passages that answer the queries of these pairs."""
+        """Return the numbers of the passages that answer the queries of these pairs, one per pair.
+
+        Args:
+            pairs: numbers of pairs, from `steps`.
+        """
         return np.asarray(self._doc_numbers[pairs])
 
     def doc_ids(self, numbers: Sequence[int]) -> list[str]:
-        """Return the doc_ids of passages by their numbers, quoted for an error message."""
+        """Return the doc_ids of passages by their numbers, quoted for an error message.
+
+        Args:
+            numbers: from `doc_numbers`; a number that only hard negatives have raises KeyError.
+        """
         names = dict(zip(self._doc_numbers.tolist(), self._columns["doc_id"].to_pylist(), strict=True))
         return [repr(names[number]) for number in numbers]
 
     def mean_tokens(self) -> float:
-        """Return the mean number of tokens of a query or passage."""
+        """Return the mean number of tokens of all queries and passages together; hard negatives do not count."""
         lengths = [pc.sum(pc.list_value_length(self._columns[name])).as_py() for name in ("query_ids", "passage_ids")]
         return float(sum(lengths)) / (2 * self.data_order.num_units)
 
     def most_tokens(self, num_workers: int) -> int:
-        """Return an upper bound of the tokens that a worker computes in one step, padding included."""
+        """Return an upper bound of the tokens of one worker in one step, with padding and hard negatives."""
         negatives = self._columns["negative_ids"]
         ids = [self._columns["query_ids"], self._columns["passage_ids"], negatives.flatten()]
         longest = max(pc.max(pc.list_value_length(each)).as_py() or 0 for each in ids)
@@ -122,7 +133,7 @@ class PairReader:
         return -(-self.data_order.batch_size // num_workers) * num_texts * padded_width(longest)
 
     def read(self, pairs: np.ndarray) -> Texts:
-        """Return the tokenised texts of these pairs."""
+        """Return the tokenised texts of these pairs, given by their numbers from `steps`, in this order."""
         at = [int(pair) for pair in pairs]
         queries = [self._columns["query_ids"][pair].values.to_numpy() for pair in at]
         passages = [self._columns["passage_ids"][pair].values.to_numpy() for pair in at]

@@ -13,7 +13,7 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 @contextlib.contextmanager
 def gathered(parameters: Sequence[Tensor], *, changed_by_rank: int | None = None) -> Iterator[None]:
-    """Gather parameters during a `with` block if ZeRO-3 partitions them. Collective in this case.
+    """Gather parameters during a `with` block if ZeRO-3 partitions them (then collective); else do nothing.
 
     Args:
         parameters: the parameters to gather.

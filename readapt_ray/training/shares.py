@@ -23,7 +23,7 @@ _COUNTS = ("step", "worker_rank", "num_own", "num_parts", "num_labels", "num_tok
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One worker's part of one step. All counts are over all workers, except `num_own`."""
+    """One worker's part of one step. All counts are over all workers, except `num_own` and `num_parts`."""
 
     step: int
     """Steps before this one."""
@@ -65,7 +65,13 @@ class BatchSettings:
     masking: Masking | None = None
 
     def shares(self, blocks: Sequence[Block], num_workers: int, step: int) -> list[Share]:
-        """Divide the blocks of one step into a share per worker, in the order of ranks."""
+        """Divide the blocks of one step into a share per worker, in the order of ranks.
+
+        Args:
+            blocks: all workers' blocks of the step, at least one.
+            num_workers: number of shares; a worker may get a share that does not count.
+            step: steps before this one; it decides the masking.
+        """
         passages = [passage for block in blocks for passage in block.passages()]
         groups = [
             packing.micro_batches(passages[rank::num_workers], max_tokens=self.micro_batch_tokens)

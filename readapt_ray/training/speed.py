@@ -23,7 +23,7 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak operations per second of a device; None if unknown, as for every CPU."""
+    """Return the peak operations per second of a device in bfloat16; None if unknown, as for every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -44,7 +44,11 @@ class StepSize:
     """Factor by which the learning rate is multiplied."""
 
     def describe(self, num_offered: int) -> str:
-        """Describe the size in one line, with the reason if some of `num_offered` workers stay idle."""
+        """Describe the size in one line, with the reason if the corpus is too small for all available workers.
+
+        Args:
+            num_offered: number of available workers.
+        """
         said = (
             f"{self.batch_size:,} blocks ({self.num_tokens:,.0f} tokens) per step on {_workers(self.num_workers)}, "
             f"learning rate x {self.rate_factor:.2f}"
@@ -68,13 +72,13 @@ def choose_step_size(
 
     Each worker gets TOKENS_PER_WORKER tokens per step, unless the run would then have fewer than MIN_STEPS steps. The
     learning rate grows with the square root of the passages per step, the rule for Adam (Malladi et al., 2022), at most
-    by MAX_RATE_FACTOR.
+    by MAX_RATE_FACTOR; it is never lowered.
 
     Args:
         size: size of the packed corpus.
         num_workers: number of available workers.
         least_workers: number of workers that take part for any size of the corpus.
-        batch_size: batch size with which the run began, to keep; None chooses one.
+        batch_size: blocks per step with which the run began, to keep; None chooses one.
     """
     mean_tokens = size.num_tokens / max(1.0, size.num_blocks)
     if batch_size is None:

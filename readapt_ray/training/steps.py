@@ -39,7 +39,7 @@ class StepWork(Generic[T]):
     num_slots: int
     """Tokens and padding together, over all workers."""
     num_passages: int
-    """Passages, over all workers."""
+    """Passages, or in finetuning pairs, over all workers."""
     first_passages: Sequence[int]
     """Numbers of the first passages of the step, for error messages."""
 
@@ -52,10 +52,10 @@ class Objective(Protocol[B, T]):
         """The order in which units (blocks or pairs) are trained on."""
 
     def batches(self, first_step: int) -> Iterator[B]:
-        """Yield this worker's batch of every step from `first_step` on."""
+        """Yield what `work` needs of every step from `first_step` on: this worker's share, or numbers of all pairs."""
 
     def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> StepWork[T]:
-        """Return this worker's micro-batches and loss for a batch; `step` counts from 0."""
+        """Return this worker's micro-batches and loss for a batch; `step` counts from 0. Collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class Reporter(Protocol):
     """A receiver of worker 0's reports. `part` and the call must return soon, since training waits for them."""
 
     def part(self, report: PartReport) -> None:
-        """Take a report of the progress inside a step."""
+        """Take a report of the progress inside a step, before each micro-batch and after the first forward pass."""
 
     def __call__(self, report: StepReport) -> None:
         """Take the report of a finished step."""
@@ -135,6 +135,8 @@ def run_steps(
     doc_ids_of: Callable[[Sequence[int]], list[str]],
 ) -> None:
     """Train from the newest checkpoint to the last step. Collective: all workers call it.
+
+    The last step also gets a checkpoint. If all steps are done, nothing is trained.
 
     Args:
         engine: the model under DeepSpeed.
@@ -248,7 +250,7 @@ class CheckpointClock:
         self._last_s = time.monotonic()
 
     def is_due(self, next_step_s: float = 0.0) -> bool:
-        """Return whether to write a checkpoint now. If so, the next interval starts now.
+        """Return whether to write a checkpoint now (always if `every_s` is 0). If so, the next interval starts now.
 
         Args:
             next_step_s: expected seconds of the next step; if the interval would end during it, write now.
@@ -315,7 +317,7 @@ def _timed(batches: Iterator[B]) -> Iterator[tuple[B, float]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory so far, in bytes: of torch on the GPU, or of this process."""
+    """Return the peak memory so far, in bytes: allocated by torch on the GPU, or resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -39,7 +39,9 @@ def load_for_training(
     zero_stage: int,
     base_dtype: BaseDtype = "auto",
 ) -> Any:
-    """Load a model for training, in train mode on a device.
+    """Load a model for training, in train mode on a device; `objectives.prepare` is applied if it has a head.
+
+    Which weights are trained is decided afterwards, by `make_trainable`.
 
     Args:
         source: a model with full weights.
@@ -138,7 +140,11 @@ def _find(name: str, stored: dict[str, StoredTensor], prefix: str) -> StoredTens
 
 
 def make_trainable(model: nn.Module, shape: dora.AdapterShape | None) -> None:
-    """Add adapters to a model and freeze its other weights; with `shape` None, train all weights instead."""
+    """Add adapters to a model and freeze its other weights, in place; with `shape` None, train all weights instead.
+
+    Raises:
+        ModelError: a target of the adapter matches no linear layer.
+    """
     if shape is None:
         model.requires_grad_(True)
     else:
@@ -170,7 +176,8 @@ def reduce_memory(model: Any, *, gradient_checkpointing: bool, compile_layers: b
 def save_model(model: Any, source: Location, output: Location) -> None:
     """Write all weights as a Hugging Face folder, with the tokenizer files of `source`, the folder of the original.
 
-    Collective under ZeRO-3: all workers call it, and worker 0 writes. Memory: two times a shard of 2 GB.
+    All workers may call it, and under ZeRO-3 all must; worker 0 writes. Files of the same name are replaced. Memory:
+    two times a shard of 2 GB.
     """
     file_of, num_bytes = _write_weights(model, output)
     if torch.distributed.get_rank() != 0:

@@ -31,7 +31,7 @@ def losses(
     dtype: torch.dtype,
     device: torch.device,
 ) -> NDArray[np.float64]:
-    """Measure the mean loss per predicted token of each text, float64 [2, N]: before and after training.
+    """Measure the mean loss per predicted token of each text in nats, float64 [2, N]: before and after training.
 
     For masked-token training, the same tokens are masked both times.
 

@@ -59,7 +59,8 @@ class Adapter:
             name: what the user calls the adapter; used in errors. None uses the folder.
 
         Raises:
-            ModelError: the folder holds no adapter, or one that does more than LoRA and DoRA on linear layers.
+            ModelError: the folder holds no adapter, or one that does more than LoRA and DoRA on linear layers, has the
+                factors of a weight twice or in part, or changes only the LM head.
             WeightMismatchError: the adapter has modules that `base` lacks or of other shapes; it is of another model.
         """
         self.folder = folder
@@ -82,9 +83,10 @@ class Adapter:
         """Adapted modules of the LM head. They are left out, since no vector depends on them."""
         self._check(base)
         self.factors = functools.lru_cache(maxsize=_NUM_HELD)(self._read_factors)
+        """Return the factors of one weight, by its name, in float32; raise ModelError if one holds NaN or infinity."""
 
     def names(self) -> list[str]:
-        """List the weights that the adapter changes, by their names in the model without its head."""
+        """List the weights that the adapter changes, by their names in the model without its head, in layer order."""
         return sorted(self._modules, key=natural_order)
 
     def __contains__(self, name: str) -> bool:
@@ -96,7 +98,12 @@ class Adapter:
         return bool(self._config.get("use_dora"))
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Factors:
-        """Return the factors of a whole weight. The other arguments are ignored; `Factors.add_to` selects the rows."""
+        """Return the factors of a whole weight. The other arguments are ignored; `Factors.add_to` selects the rows.
+
+        Raises:
+            KeyError: the adapter does not change the weight (`name in adapter` is False).
+            ModelError: a factor holds NaN or infinity.
+        """
         del start, stop, scratch, role
         return self.factors(name)
 
@@ -163,7 +170,7 @@ class Adapter:
 
 
 def listed(problems: list[str]) -> str:
-    """Join the first ten items of a list for an error message, and say how many more there are."""
+    """Join at most ten items of a list with "; " for an error message; "and 3 more" at the end if there are more."""
     shown = "; ".join(problems[:_NUM_LISTED])
     return f"{shown}; and {len(problems) - _NUM_LISTED} more" if len(problems) > _NUM_LISTED else shown
 

@@ -58,24 +58,28 @@ def write_bundle(
     model_fingerprint: str,
     report: Callable[[int], None],
 ) -> list[FactorRecord]:
-    """Write a bundle of factors; a killed call resumes when it is called again.
+    """Write a bundle of factors; a killed call resumes when it is called again. bundle.json is written last.
 
     Args:
         target: the folder to write.
         readapter: the opened models.
-        scales: the default scales of a merge of this bundle.
-        variance: least share of the retriever's squared difference that its factors hold; None stores it whole, or as
-            the adapter that the retriever is.
+        scales: the default scales of a merge of this bundle. They are recorded, not applied.
+        variance: least share of the retriever's squared difference that the factors of each matrix hold (a truncated
+            SVD). None stores the difference whole; a retriever that is an adapter is then copied as it is.
         encoding: how the retriever encodes text.
         config_of: the model that has the retriever's config.json.
         tokenizer_of: the model that has the retriever's tokenizer.
         dense_of: the model that has the retriever's Dense modules.
         sources: name, revision, fingerprint and file hashes of each model by role; `pretrained` is the base.
         model_fingerprint: fingerprint of the model that a merge with the same options writes.
-        report: called with the number of weight elements done so far.
+        report: called with the number of weight elements done in the current file of differences; it starts again
+            with each such file, and copied adapters are not counted.
 
     Returns:
         A record per weight of how the retriever's difference is stored; empty if it is stored as an adapter.
+
+    Raises:
+        ModelError: an input holds NaN or infinity.
     """
     _copy(config_of.folder, (CONFIG_NAME,), target)
     _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
@@ -136,16 +140,19 @@ class Bundle:
 
     @property
     def base_name(self) -> str:
-        """The name by which the base was given when the bundle was written."""
+        """The name by which the user gave the base (pretrained model) when the bundle was written."""
         return str(self.content["sources"]["pretrained"]["name"])
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """Tensors that the merge left out, with the model that held them (LM heads, poolers)."""
+        """LM heads, which are left out, as "model: tensor"; and poolers that only one model had, by name alone."""
         return tuple(self.content["left_out"])
 
     def readapter(self, base: Checkpoint) -> Readapter:
-        """Open the retriever and the knowledge in the bundle as changes of the base model.
+        """Open the retriever and the knowledge in the bundle as changes of the base model; only headers are read.
+
+        Args:
+            base: the weights of the base model; only names and shapes are compared (`check_base` compares content).
 
         Raises:
             WeightMismatchError: the factors do not fit the base.
@@ -184,7 +191,7 @@ def open_bundle(model: OpenModel) -> Bundle:
 
 
 def read_bundle(folder: Location, name: str) -> Mapping[str, Any]:
-    """Read the bundle.json of a bundle.
+    """Read the bundle.json of a bundle: format, sources, scales, encoding, types of the weights.
 
     Args:
         folder: folder of the bundle, local or remote.
@@ -210,8 +217,13 @@ def read_bundle(folder: Location, name: str) -> Mapping[str, Any]:
 def check_base(model: OpenModel, base: MergeInput) -> None:
     """Check that a base model is the one that a bundle's factors were made from.
 
+    Args:
+        model: the bundle.
+        base: the record of the base model that was found, with its fingerprint.
+
     Raises:
         WeightMismatchError: the fingerprints differ.
+        ModelError: `model` is not a bundle.
     """
     due = open_bundle(model).content["sources"]["pretrained"]
     if base.fingerprint != due["fingerprint"]:

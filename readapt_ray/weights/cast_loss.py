@@ -38,8 +38,10 @@ class CastLoss:
     def of(cls, name: str, rows: TensorRows, cast: torch.Tensor, scratch: ScratchBuffers) -> "CastLoss":
         """Measure the loss of one slice of rows; `rows.pretrained` and `rows.retrieval` are overwritten.
 
+        `rows.readapted` is kept.
+
         Args:
-            name: name of the tensor.
+            name: name of the tensor; "*" replaces the number of its layer in the kind.
             rows: the slice in float32.
             cast: the same rows in the output type.
             scratch: buffers for the differences.
@@ -58,7 +60,7 @@ class CastLoss:
         return all(math.isfinite(value) for each in self.squares.values() for value in dataclasses.astuple(each))
 
     def add(self, other: "CastLoss") -> None:
-        """Add the sums of other slices."""
+        """Add the sums of other slices to this object, in place."""
         for kind, squares in other.squares.items():
             mine = self.squares.setdefault(kind, _Squares())
             mine.update += squares.update
@@ -68,7 +70,9 @@ class CastLoss:
     def survives(self) -> dict[str, dict[str, float | None]]:
         """Return the shares of the update and of the knowledge that survive the cast, by kind of tensor.
 
-        A share is 0 to 1; None if there is no update, or no knowledge.
+        The keys are "update" and "knowledge". Both compare the same rounding error: with all that was added to the
+        pretrained weights, and with what the knowledge adapters added. A share is 1 if nothing was lost, and 0 if the
+        error is as large as the update or larger; None if there is no update, or no knowledge.
         """
         return {
             kind: {"update": _share(each.error, each.update), "knowledge": _share(each.error, each.knowledge)}

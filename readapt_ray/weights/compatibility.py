@@ -53,7 +53,11 @@ def check_configs(pretrained: OpenModel, tuned: OpenModel) -> None:
 
 
 def check_knowledge(retriever: MergeInput, knowledge: Sequence[tuple[OpenModel, MergeInput]]) -> None:
-    """Refuse a retriever that was given as knowledge, since its retrieval skill would be added twice.
+    """Refuse knowledge that has the retrieval skill already, since that would be added twice.
+
+    Args:
+        retriever: the record of the retriever.
+        knowledge: each knowledge model and its record.
 
     Raises:
         ModelError: a knowledge model is the retriever itself, or the output of a merge.
@@ -82,14 +86,14 @@ def _options(model: OpenModel) -> dict[str, Any]:
 
 
 def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabulary: bool) -> None:
-    """Check that two models have the same token ids and split texts into the same tokens.
+    """Check that two models have the same token ids and split four sample texts into the same tokens.
 
-    Nothing is checked if one of them has no tokenizer.
+    Nothing is checked if the folder of one of them has no tokenizer, as that of most adapters.
 
     Args:
         pretrained: the model before tuning.
         tuned: the model after tuning.
-        accept_vocabulary: accept tokens that only one of them has.
+        accept_vocabulary: accept tokens that only one of them has. Tokens of both must still have the same ids.
 
     Raises:
         WeightMismatchError: the tokenizers differ; the error lists tokens and texts.
@@ -135,15 +139,15 @@ def check_bases(pretrained: MergeInput | OpenModel, adapters: Sequence[OpenModel
     """Check that each adapter is applied to the model that it was trained on.
 
     Adapters that `readapt train` or `readapt finetune` made record the fingerprint of their model. Other adapters
-    record only a name, so a different name is only a warning.
+    record only a name, so a different name (after the last "/", in any case) is only logged as a warning.
 
     Args:
         pretrained: the model that the adapters are applied to.
-        adapters: models to check; those that are not adapters are skipped.
-        accept: accept an adapter that was trained on another model.
+        adapters: models to check; models with full weights are skipped.
+        accept: accept an adapter that was trained on a model with another fingerprint.
 
     Raises:
-        WeightMismatchError: an adapter was trained on another model.
+        WeightMismatchError: an adapter was trained on a model with another fingerprint.
     """
     for adapter in adapters:
         if not adapter.is_adapter:

@@ -23,7 +23,7 @@ class Whole:
     def add_to(
         self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: ScratchBuffers
     ) -> None:
-        """Add the scaled difference from `weight_OI` to `total_OI`, in place."""
+        """Add `scale * (rows - weight_OI)` to `total_OI`, in place; arguments as in `Factors.add_to`."""
         del first_row  # `rows` already holds only the wanted rows
         total_OI.add_(scratch.float32("term", self.rows).sub_(weight_OI), alpha=scale)
 
@@ -39,7 +39,7 @@ class Difference:
     def add_to(
         self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: ScratchBuffers
     ) -> None:
-        """Add the scaled difference to `total_OI`, in place."""
+        """Add `scale * rows` to `total_OI`, in place; arguments as in `Factors.add_to`, `weight_OI` is not used."""
         del weight_OI, first_row
         total_OI.add_(scratch.float32("term", self.rows), alpha=scale)
 
@@ -59,7 +59,7 @@ class Factors:
 
     @property
     def reads_weight(self) -> bool:
-        """Whether the update depends on W. It does for DoRA."""
+        """Whether the update depends on W: True for DoRA, False for LoRA."""
         return self.magnitude is not None
 
     def add_to(
@@ -73,7 +73,7 @@ class Factors:
         Args:
             total_OI: the rows to add to; the sums are made in their type.
             weight_OI: the same rows of W, in that type.
-            scale: share of the update that is added.
+            scale: factor of the update: 1 adds all of it, 0 nothing.
             first_row: index in W of the first of these rows.
             scratch: gives the buffer for W + s B A.
         """
@@ -91,13 +91,18 @@ class Factors:
         total_OI.add_(tuned_OI.mul_(d_O1 * scale)).sub_(weight_OI, alpha=scale)
 
     def update(self, weight_OI: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        """Compute `tuned - pretrained` for rows of W, in their type; `first_row` is the index in W of the first."""
+        """Compute `tuned - pretrained`, unscaled, for rows of W; the result is a new tensor of their shape and type.
+
+        Args:
+            weight_OI: rows of the pretrained weight W, or all of it.
+            first_row: index in W of the first of these rows.
+        """
         update_OI = torch.zeros_like(weight_OI)
         self.add_to(update_OI, weight_OI, 1.0, first_row, ScratchBuffers())
         return update_OI
 
     def to(self, device: torch.device) -> "Factors":
-        """Return a copy of the factors on a device."""
+        """Return the factors on a device, in the same types."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device)
         return Factors(A_rI=self.A_rI.to(device), B_Or=self.B_Or.to(device), magnitude=magnitude, scaling=self.scaling)
 

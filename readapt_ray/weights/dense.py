@@ -29,7 +29,7 @@ class DenseHead(nn.Sequential):
 
 
 def load_dense(model: OpenModel, *, device: str) -> DenseHead | None:
-    """Load the Dense layers of a model, which pooled vectors go through; None if it has none.
+    """Load the Dense layers that a model applies to pooled vectors, frozen, in float32; None if it has none.
 
     Raises:
         ModelError: a layer cannot be read, or its weights have other shapes than its config says.
@@ -55,7 +55,15 @@ def _load(model: OpenModel, layer: DenseLayer) -> tuple[nn.Module, nn.Module]:
 
 
 def copy_dense(model: OpenModel, target: Location) -> list[str]:
-    """Copy the Dense layers of a model into another folder; return "Dense" per layer, for `modules_of`."""
+    """Copy the Dense layers of a model into the folders 2_Dense, 3_Dense ... of another folder.
+
+    Args:
+        model: the model with the layers; nothing is copied if it has none.
+        target: the other folder. Files of the same name in it are replaced.
+
+    Returns:
+        "Dense" once per layer, to be put after Transformer and Pooling in the argument of `modules_of`.
+    """
     layers = dense_layers(model)
     for number, layer in enumerate(layers, start=FIRST_NUMBER):
         for file in (CONFIG_NAME, SINGLE_NAME):
@@ -64,7 +72,10 @@ def copy_dense(model: OpenModel, target: Location) -> list[str]:
 
 
 def modules_of(kinds: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the content of modules.json for modules of these kinds. All except the first have numbered subfolders."""
+    """Return the content of modules.json for modules of these kinds, such as Transformer, Pooling and Normalize.
+
+    The first has no subfolder; the others have one with number and kind, such as 1_Pooling.
+    """
     return [
         {
             "idx": number,

@@ -42,8 +42,10 @@ class LayerTerms:
     """The factors that one domain adds to one linear layer [O, I]. K is its number of adapters, R the sum of ranks."""
 
     A_RI: Tensor
+    """The factors A of all adapters, one below the other."""
     B_OR: Tensor
-    """Already multiplied by the adapter's scaling, by the layer's factor, and for DoRA by d."""
+    """The factors B of all adapters, side by side. Each is already multiplied by the adapter's scaling, by the layer's
+    factor, and for DoRA by d."""
     ranks: tuple[int, ...]
     """Rank of each adapter; 0 if it does not change this layer."""
     gains: Tensor | None
@@ -64,10 +66,11 @@ class Domain:
     terms: Mapping[str, LayerTerms]
     """By the name of the weight that they change."""
     num_bytes: int
+    """Bytes of memory that all these factors take."""
 
 
 class DomainUse(NamedTuple):
-    """The domain that a text is encoded for, with a scale per knowledge adapter."""
+    """The domain that a text is encoded for, with a scale per knowledge adapter, in the order of the adapters."""
 
     domain: Domain
     scales: tuple[float, ...]
@@ -130,8 +133,11 @@ class DomainLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:  # the name is torch's
         """Multiply tokens [..., I] and return [..., O], with each domain's terms added to its tokens.
 
+        The name of the weight is added to `batch.called`. If no domain of the batch changes this layer, it computes
+        as the layer that it replaces.
+
         Raises:
-            ModelError: the number of rows is not the number of tokens in the batch.
+            ModelError: a domain changes this layer, and the number of rows is not the number of tokens in the batch.
         """
         batch = self.batch
         batch.called.add(self.name)
@@ -178,8 +184,9 @@ class DomainLinear(nn.Linear):
         """Compute the terms that a domain adds to this layer.
 
         Args:
-            factors: factors of each of its adapters for this weight; None for an adapter that does not change it.
-            share: multiplies the terms.
+            factors: factors of each of its adapters for this weight; None for an adapter that does not change it. At
+                least one must change it.
+            share: factor of all its scales in this layer (`scale_options.factor_of`).
         """
         some = next(each for each in factors if each is not None)
         none = Factors(A_rI=some.A_rI[:0], B_Or=some.B_Or[:, :0])

@@ -34,6 +34,9 @@ _PROBE: Rows = ([1, 2, 3], [3, 2, 1, 2, 3, 1, 2])
 class DomainNetwork:
     """A retriever in memory whose linear layers can add the factors of domains.
 
+    `module` is transformers' module without a head, with the retriever's weights (at the bundle's readapter_scale). Its
+    layers are replaced when `load` loads a domain that changes them.
+
     Args:
         bundle: the bundle of any one domain; all domains must have been made with the same retriever.
         base: the base (pretrained) model of the bundle.
@@ -60,10 +63,13 @@ class DomainNetwork:
     ) -> Tensor:
         """Return the vectors of texts, each encoded with its own domain, in the order of the texts.
 
+        Call it from one thread at a time, since the layers read the domains from this object.
+
         Args:
-            run: the forward pass through `module`; it takes token ids per text and returns a vector per text.
-            rows: the token ids of each text.
-            uses: the domain of each text; None for the retriever without a domain.
+            run: the forward pass through `module`; it takes token ids per text and returns a vector per text. It gets
+                the texts sorted by domain and must keep that order.
+            rows: the token ids of each text, at least one text.
+            uses: the domain of each text, from `load`, with its scales; None for the retriever without a domain.
             is_packed: whether `run` concatenates the texts; otherwise it pads each to the longest.
         """
         kinds = {use: number for number, use in enumerate(dict.fromkeys(uses))}
@@ -90,11 +96,14 @@ class DomainNetwork:
     ) -> Iterator[Domain | None]:
         """Load the factors of a domain layer by layer, so that the caller can compute batches in between.
 
+        If it fails or is closed before its end, the layers that no earlier domain changed are restored.
+
         Args:
             name: name of the domain.
             adapters: its knowledge adapters, bound to `base`.
-            encode: encodes texts of given domains with `module`; used to test layers that no earlier domain changed.
-            layers: factors of its scales in ranges of layers.
+            encode: encodes texts, given their token ids and domains, by `pooled`; it is called once at the end if the
+                domain changes layers that no earlier domain changed, to test them.
+            layers: factors of its scales in ranges of layers; other layers have 1.
 
         Yields:
             None after each layer, and the loaded domain at the end.

@@ -49,7 +49,11 @@ class DomainSource:
     def weights_at(self, scales: Sequence[float]) -> tuple[str, str | None] | None:
         """Return the fingerprints of the model on disk that makes the same vectors at these scales, and of its base.
 
-        The base is None unless the model is an adapter. The result is None if no model on disk makes these vectors.
+        With the merged scales it is the merged model, with all scales 0 the retriever, if the bundle holds it
+        unchanged. For other scales the result is None. The base is None unless the model is an adapter.
+
+        Args:
+            scales: a scale per knowledge adapter.
         """
         if tuple(scales) == self.merged_scales:
             return self.model_fingerprint, None
@@ -62,6 +66,7 @@ class DomainRecord:
 
     source: DomainSource
     content: Mapping[str, Any]
+    """Content of bundle.json."""
 
     @property
     def base_fingerprint(self) -> str:
@@ -70,17 +75,21 @@ class DomainRecord:
 
     @property
     def retriever_fingerprint(self) -> str:
-        """The fingerprint of what domains in one encoder must share: base, retriever with its scale, encoding."""
+        """A hash of what domains in one encoder must share: base, retriever with its scale and truncation, encoding."""
         shared = {name: self.content[name] for name in ("readapter_scale", "low_rank", "encoding")}
         retriever = self.content["sources"]["retriever"]["fingerprint"]
         return fingerprint({"base": self.base_fingerprint, "retriever": retriever, **shared})
 
 
 def read_domains(folders: Mapping[str, str]) -> list[DomainRecord]:
-    """Read the record of each domain, many at the same time.
+    """Read what the bundle of each domain was made from (base model, retriever, adapters, scales), in threads.
 
     Args:
-        folders: folder or URI of each domain's bundle, by the domain's name.
+        folders: folder or URI of each domain's bundle (the output of `readapt merge --factors`), by the domain's
+            name.
+
+    Returns:
+        One record per domain, in the order of `folders`.
 
     Raises:
         ModelError: a folder is not a finished bundle.
@@ -117,7 +126,11 @@ def _retriever(content: Mapping[str, Any]) -> tuple[str, str | None] | None:
 
 
 def check_domains(records: Sequence[DomainRecord], base: OpenModel) -> None:
-    """Check that all domains were made from this base and with one retriever.
+    """Check that all domains were made from this base and with one retriever, by fingerprints.
+
+    Args:
+        records: the domains, at least one, from `read_domains`.
+        base: the base model; its files are hashed.
 
     Raises:
         WeightMismatchError: a domain was not; the error names it.
@@ -149,6 +162,13 @@ def _difference(one: DomainRecord, other: DomainRecord) -> str:
 @contextlib.contextmanager
 def fetched_adapters(source: DomainSource, base: Checkpoint) -> Iterator[list[Adapter]]:
     """Fetch the knowledge adapters of a domain for use in a `with` block; copies of remote files are removed after it.
+
+    Args:
+        source: where the domain's bundle is. A local bundle is read in its place, without a copy.
+        base: weights of the model that the adapters are applied to.
+
+    Yields:
+        The opened adapters, in the order of `source.scales`.
 
     Raises:
         ModelError: the files are damaged, or the knowledge is stored as whole weights instead of adapters.

@@ -46,7 +46,7 @@ class WeightShard:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the weights in the file, in file order."""
+        """Names of the weights in the file, in file order; the tensors that hold them may have other names."""
         return tuple(weight for tensor in self.tensors for weight in tensor.weights)
 
 
@@ -64,17 +64,18 @@ class WeightPlan:
 
     @property
     def main_dtype(self) -> str:
-        """The type that most tensors have, by its name in config.json."""
+        """The type that most weights have, by its name in config.json, such as bfloat16."""
         kinds = list(self.dtypes.values())
         return str(max(kinds, key=kinds.count)).removeprefix("torch.")
 
 
 def plan_shards(readapter: Readapter, *, dtype: str, max_shard_bytes: int) -> WeightPlan:
-    """Divide the tensors of an output among shards.
+    """Divide the tensors of an output among shards. Equal shapes and types give the same plan everywhere.
 
     Args:
         readapter: the merge whose result will be written.
-        dtype: output type: float32, float16, bfloat16, or "retriever" for the type that the retriever has per tensor.
+        dtype: output type: float32, float16, bfloat16, or "retriever" for the type that the retriever has per tensor
+            (float32 if that is float64; the widest one for several weights that are stored as one tensor).
         max_shard_bytes: largest size of a shard; a larger tensor gets its own shard.
     """
     tensors = readapter.pretrained.name_table.stored(readapter.names())
@@ -117,6 +118,8 @@ def write_weights(
 ) -> CastLoss:
     """Compute and write the shards that are missing, then the index, on this machine.
 
+    A record is kept beside each shard; call `forget_progress` when the whole output is complete.
+
     Args:
         readapter: the merge to compute.
         scales: how much of each difference is added.
@@ -152,15 +155,21 @@ def _report_after(report: Callable[[int], None], before: int, made: int) -> None
 
 
 def is_written(shard: WeightShard, target: Location) -> bool:
-    """Return whether a shard is complete. A file gets its name only when all of it is written."""
+    """Return whether a shard is complete: a file gets its name only when all of it is written.
+
+    It also needs the record beside the shard, so it returns False after `forget_progress`.
+    """
     return (target / shard.file_name).is_file() and _loss_record(target, shard).is_file()
 
 
 def finish_weights(plan: WeightPlan, target: Location) -> CastLoss:
-    """Write the index, after all shards are written.
+    """Write the index (none for a single shard); call it when all shards are written, before `forget_progress`.
 
     Returns:
         What the cast to the output type lost, over all shards.
+
+    Raises:
+        FileNotFoundError: a shard is not written.
     """
     losses = CastLoss()
     for shard in plan.shards:
@@ -175,7 +184,10 @@ def finish_weights(plan: WeightPlan, target: Location) -> CastLoss:
 
 
 def forget_progress(plan: WeightPlan, target: Location) -> None:
-    """Remove the records that a killed merge would resume from; call it when the merge is complete."""
+    """Remove the records beside the shards (*.cast.json), from which a killed merge would resume.
+
+    Call it when the merge is complete. The shards stay.
+    """
     for shard in plan.shards:
         _loss_record(target, shard).delete()
 
@@ -213,7 +225,8 @@ def write_shard(
 ) -> None:
     """Compute and write one shard, unless it is complete already.
 
-    Args and errors are as in `write_weights`; `report` gets the bytes of this shard.
+    Args and errors are as in `write_weights`; `report` gets the bytes of this shard that are done so far, and is not
+    called if it is complete already.
     """
     if is_written(shard, target):
         return

@@ -29,7 +29,7 @@ class LiveReadapter:
         """Read every input of the merge onto the module's device.
 
         Args:
-            module: a model of the same architecture, from `load_model`; `set_scales` replaces its weights.
+            module: a model of the same architecture, from `load_model`. Only `set_scales` changes its weights.
             readapter: the models that are merged.
             layers: factors that multiply the knowledge scales in ranges of layers.
 
@@ -56,7 +56,8 @@ class LiveReadapter:
             knowledge_scale: share of the new domain that is added; one number for all knowledge adapters, or one each.
 
         Raises:
-            InputError: a scale is not finite, or there is neither one knowledge scale nor one per adapter.
+            InputError: a scale is not finite, or there is neither one knowledge scale nor one per adapter. No weight
+                is changed then.
         """
         knowledge = one_per_adapter(knowledge_scale, len(self._readapter.knowledge))
         scales = Scales(readapter_scale, knowledge, self._layers)

@@ -34,8 +34,8 @@ def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn
 
     Args:
         model: full weights; a LoRA or DoRA adapter, which is applied to its base; or a bundle, which is merged.
-        dtype: type of the loaded weights. An adapter is applied in float32, then cast once. A bundle gives the same
-            values as the model that a merge writes.
+        dtype: type of the loaded weights. An adapter is applied in float32, then cast once. A bundle is merged with its
+            own scales, and gives the same values as the model that such a merge writes.
         device: where to put it: cpu, cuda, cuda:1.
 
     Returns:
@@ -60,8 +60,12 @@ def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn
 def open_weights(model: OpenModel) -> tuple[Checkpoint, Adapter | Readapter | None]:
     """Open the weights of a model; only headers are read.
 
+    Args:
+        model: full weights, an adapter (its base is found, too), or a bundle.
+
     Returns:
-        The full weights, and what is added to them: an adapter, the models of a bundle, or None.
+        The full weights, and what is added to them: an adapter, the models of a bundle, or None. The full weights of an
+        adapter or bundle are those of its base.
 
     Raises:
         ModelError, WeightMismatchError: as `load_model`.
@@ -78,10 +82,12 @@ def load_headless(
 ) -> torch.nn.Module:
     """Load full weights into transformers' module without a head, on the CPU.
 
+    A pooler that the files lack is left at random values, since no vector depends on it.
+
     Args:
         folder: folder with the weights.
         name: what the user calls the model; used in errors.
-        checkpoint: the same weights, opened.
+        checkpoint: the same weights, opened; says which stored tensors belong to heads, which are left out.
         dtype: type of the module's weights.
         config_folder: folder with the config.json; None takes `folder`.
 
@@ -138,7 +144,11 @@ def with_best_attention(load: Callable[..., T]) -> T:
     """Load a model with torch's sdpa attention, or eager attention if its class lacks it (MPNet, Gemma 2, DeBERTa).
 
     Args:
-        load: a loading function of transformers, which is called with `attn_implementation`.
+        load: a loading function of transformers, which is called with `attn_implementation`, a second time if the class
+            lacks sdpa. Its other errors are passed on.
+
+    Returns:
+        What `load` returned.
     """
     try:
         return load(attn_implementation="sdpa")
@@ -150,10 +160,14 @@ def with_best_attention(load: Callable[..., T]) -> T:
 
 @contextlib.contextmanager
 def in_float32(module: torch.nn.Module) -> Iterator[bool]:
-    """Widen a module's parameters to float32 during a `with` block; each then gets its own type back without loss.
+    """Widen a module's parameters to float32 during a `with` block; each then gets its own type back.
 
-    It takes twice the memory of a model in bfloat16. It yields whether all parameters were widened: False if memory ran
-    out. A weight that overflowed in float16 stays infinite.
+    Values that the block does not change come back without loss. It takes twice the memory of a model in bfloat16.
+    Buffers are not widened. A weight that overflowed in float16 stays infinite.
+
+    Yields:
+        Whether all parameters were widened. If memory ran out, a warning is logged and it is False; then some are
+        widened and some not, so the module cannot compute.
     """
     narrow = [(each, each.dtype) for each in module.parameters() if each.dtype != torch.float32]
     try:

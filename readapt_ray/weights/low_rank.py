@@ -58,7 +58,10 @@ class FactorRecord:
     """Share of the squared difference that is stored, 0 to 1."""
 
     def entries(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Return name, type and shape of each tensor that the file holds for this weight."""
+        """Return name, type and shape of each tensor that the file holds for this weight.
+
+        These are B and A, or the whole difference, or nothing if the weight did not change.
+        """
         if self.rank is None:
             return [(self.name + _WHOLE, torch.float32, self.shape)]
         if self.rank == 0:
@@ -81,10 +84,11 @@ class StoredDifference:
             path: the safetensors file.
             base: the pretrained model that the differences are added to.
             name: what the user calls it; used in errors.
-            dtypes: the weight types of the retriever or tuned model, by weight name.
+            dtypes: types in which the retriever or tuned model stores its weights, by weight name; a merge writes them.
+                None takes the types of the base.
 
         Raises:
-            WeightMismatchError: the differences were made from another model.
+            WeightMismatchError: the base lacks a weight of the file or has it in another shape.
             ModelError: the file does not hold differences.
         """
         self.name = name
@@ -108,12 +112,21 @@ class StoredDifference:
         if problems:
             raise WeightMismatchError(f"{name!r} was not made from {base.name!r}: {'; '.join(problems[:10])}")
         self.factors = functools.lru_cache(maxsize=2)(self._read_factors)
+        """Return the factors of a weight that is stored as factors, in float32."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._kinds
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Difference | Factors:
-        """Return the change of one weight: its factors, or rows `start` to `stop` of the whole difference."""
+        """Return the change of one weight: its low-rank factors if the file has them, else rows of the full difference.
+
+        Args:
+            name: name of the weight; it must be in this file.
+            start: first row of the difference. Factors are always of the whole weight.
+            stop: the row after the last one.
+            scratch: gives the buffer for the rows.
+            role: name of that buffer. The rows are valid until the same role is requested again.
+        """
         if self._kinds[name] == _WHOLE:
             return Difference(rows=self._stored[name + _WHOLE].read(start, stop, scratch, role))
         return self.factors(name)
@@ -131,6 +144,8 @@ DeltaSource = Checkpoint | Adapter | StoredDifference
 
 def check_shapes(pretrained: Checkpoint, tuned: DeltaSource) -> None:
     """Refuse a tuned model whose vocabulary grew or shrank, since new words have no difference to store.
+
+    Only full weights are checked: adapters and stored differences were compared with the base when they were opened.
 
     Raises:
         WeightMismatchError: a tensor has another shape than in the pretrained model.
@@ -155,16 +170,19 @@ def write_difference(
 ) -> list[FactorRecord]:
     """Write `tuned - pretrained` of all weights into one file; a killed call resumes when it is called again.
 
+    If the file and its record exist, nothing is computed or compared: the record is read and returned.
+
     Args:
         pretrained: the weights before tuning.
-        tuned: the model made from them; `check_shapes` must have accepted it.
+        tuned: the model made from them; `check_shapes` must have accepted it. Weights that it lacks are left out.
         target: the file. A record of how each weight is stored is written beside it (its name with .json), and until
-            the file is complete also the finished factors (its name with .parts).
+            the file is complete also a folder of the finished factors (its name with .parts).
         variance: least share of the squared difference that the factors of a matrix must hold; None stores it whole.
-        report: called with the number of weight elements done so far.
+            Vectors, and matrices whose factors would save no space, are always stored whole.
+        report: called with the number of weight elements done so far in this file.
 
     Returns:
-        A record per weight of how it is stored, and with which share of the difference.
+        A record per weight of how it is stored, and with which share of the difference, in the order of the weights.
 
     Raises:
         ModelError: an input holds NaN or infinity; the error names the tensor.
@@ -258,7 +276,7 @@ def _difference(pretrained: Checkpoint, tuned: DeltaSource, name: str) -> Iterat
 def truncated_svd(
     difference_OI: torch.Tensor, variance: float, *, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """Compute the smallest factors B and A whose product holds a given share of a squared difference D.
+    """Compute factors B and A, of the lowest rank found, whose product holds a given share of a squared difference D.
 
     Matrices whose short side is at most 512 are decomposed exactly. Larger ones are decomposed in a random sketch,
     which is doubled until it holds enough (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
@@ -270,7 +288,7 @@ def truncated_svd(
 
     Returns:
         B [O, r] and A [r, I] in `FACTOR_DTYPE`, and the share that they hold, 1 - ||D - B A||^2 / ||D||^2. None if the
-        factors would take more than half the space of D, or if the largest sketch does not hold enough.
+        factors would take more than half the space of D, or hold too little at the highest rank that was tried.
     """
     num_rows, num_columns = difference_OI.shape
     side = min(num_rows, num_columns)

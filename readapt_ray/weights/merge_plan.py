@@ -31,9 +31,12 @@ class MergeModels:
     """The models of a merge as the user named them, not opened yet. It can be sent to another machine."""
 
     pretrained: str | None
+    """Model before tuning; with `bundle`, None takes the base that the bundle names."""
     retriever: str | None
     adapters: tuple[str, ...]
+    """Knowledge adapters or tuned models."""
     bundle: str | None
+    """Bundle (the output of `readapt merge --factors`), given instead of retriever and adapters; None without one."""
     accept: tuple[str, ...]
     """Mismatches to allow: config, tokenizer, vocabulary, base."""
     encoding: Encoding | None
@@ -59,11 +62,14 @@ class MergePlan:
     bundle: Bundle | None = None
     """The bundle of factors that the result is made from; None if the merge starts from models."""
     left_out: tuple[str, ...] = ()
-    """Tensors that were left out when the bundle was written, each with the model that held it."""
+    """Tensors that were left out when the bundle was written, as `Bundle.left_out`; empty without a bundle."""
 
     @property
     def made_of(self) -> list[tuple[str, str]]:
-        """Role and fingerprint of each model that the result, or the bundle, is made from."""
+        """Role and fingerprint of each model that the result, or its bundle (if there is one), is made from.
+
+        Roles are pretrained, retriever, and adapter (adapter 1, adapter 2 ... if there are several).
+        """
         if self.bundle is not None:
             return [(role, each["fingerprint"]) for role, each in self.bundle.content["sources"].items()]
         return [(each.role, each.fingerprint) for each in self.sources]
@@ -74,11 +80,17 @@ class MergePlan:
         knowledge_scale: float | Sequence[float] | None,
         layer_scales: Sequence[str] | None = (),
     ) -> Scales:
-        """Return the scales of this merge, with one knowledge scale per adapter. None takes the bundle's.
+        """Return the scales of this merge, with one knowledge scale per adapter.
+
+        Args:
+            readapter_scale: share of the retriever's change; None takes the bundle's.
+            knowledge_scale: one number for all adapters or one each; None takes the bundle's.
+            layer_scales: items FIRST-LAST=NUMBER, such as 0-11=0.8; empty for none; None takes the bundle's.
 
         Raises:
-            InputError: the number of knowledge scales is neither one nor the number of adapters, or the model lacks
-                layers of a range.
+            InputError: an argument is None and there is no bundle; the number of knowledge scales is neither one nor
+                the number of adapters; a scale is not finite; or the model lacks layers of a range.
+            ValueError: an item of `layer_scales` cannot be parsed.
         """
         layers = None if layer_scales is None else ranges_of(layer_scales)
         if self.bundle is not None:
@@ -128,11 +140,11 @@ def check_pair(
         pretrained: the model before retrieval training.
         retriever: the model after it.
         accept: mismatches to allow: config, tokenizer, vocabulary, base.
-        layer_scales: ranges of layers that a later merge will scale; the models must have these layers.
+        layer_scales: ranges of layers that a later merge will scale, such as 0-11=0.8; the models must have them.
 
     Raises:
         WeightMismatchError: the models do not fit each other; the message lists what differs.
-        ModelError: a model cannot be read, or encodes only queries.
+        ModelError: a model cannot be read, or the retriever encodes only queries.
         InputError: the models lack layers of `layer_scales`.
     """
     refuse_query_model(retriever)

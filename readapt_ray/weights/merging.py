@@ -48,13 +48,13 @@ class Scales:
                 raise InputError(f"the scale {scale} is not a finite number; give one such as 0.5")
 
     def of(self, name: str) -> tuple[float, ...]:
-        """Return the scales for one tensor: the readapter's, then one per knowledge adapter."""
+        """Return the scales for one tensor: the readapter's, then each knowledge adapter's times the layer's factor."""
         factor = factor_of(self.layers, name)
         return (self.readapter, *(each * factor for each in self.knowledge))
 
 
 def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple[float, ...]:
-    """Return one knowledge scale per adapter; a single number is used for all of them.
+    """Return one knowledge scale per adapter; a single number, or a sequence of one, is used for all of them.
 
     Raises:
         InputError: there is neither one scale nor one per adapter.
@@ -71,13 +71,13 @@ def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int)
 
 @dataclass(frozen=True, kw_only=True)
 class TensorRows:
-    """Rows of one readapted tensor in float32. The next call reuses their memory, so copy what must be kept."""
+    """Rows of one readapted tensor in float32. The next call with the same scratch buffers overwrites them."""
 
     readapted: torch.Tensor
     pretrained: torch.Tensor
     """The same rows before any tuning."""
     retrieval: torch.Tensor
-    """The same rows with a knowledge scale of 0."""
+    """The same rows with a knowledge scale of 0; `readapted` itself if no knowledge was added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,8 @@ class TensorTerms:
         """Add the scaled changes to the pretrained rows in float32 (RE-AdaptIR, section 2.2).
 
         A term with scale 0 is left out. With a readapter_scale of 1 and a retriever of full weights, the sum starts at
-        the retriever's rows. So scales (0, 0) give the pretrained weight bit for bit, and (1, 0) the retriever's.
+        the retriever's rows. So scales (0, 0) give the pretrained weight bit for bit, and (1, 0) the weight of such a
+        retriever.
 
         Args:
             scales: how much of each change is added.
@@ -123,7 +124,10 @@ class TensorTerms:
         return TensorRows(readapted=total, pretrained=pretrained, retrieval=retrieval)
 
     def rows_between(self, start: int, stop: int) -> "TensorTerms":
-        """Return the terms of rows `start` to `stop`; `self` must hold the whole tensor."""
+        """Return the terms of rows `start` to `stop` (exclusive); `self` must hold the whole tensor.
+
+        Factors stay those of the whole weight, so give `start` to `rows` as `first_row`. A scalar is returned whole.
+        """
         if not self.pretrained_rows.ndim:
             return self
         terms = tuple(
@@ -133,7 +137,11 @@ class TensorTerms:
         return TensorTerms(name=self.name, pretrained_rows=self.pretrained_rows[start:stop], terms=terms)
 
     def with_unchanged(self, rows: torch.Tensor) -> "TensorTerms":
-        """Return these terms with more rows appended, which no scale changes (new vocabulary)."""
+        """Return these terms with more rows appended, which no scale changes (new vocabulary).
+
+        Args:
+            rows: the rows that only the retriever has. Terms that are factors do not cover them.
+        """
         terms: list[Term | None] = []
         for each in self.terms:
             if each is None or isinstance(each, Factors):
@@ -203,15 +211,18 @@ class Readapter:
         return (self.pretrained, self.retriever, *self.knowledge)
 
     def names(self) -> list[str]:
-        """List the names of all tensors of the readapted model."""
+        """List the names of all tensors of the readapted model, without LM head, in layer order."""
         return sorted({*self.pretrained.names(), *self.carried}, key=natural_order)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a readapted tensor."""
+        """Return the shape of a readapted tensor; word embeddings have the rows of a retriever with full weights."""
         return self._checkpoint_of(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the type that the retriever stores a tensor in; for an adapter, the type of its base weight."""
+        """Return the type that the retriever stores a tensor in; for an adapter, the type of the pretrained weight.
+
+        A merge may write another type.
+        """
         if isinstance(self.retriever, StoredDifference) and name in self.retriever.dtypes:
             return self.retriever.dtypes[name]
         return self._checkpoint_of(name).dtype(name)
@@ -221,7 +232,8 @@ class Readapter:
 
         Args:
             name: the tensor.
-            num_elements: largest number of elements in a slice; None takes what fits a core's cache.
+            num_elements: largest number of elements in a slice, which has at least one row; None takes what fits a
+                core's cache.
         """
         shape = self.shape(name)
         num_rows = shape[0] if shape else 1
@@ -235,7 +247,14 @@ class Readapter:
     def rows(
         self, name: str, start: int, stop: int, scales: Scales, scratch: ScratchBuffers | None = None
     ) -> TensorRows:
-        """Compute rows `start` to `stop` of a readapted tensor; they must be one of `slices`.
+        """Compute rows `start` to `stop` (exclusive) of a readapted tensor; they must be one of `slices`.
+
+        Args:
+            name: the tensor.
+            start: first row.
+            stop: the row after the last one.
+            scales: how much of each change is added.
+            scratch: buffers of this thread, which hold the result; None makes new tensors.
 
         Raises:
             ModelError: an input holds NaN or infinity; the error names the tensor.
@@ -250,17 +269,17 @@ class Readapter:
         return rows
 
     def weight(self, name: str, scales: Scales) -> torch.Tensor:
-        """Compute a whole readapted tensor in float32."""
+        """Compute a whole readapted tensor in float32; raise ModelError if an input holds NaN or infinity."""
         parts = [self.rows(name, start, stop, scales).readapted for start, stop in self.slices(name)]
         return torch.cat(parts) if self.shape(name) else parts[0]
 
     def walk(self, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the name and the float32 values of each readapted tensor, one at a time."""
+        """Yield the name and the float32 values of each readapted tensor, one at a time, in the order of `names`."""
         for name in self.names():
             yield name, self.weight(name, scales)
 
     def tensor_terms(self, name: str, device: torch.device) -> TensorTerms:
-        """Read the pretrained rows and all changes of a whole tensor onto a device.
+        """Read the pretrained rows and all changes of a whole tensor onto a device, unscaled, in the types on disk.
 
         Raises:
             ModelError: an input holds NaN or infinity; the error names the tensor.
@@ -329,7 +348,17 @@ def _all_enter(tensor_terms: TensorTerms, scales: Scales) -> bool:
 
 
 def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = None) -> Checkpoint | Adapter:
-    """Open the weights of a published retriever or tuned model: full weights, or an adapter of the pretrained model."""
+    """Open the weights of a published retriever or tuned model; only headers are read.
+
+    Args:
+        folder: a local folder. It is an adapter if it holds adapter_config.json, else full weights.
+        pretrained: the model that an adapter is applied to; full weights are not compared with it.
+        name: what the user calls the model; used in errors. None uses the folder.
+
+    Raises:
+        ModelError: the folder holds no safetensors, or an adapter of another kind.
+        WeightMismatchError: the adapter does not fit `pretrained`.
+    """
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return Adapter(folder, pretrained, name=name)
     return Checkpoint(folder, name=name)

@@ -33,11 +33,11 @@ def model_card(
     measures: Sequence[str],
     notes: Sequence[str],
 ) -> str:
-    """Return the text of a merged model's README.md.
+    """Return the text of a merged model's README.md, in which NAME_IN_CARD stands for the model's name.
 
     Args:
         encoding: how text becomes a vector.
-        scales: the scales of the merge, in words.
+        scales: the scales of the merge, in words, such as "readapter 1.0, knowledge 0.5".
         command: the command that makes the same model again.
         sources: the models that it was made from.
         survives: shares of the update and of the knowledge that survived the cast, by kind of tensor; see `CastLoss`.
@@ -176,7 +176,11 @@ def _limits(encoding: Encoding) -> list[str]:
 
 
 def truncation_note(stored: Sequence[FactorRecord]) -> list[str]:
-    """Return a note on how much of the retriever's difference its truncated SVD holds; empty without truncation."""
+    """Return a note on how much of the retriever's difference its truncated SVD holds, as a list of one sentence.
+
+    Args:
+        stored: the records from `write_difference`; the list is empty if none of them is of factors.
+    """
     factored = [each for each in stored if each.rank]
     if not factored:
         return []
@@ -190,6 +194,8 @@ def truncation_note(stored: Sequence[FactorRecord]) -> list[str]:
 
 def measures_of(uri: str) -> list[str]:
     """Read the measures in an output of `readapt tune` or `readapt evaluate`, as lines of Markdown.
+
+    These are one line about the chosen scales (tune), or the whole report.md (evaluate).
 
     Raises:
         InputError: the URI is no such output.

@@ -49,7 +49,10 @@ _TITLE, _TEXT = "\x00title\x00", "\x00text\x00"
 
 
 def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict[str, Any]:
-    """Return the content of config.json for the model without its head.
+    """Return the content of config.json for the model without its head, for transformers 4 and 5.
+
+    Quantization options are left out, since the written weights are floating-point. A warning is logged if transformers
+    4 cannot express the rotary embedding.
 
     Args:
         config: the config.json of the model that gives the weights.
@@ -110,7 +113,7 @@ def prompts(encoding: Encoding) -> dict[str, str]:
     A template with words after the text cannot be a prompt and is left out.
 
     Returns:
-        The prompts by kind: query, document.
+        The prompts by kind, query and document: what the template has before title and text, "" if it has nothing.
 
     Raises:
         InputError: a template cannot be filled in.
@@ -140,8 +143,8 @@ def write_model_files(
     """Write every file of a model folder except the weights and the model card.
 
     Args:
-        target: the model folder.
-        config: the content of config.json, from `headless_config`.
+        target: the model folder. Files of the same name are replaced.
+        config: the content of config.json, from `headless_config`. If it has no pad_token_id, the tokenizer's is added.
         tokenizer: the retriever's tokenizer, as transformers loads it.
         encoding: how text becomes a vector.
         contract: content of readapt.json besides the encoding.

@@ -23,6 +23,8 @@ def ordered_map(
 ) -> Generator[Result]:
     """Apply a function to items in threads, and yield the results in the order of the items.
 
+    Work begins when the first result is taken. If the generator is closed early, items that have not begun are dropped.
+
     Args:
         work: the function; it is called in threads in which torch uses one core.
         items: the items, read one at a time as results are taken.
@@ -65,7 +67,7 @@ class Budget:
 
     @contextlib.contextmanager
     def use(self, num_bytes: int) -> Iterator[None]:
-        """Wait until `num_bytes` are free, and hold them during the `with` block."""
+        """Wait until `num_bytes` are free, and hold them during the `with` block; more than the limit counts as all."""
         held = min(num_bytes, self._whole)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= held)

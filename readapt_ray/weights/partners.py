@@ -23,7 +23,7 @@ _VOCABULARY = re.compile(r"(embed_tokens|word_embeddings|wte|embed_in|tok_embedd
 
 
 def check_floating(checkpoint: Checkpoint) -> None:
-    """Refuse a model with quantised weights.
+    """Refuse a model with quantised weights: integers or float8. Headers say the types; no weight is read.
 
     Raises:
         ModelError: tensors are not floating-point; the error lists them.
@@ -75,10 +75,11 @@ def check_partners(
         pretrained: the model before tuning.
         tuned: the model after tuning.
         accept_vocabulary: accept another number of word embeddings.
-        may_pad: accept another number of word embeddings if the rows that one model lacks belong to no token.
+        may_pad: accept another number of word embeddings if the rows that one model lacks belong to no token, by the
+            tokenizers in the folders.
 
     Returns:
-        The tensors that only one model has and that change no vector (a pooler).
+        The names of the tensors that only one model has and that change no vector (a pooler), sorted; mostly none.
 
     Raises:
         WeightMismatchError: tensors are missing in one model or have other shapes; the error lists them.

@@ -31,19 +31,19 @@ class MergeInput:
     role: str
     name: str
     fingerprint: str
-    """Equal to `OpenModel.fingerprint`."""
+    """Equal to `OpenModel.fingerprint`; but for a bundle, the fingerprint of the bundle itself."""
     revision: str
     """The commit on the Hugging Face hub; empty if the model is not from the hub."""
     files: Mapping[str, str]
-    """SHA-256 of each file that decides the model's content, by file name."""
+    """SHA-256 of each file that decides the model's content, by file name; also of files it was converted from."""
 
     @property
     def weight_files(self) -> dict[str, str]:
-        """SHA-256 of each file that holds weights, by file name."""
+        """The recorded SHA-256 of each weight file, by file name. It filters `files`, and reads nothing."""
         return {name: digest for name, digest in self.files.items() if name.endswith(_WEIGHTS)}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as a manifest or bundle stores it."""
+        """Return the record as a manifest or bundle stores it: all fields but `role`, which is the key there."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -60,7 +60,8 @@ def hashed_in_background(models: Sequence[tuple[str, OpenModel]]) -> Iterator[Ca
         models: role and model of each input.
 
     Yields:
-        A function that waits for the hashes and returns one `MergeInput` per model.
+        A function that waits for the hashes and returns one `MergeInput` per model, in their order. Call it inside the
+        block; it raises the error of a file that cannot be read.
     """
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -99,7 +100,11 @@ def _sha256(path: Path, stopped: threading.Event) -> str:
 
 
 def command_line(stage: str, options: Mapping[str, Any]) -> str:
-    """Return the shell command that runs a stage with these options; options that are None or False are left out."""
+    """Return the command line that runs a stage with these options, such as "readapt merge --output FOLDER".
+
+    Options that are None or False are left out, lists are joined by commas, and True is the flag alone. Values are not
+    quoted for a shell.
+    """
     parts = [f"readapt {stage}"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"

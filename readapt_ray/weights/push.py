@@ -52,8 +52,10 @@ def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -
 
     Args:
         folder: a finished output of merge.
-        repo_id: the repository, OWNER/NAME; it is created if it does not exist.
-        is_public: whether anybody may read it.
+        repo_id: the repository, OWNER/NAME; it is created if it does not exist. Its old weight files that the model no
+            longer has are deleted.
+        is_public: whether anybody may read a new repository, and whether an existing one may be public; the visibility
+            of an existing one is not changed.
         fingerprint: fingerprint of the model, for the commit message.
 
     Raises:

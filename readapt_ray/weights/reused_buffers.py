@@ -7,7 +7,7 @@ import torch
 
 
 class ScratchBuffers:
-    """Named memory buffers for one thread. A tensor is valid until the same role is requested again."""
+    """Named memory buffers for one thread. A tensor is valid until its role is requested again, in any shape."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[str, torch.device], torch.Tensor] = {}

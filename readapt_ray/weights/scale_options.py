@@ -36,7 +36,7 @@ class LayerScale:
 
 
 def layer_scales(items: Sequence[str]) -> tuple[LayerScale, ...]:
-    """Parse items FIRST-LAST=NUMBER, and sort them by layer.
+    """Parse items FIRST-LAST=NUMBER (both layers included) or LAYER=NUMBER, and sort them by layer.
 
     Raises:
         ValueError: an item is not of this form, its number is not finite, a range is reversed, or two overlap.
@@ -65,7 +65,10 @@ def _layer_scale(item: str) -> LayerScale:
 
 
 def layer_of(name: str) -> int | None:
-    """Return the number of the layer that a tensor belongs to; None for embeddings, the final norm and a pooler."""
+    """Return the number of the layer that a tensor belongs to; None for embeddings, the final norm and a pooler.
+
+    It is the first part of the name that is a number: 3 for "layers.3.mlp.up_proj.weight".
+    """
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
@@ -76,7 +79,7 @@ def factor_of(layers: Iterable[LayerScale], name: str) -> float:
 
 
 def check_layers(layers: Sequence[LayerScale], names: Iterable[str]) -> None:
-    """Check that a model has all layers that the ranges name.
+    """Check that a model has all layers that the ranges name. Without ranges, nothing is checked.
 
     Args:
         layers: the ranges.

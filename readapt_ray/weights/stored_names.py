@@ -34,7 +34,10 @@ class NameTable:
     """From a part of the name of a tensor with several weights to the part that the modules have for each weight."""
 
     def weights_of(self, stored_name: str) -> tuple[str, ...]:
-        """Return the module names of the weights that a stored tensor holds."""
+        """Return the module names of the weights that a stored tensor holds, in the order of its rows; mostly just one.
+
+        `encoder.layers.0.attn.Wqkv.weight` of nomic_bert gives `layers.0.self_attn.q_proj.weight`, k_proj and v_proj.
+        """
         name = f".{stored_name}"
         for stored, module in self.renamed.items():
             name = name.replace(f".{stored}.", f".{module}.")
@@ -44,7 +47,13 @@ class NameTable:
         return (name[1:],)
 
     def stored(self, weights: Iterable[str]) -> list[StoredWeights]:
-        """Return the tensors to store weights in; weights are joined only if all weights of the tensor are given."""
+        """Return the tensors to store weights in, by the names in files; the inverse of `weights_of`.
+
+        Weights are joined only if all weights of the tensor are given; else each is stored under its module name.
+
+        Args:
+            weights: module names. The tensors are in the order of their first weight.
+        """
         there = dict.fromkeys(weights)
         found: dict[str, tuple[str, ...]] = {}
         for weight in there:
@@ -114,7 +123,10 @@ def table_of(model_type: object) -> NameTable:
 
 
 def table_in(folder: Path) -> NameTable:
-    """Return the name table for the model in a folder, by the model_type in its config.json."""
+    """Return the name table for the model in a folder, by the model_type in its config.json.
+
+    If config.json is missing or cannot be read, it is the table that changes no name.
+    """
     try:
         return table_of(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type"))
     except (OSError, ValueError, AttributeError):

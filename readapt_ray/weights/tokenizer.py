@@ -19,10 +19,10 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def edge_tokens(tokenizer: Any, encoding: Encoding) -> tuple[str | None, str | None]:
-    """Return the special tokens before and after a text; None if the encoding asks for none.
+    """Return the special token before and the one after a text, as strings; None where the encoding asks for none.
 
     A token that the tokenizer already adds by itself is kept (a few add another than their `eos_token`).
-    Otherwise it is BOS or CLS before the text, and EOS or SEP after it.
+    Otherwise it is BOS, else CLS, before the text, and EOS, else SEP, after it.
 
     Raises:
         ModelError: the tokenizer lacks a token that the encoding asks for, or adds several in its place.
@@ -50,6 +50,14 @@ def edge_tokens(tokenizer: Any, encoding: Encoding) -> tuple[str | None, str | N
 
 def write_tokenizer(tokenizer: Any, encoding: Encoding, folder: Path) -> None:
     """Write the tokenizer into a local folder that holds the model's config.json, and check it by reading it back.
+
+    It adds the special tokens that the encoding asks for, pads and truncates on the right, and its maximum length is
+    the longer one of queries and passages. The given tokenizer is not changed.
+
+    Args:
+        tokenizer: the tokenizer of the retriever, as transformers loads it.
+        encoding: how the retriever encodes text.
+        folder: the local folder.
 
     Raises:
         ModelError: it is not a fast tokenizer, or the one that is read back makes other ids.

@@ -86,7 +86,7 @@ class StoredTensor:
 
         Args:
             start: first row.
-            stop: end of the rows, exclusive; None reads to the last row.
+            stop: end of the rows, exclusive; None reads to the last row. A scalar counts as one row.
             scratch: buffers to read into; None makes a new tensor.
             role: name of the buffer in `scratch`.
 
@@ -234,7 +234,7 @@ class Checkpoint:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a weight."""
+        """Return the shape of a weight, by its name from `names`."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
@@ -248,22 +248,36 @@ class Checkpoint:
         return self._tensors[name].read(start, stop, scratch, role)
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Whole:
-        """Read rows of a tuned weight, in the form from which a merge computes the change."""
+        """Read rows `start` to `stop` of this tuned weight; a merge subtracts the pretrained rows from them.
+
+        Args:
+            name: name of the weight.
+            start: first row.
+            stop: the row after the last one.
+            scratch: gives the buffer for the rows.
+            role: name of that buffer. The rows are valid until the same role is requested again.
+        """
         return Whole(rows=self.read(name, start, stop, scratch, role))
 
     def weight_named(self, stored_name: str) -> str | None:
-        """Return our name of a tensor that another file may store with a base prefix (`model.`); None if unknown."""
+        """Return the name here of a weight that another file may call `model.layers.0...`; None if it is unknown.
+
+        A base prefix (`model.`, `bert.` ...) is removed if needed, and old names of norms are translated.
+        """
         candidates = [stored_name, *(stored_name.removeprefix(prefix) for prefix in _BASE_PREFIXES)]
         return next((each for each in map(modern_name, candidates) if each in self._tensors), None)
 
 
 def by_weight(name: str, stored: StoredTensor, table: NameTable) -> dict[str, StoredTensor]:
-    """Split a stored tensor into the weights that it holds: itself, or equal parts of its rows (joined Q, K and V).
+    """Return the weights that a stored tensor holds, by module name; no weight is read.
+
+    A tensor of joined weights (Q, K and V in one) is split into equal parts of its rows. Any other tensor is returned
+    whole. The names have the prefix that `name` has.
 
     Args:
-        name: its name, with or without the prefix of the file.
+        name: the stored name, with or without the prefix of the file.
         stored: the tensor.
-        table: the names of its model family.
+        table: maps stored names of this model family to module names.
 
     Raises:
         ModelError: the rows cannot be divided equally among the weights.
@@ -284,18 +298,18 @@ def by_weight(name: str, stored: StoredTensor, table: NameTable) -> dict[str, St
 
 
 def base_prefix(backbone: Iterable[str]) -> str:
-    """Return the prefix that all these names share (`model.`, `bert.`); empty if there is none."""
+    """Return the known prefix of base models that all these names share (`model.`, `bert.` ...); empty if none is."""
     names = list(backbone)
     return next((prefix for prefix in _BASE_PREFIXES if names and all(each.startswith(prefix) for each in names)), "")
 
 
 def is_head(stored_name: str) -> bool:
-    """Return whether a tensor or module belongs to a language-model head or a classifier."""
+    """Return whether a tensor or module belongs to a language-model head or a classifier, by the start of its name."""
     return bool(_HEAD.match(f"{stored_name}."))
 
 
 def is_buffer(name: str) -> bool:
-    """Return whether the model computes this tensor by itself instead of loading it (old checkpoints store some)."""
+    """Return, by its name, whether the model computes a tensor instead of loading it (old checkpoints store some)."""
     return bool(_BUFFER.search(name))
 
 
@@ -313,12 +327,15 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts `layers.2` before `layers.10`."""
+    """Return a sort key by which numbers in names are compared as numbers: `layers.2` is before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def modern_name(name: str) -> str:
-    """Return a tensor's name as transformers writes it now. Old BERT files name a norm's parameters gamma and beta."""
+    """Return a tensor's name as transformers writes it now: `LayerNorm.gamma` and `.beta` become `.weight` and `.bias`.
+
+    Other names are returned as they are.
+    """
     for old, new in _OLD_NORM.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
