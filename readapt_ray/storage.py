@@ -143,11 +143,8 @@ class Location:
         found = []
         for info in self.filesystem.get_file_info(selector):
             relative = info.path[len(self.path.rstrip("/")) + 1 :]
-            if (
-                info.type == pafs.FileType.File
-                and relative.endswith(suffix)
-                and not info.base_name.startswith(_TEMPORARY)
-            ):
+            is_temporary = info.base_name.startswith(_TEMPORARY)
+            if info.type == pafs.FileType.File and relative.endswith(suffix) and not is_temporary:
                 found.append((relative, info))
         return sorted(found, key=lambda pair: pair[0])
 
@@ -379,9 +376,8 @@ class Location:
         if self.is_file():
             infos = [(self.name, self, self.info())]
         else:
-            infos = [
-                (name, self / name, info) for name, info in self.listing(recursive=True) if name.endswith(suffixes)
-            ]
+            listed = self.listing(recursive=True)
+            infos = [(name, self / name, info) for name, info in listed if name.endswith(suffixes)]
         return {name: location.sha256() if self.is_local else state_of(info) for name, location, info in infos}
 
 

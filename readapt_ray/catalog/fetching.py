@@ -7,6 +7,7 @@ are retried for half a minute, and to an unreachable one for six seconds.
 """
 
 import errno
+import json
 import logging
 import re
 import socket
@@ -159,11 +160,22 @@ def _configuration(hub_id: str, revision: str | None) -> tuple[Path, int]:
     from huggingface_hub import HfApi, snapshot_download
 
     folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_CONFIGURATION)))
-    if converted_weights.has_safetensors(folder) or any(folder.glob(converted_weights.PICKLED[0])):
+    if _has_all_weights(folder):
         return folder, 0
     files = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
     sizes_bytes = {file.rfilename: file.size or 0 for file in files}
-    return folder, sum(_to_fetch(sizes_bytes).values())
+    return folder, sum(size for name, size in _to_fetch(sizes_bytes).items() if not (folder / name).is_file())
+
+
+def _has_all_weights(folder: Path) -> bool:
+    """Return whether a folder of the hub's cache has all files of weights; a file is there only when it is complete."""
+    suffix = ".safetensors"
+    if not converted_weights.has_safetensors(folder):
+        suffix = ".bin"
+        if not any(folder.glob(converted_weights.PICKLED[0])):
+            return False
+    indexes = [json.loads(file.read_text()) for file in folder.glob(f"*{suffix}.index.json")]
+    return all((folder / shard).is_file() for index in indexes for shard in index["weight_map"].values())
 
 
 def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:

@@ -125,12 +125,21 @@ class OpenModel(ModelFolder):
         Raises:
             ModelError: the base cannot be found, or this is neither factors nor an adapter that names its base.
         """
+        return open_model(self.base_reference)
+
+    @property
+    def base_reference(self) -> str:
+        """Return the name, folder or URI of the base, as the adapter or these factors state it; `base` opens it.
+
+        Raises:
+            ModelError: this is neither factors nor an adapter that names its base.
+        """
         if self.is_factors:
-            return open_model(self.base_given or str(self.read_json(BUNDLE_NAME)["sources"]["pretrained"]["name"]))
+            return self.base_given or str(self.read_json(BUNDLE_NAME)["sources"]["pretrained"]["name"])
         name = self.adapter_config.get("base_model_name_or_path")
         if not name:
             raise ModelError(f"{self.name!r} is an adapter that does not name its base model in {ADAPTER_CONFIG_NAME}")
-        return open_model(str(name))
+        return str(name)
 
     @property
     def _tokenizer_holder(self) -> "OpenModel":

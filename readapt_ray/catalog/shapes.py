@@ -104,7 +104,7 @@ def matching_layers(names: Iterable[str], targets: tuple[str, ...]) -> list[str]
 def model_shape(name: str, objective: Objective | None = None) -> ModelShape:
     """Return the shape of a model by name; for a retriever of the catalog, of its pretrained model.
 
-    Only the config is fetched; but for a local adapter its whole base model is, and a GGUF file is converted.
+    Only the config is fetched; a GGUF file is converted.
 
     Args:
         name: a catalog name, a folder, a GGUF file, a URI or a hub id.
@@ -282,8 +282,8 @@ def _config(name: str) -> dict[str, Any]:
     if "://" in target:
         return _remote_config(name, Location(target))
     if target.startswith("builtin:") or models.own_folder(target) is not None:
-        model = models.open_model(target)
-        return (model.base if model.is_adapter else model).config
+        model = models.open_model(target, with_weights=False)
+        return _config(model.base_reference) if model.is_adapter else model.config
     return _hub_config(name, target)
 
 

@@ -7,6 +7,7 @@ needs about a second per gigabyte.
 
 import contextlib
 import hashlib
+import shlex
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,8 +103,8 @@ def _sha256(path: Path, stopped: threading.Event) -> str:
 def command_line(stage: str, options: Mapping[str, Any]) -> str:
     """Return the command line that runs a stage with these options, such as "readapt merge --output FOLDER".
 
-    Options that are None or False are left out, lists are joined by commas, and True is the flag alone. Values are not
-    quoted for a shell.
+    Options that are None or False are left out, lists are joined by commas, and True is the flag alone. Values are
+    quoted for a shell if needed.
     """
     parts = [f"readapt {stage}"]
     for name, value in options.items():
@@ -112,5 +113,5 @@ def command_line(stage: str, options: Mapping[str, Any]) -> str:
             parts.append(flag)
         elif value is not None and value is not False:
             listed = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            parts.append(f"{flag} {listed}")
+            parts.append(f"{flag} {shlex.quote(listed)}")
     return " ".join(parts)

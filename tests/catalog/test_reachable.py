@@ -1,6 +1,7 @@
 """Models that can be had, cannot, or are gated, seen without fetching weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
+from readapt_ray.catalog import shapes
 from readapt_ray.catalog.reachable import check_reachable
 from readapt_ray.errors import ModelError
 from tests import factories, object_store
@@ -43,11 +45,43 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_the_bytes_to_fetch_are_those_of_the_model_and_of_an_adapters_base(hub: list[str], tmp_path: Path) -> None:
-    assert check_reachable("me/whole") == 14_015
-    assert check_reachable("me/adapter") == 2 * 14_015
+    assert check_reachable("me/whole") == 14_010  # config.json was fetched
+    assert check_reachable("me/adapter") == 14_010 + 14_015
     assert set(hub) == {"config.json", "adapter_config.json"}
     (tmp_path / "me/whole/model.safetensors").touch()
     assert check_reachable("me/whole") == 0
+
+
+def test_a_model_of_which_only_some_shards_are_fetched_counts_the_others(hub: list[str], tmp_path: Path) -> None:
+    assert check_reachable("me/whole") == 14_010
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}
+    (tmp_path / "me/whole/model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "me/whole/model-1.safetensors").touch()
+    assert check_reachable("me/whole") == 14_010
+    (tmp_path / "me/whole/model.safetensors").touch()
+    assert check_reachable("me/whole") == 0
+
+
+def test_the_base_of_an_adapter_of_ones_own_is_checked_and_not_fetched(
+    hub: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = factories.lora_adapter(tmp_path / "adapter", factories.tiny_decoder(tmp_path / "base"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base, expected in (("me/whole", 14_010), (str(tmp_path / "base"), 0)):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        assert check_reachable(str(adapter)) == expected
+    with object_store.running() as store:
+        config |= {"base_model_name_or_path": "me/gated"}
+        body = json.dumps(config).encode()
+        store.client.put_object(Bucket=object_store.BUCKET, Key="adapter/adapter_config.json", Body=body)
+        with pytest.raises(ModelError, match="cannot fetch 'me/gated'"):
+            check_reachable(f"s3://{object_store.BUCKET}/adapter")
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "me/whole"}))
+    hub.clear()
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda hub_id, name: str(tmp_path / "base" / name))
+    of_base = shapes.model_shape(str(tmp_path / "base"))
+    assert shapes.model_shape(str(adapter)) == replace(of_base, name=str(adapter))
+    assert not hub
 
 
 def test_what_cannot_be_had_is_said(hub: list[str]) -> None:

@@ -64,3 +64,6 @@ def test_the_command_that_makes_the_same_again():
         "overwrite": False,
     }
     assert command_line("merge", options) == "readapt merge --pretrained a/b --knowledge-scale 0.5,0.25 --factors"
+    assert (
+        command_line("merge", {"retriever": "my models/it's"}) == """readapt merge --retriever 'my models/it'"'"'s'"""
+    )
