@@ -61,9 +61,14 @@ class EmbedJob:
 
 
 def or_error(number: int, make: Callable[[], pa.Table]) -> pa.Table:
-    """Return what `make` returns; if it raises, return a row with the error.
+    """Return what `make` returns; if it raises, return a row with the name of the error's class and its message.
 
-    Ray Data would bury the message of a raised error in stack traces.
+    Ray Data would bury the message of a raised error in stack traces. Errors other than ReadaptError are logged and
+    become a WorkerError.
+
+    Args:
+        number: number of the data shard.
+        make: makes the row of the shard.
     """
     try:
         return make()
@@ -76,7 +81,14 @@ def or_error(number: int, make: Callable[[], pa.Table]) -> pa.Table:
 
 
 def shard_row(number: int, *, error: str = "", message: str = "", **cells: pa.Array) -> pa.Table:
-    """Return a table of one row, in which each array is one cell."""
+    """Return the row of a data shard: a table of one row, in which each array is one cell.
+
+    Args:
+        number: number of the shard.
+        error: class name of a ReadaptError; empty if all is well.
+        message: message of the error.
+        cells: arrays of any length by column; `cell` reads one.
+    """
     return pa.table(
         {
             "number": [number],
