@@ -93,10 +93,10 @@ class Matches:
         return rows
 
     def passages_and_files(self, first: int, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the passages with an earlier vector of the same doc_id and content, and the numbers of its files.
+        """Return the passages with an earlier vector of the same doc_id and content, and the file of each vector.
 
-        Passages are rows among all joined passages; files are numbered as `Joined.earlier_counts`, from 0. Call it on
-        `Joined.with_kept_files`.
+        Passages are rows among all joined passages; files are numbered as in `Joined.earlier_counts`, from 0. Call it
+        on `Joined.with_kept_files`.
         """
         found = self._read(first, num_rows)
         own = np.flatnonzero(_has_own(found))
@@ -118,7 +118,7 @@ class Matches:
             yield first, min(self.chunk_rows, num_rows - first)
 
     def remove(self) -> None:
-        """Remove all files of the join."""
+        """Remove all files of the join from its folder. The matches cannot be read afterwards."""
         artifact_files.clear(self.folder, self.files)
 
 
@@ -151,7 +151,7 @@ class Joined:
 
 
 def bin_bounds(num_passages: int) -> NDArray[np.int64]:
-    """Return the row bounds of 4,096 equal parts of a corpus: 4,097 row numbers."""
+    """Return the row bounds of 4,096 nearly equal parts of a corpus: 4,097 ascending row numbers, from 0."""
     return np.arange(NUM_BINS + 1) * num_passages // NUM_BINS
 
 

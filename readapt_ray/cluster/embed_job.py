@@ -24,6 +24,7 @@ class EmbedJob:
     """The options and inputs that all tasks and actors of embed share."""
 
     model_name: str
+    """Name by which every worker can open the model, from `on_worker.model_name`."""
     base_name: str
     """Name of the base model if the model is factors, else empty."""
     tokenizer: str
@@ -32,8 +33,11 @@ class EmbedJob:
     """The entry `encoder` for the metadata of the files: fingerprint and so on."""
     encoding: Encoding
     dtype: str
+    """Data type that the model computes in."""
     vector_dtype: str
+    """Data type of the stored vectors."""
     batch_tokens: int | None
+    """Most tokens per batch; None lets the encoder choose."""
     passages: Location
     """Folder of the passages."""
     output: Location
@@ -51,6 +55,7 @@ class EmbedJob:
     rows_per_shard: int = 0
     """Passages per shard; 0 for a sample, whose shards have different sizes."""
     driver_node: str = ""
+    """Ray node id of the driver, from `on_worker.this_node`."""
     num_threads: int = 1
     """Threads per actor."""
 
@@ -105,5 +110,5 @@ def _one_cell(array: pa.Array) -> pa.LargeListArray:
 
 
 def cell(shard: pa.Table, name: str) -> pa.Array:
-    """Return the array in a cell of a shard's row, without a copy."""
+    """Return the array in one cell of a data shard's row (made by `shard_row`), without a copy."""
     return shard[name].combine_chunks().flatten()

@@ -39,7 +39,11 @@ def room_on(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
 
 
 def cores_per_process(num_processes: int) -> int:
-    """Return the cores of this node per process, if `num_processes` are spread evenly over the nodes with CPUs."""
+    """Return the cores of this node per process, at least 1, if processes are spread evenly over the nodes with CPUs.
+
+    Args:
+        num_processes: number of processes on all nodes.
+    """
     num_nodes = max(1, sum(bool(node["Resources"].get("CPU")) for node in alive()))
     return max(1, hardware.num_cores() // -(-num_processes // num_nodes))
 

@@ -53,8 +53,11 @@ class ScoringJob:
     """Fingerprint of each model, as the driver found it."""
     encoding: Encoding
     measure: str
+    """Canonical name, such as nDCG@10."""
     drop_self_hits: bool
+    """Leave out a passage whose doc_id is the query_id."""
     dtype: str
+    """Data type that the models compute in."""
     accept_vocabulary: bool
     layers: tuple[LayerScale, ...] = ()
     """Factors of the knowledge scale for ranges of layers; empty for 1.0 everywhere."""

@@ -48,7 +48,7 @@ class Outcome:
     """Metrics of the steps, in order, each step once."""
 
     def details(self) -> dict[str, Any]:
-        """Return details for the manifest. `last_loss` is of the last 5% of the steps; values are None without steps."""
+        """Return num_workers, dtype, first_loss, last_loss (mean of the last 5% of the steps), peak_memory_bytes."""
         rows = self.rows
         tail = rows[-max(1, len(rows) // 20) :]
         return {
@@ -262,7 +262,7 @@ def _run_worker(config: dict[str, Any]) -> None:
 
 
 def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, ...]:
-    """Return the names of the layers that get an adapter: the option's, else the family's; empty without adapters."""
+    """Return the names of the layers that get an adapter: the option's, else the family's; empty with `method` full."""
     if config.target_modules or config.method == "full":
         return config.target_modules
     return retrievers.target_modules(str(model.config.get("model_type")))

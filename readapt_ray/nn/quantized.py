@@ -203,12 +203,12 @@ _CLASSES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "fp8": Fp8Line
 
 
 def weight_of(layer: nn.Linear | QuantizedLinear) -> Tensor:
-    """Return the weight [O, I] that the layer's forward pass uses."""
+    """Return the weight [O, I] that the layer's forward pass uses: its parameter; if quantized, the decoded weight."""
     return layer.decoded() if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def row_norms(weight_OI: Tensor) -> Tensor:
-    """Return the norm of each row, float32 [O]; convert 1,024 rows at a time to float32."""
+    """Return the L2 norm of each row, float32 [O]; convert 1,024 rows at a time to float32."""
     return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in _split_rows(weight_OI)])
 
 

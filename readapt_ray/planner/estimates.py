@@ -25,6 +25,7 @@ class StageEstimate:
     unit: str
     """Unit of the work, see `rates.WORK_UNITS`."""
     workers: int
+    """Number that is shown before `device`: workers, or CPUs that work at the same time."""
     device: str
     """Kind of GPU that each worker uses, or `CPU`."""
     seconds: float

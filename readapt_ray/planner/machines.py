@@ -95,12 +95,12 @@ class Cluster:
 
     @property
     def num_nodes_with_cpus(self) -> int:
-        """Return the number of nodes that run tasks: all but a head with `num-cpus: 0`."""
+        """Return the number of nodes that run tasks: all but a head with `num-cpus: 0`; all nodes if none has CPUs."""
         return sum(group.count for group in self.groups if group.cpus) or self.num_nodes
 
     @property
     def usd_per_hour(self) -> float:
-        """Return the price of the whole cluster in USD per hour."""
+        """Return the price of the whole cluster, at its largest size, in USD per hour."""
         return sum(group.count * group.usd_per_hour for group in self.groups)
 
     @property
@@ -137,7 +137,7 @@ class Cluster:
 
     @property
     def gpu_groups(self) -> tuple[NodeGroup, ...]:
-        """Return the groups that have GPUs."""
+        """Return the groups that have GPUs, in the order of the cluster's file; empty without GPUs."""
         return tuple(group for group in self.groups if group.gpus and group.count)
 
     @property

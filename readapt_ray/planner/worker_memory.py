@@ -47,7 +47,7 @@ class Memory:
         return self.needed <= self.available
 
     def arithmetic(self) -> str:
-        """Return the sum of the parts as text, in GB, with the memory that the worker has."""
+        """Format the sum of the parts: "weights 14.48 + process 0.60 = 15.08 GB of 72.00 GB (one H100)"."""
         terms = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items())
         return f"{terms} = {self.needed / 1e9:.2f} GB of {self.available / 1e9:.2f} GB ({self.where})"
 

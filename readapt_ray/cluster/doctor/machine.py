@@ -75,7 +75,10 @@ def _checks(options: CheckOptions) -> list[Check]:
 
 
 def check_packages() -> Finding:
-    """Check that the modules that the stages import are installed; on a head node, also the autoscaler's."""
+    """Check that the modules that the stages import are installed; nothing is imported.
+
+    On a head that `ray up` started, the module that the autoscaler needs for its cloud is checked too.
+    """
     missing = [module for module in software.PACKAGES if importlib.util.find_spec(module) is None]
     if missing:
         return failed(f"{', '.join(missing)} cannot be imported; install readapt-ray there with its dependencies")
