@@ -56,8 +56,13 @@ def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
 
 
 def least_workers(config: OptimizationConfig, offered: int) -> int:
-    """Return the fewest workers that train, even on a tiny corpus: all of them if num_workers or zero_stage is set,
-    else 1.
+    """Return the fewest workers that train, even on a tiny corpus.
+
+    All offered workers if `num_workers` or `zero_stage` is set, else 1.
+
+    Args:
+        config: options of training.
+        offered: number of workers that the cluster has room for.
     """
     return offered if config.num_workers or config.zero_stage else 1
 

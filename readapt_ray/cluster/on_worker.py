@@ -165,7 +165,7 @@ def faiss_on_threads(num_threads: int) -> Any:
     """Import FAISS and limit its threads; return the module.
 
     Its BLAS must be limited before it is loaded: else it takes all cores and busy-waits. So the first call in a process
-    decides for BLAS; a later one only changes the threads of FAISS.
+    decides for BLAS (unless OPENBLAS_NUM_THREADS is set); a later one only changes the threads of FAISS.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(num_threads))
     from readapt_ray.retrieval.faiss_build import faiss

@@ -328,7 +328,7 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Check that the packages of these trackers are installed.
+    """Check that the packages of these trackers (tensorboard, wandb, mlflow) are installed, by importing them.
 
     Raises:
         InputError: a package is not installed.

@@ -357,8 +357,8 @@ class TrainWorker:
     def run(self, objective: Any, *, mean_attended: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
         """Train from the last checkpoint (if any) to the last step. All workers must call it.
 
-        `mean_attended`, the tokens that a token attends to on average, is for FLOPs. `doc_ids_of`
-        gives the doc_ids of passages, for errors.
+        `mean_attended`: tokens that a token attends to on average, for FLOPs. `doc_ids_of`: doc_ids of numbered
+        passages.
         """
         import torch
 

@@ -274,6 +274,10 @@ class Group:
         True marks pairs (query slot, key slot) that attend. Causal attention without a window needs no mask: empty
         slots come last, so no token attends to them. Other attention needs none if it has no window and no slot is
         empty.
+
+        Args:
+            causal: whether tokens attend only to earlier tokens and themselves.
+            window: `sliding_window` of `attend`; None for no limit.
         """
         places = torch.arange(self.width, device=self.lengths.device)
         back = places[:, None] - places[None, :]

@@ -239,7 +239,10 @@ def _num_parts(source: Source) -> int | None:
 
 
 def encoding_of(retriever: str) -> Encoding:
-    """Return the encoding of a retriever, from the catalog, else from its folder.
+    """Return the encoding of a retriever, from the catalog, else from its folder (which may be downloaded).
+
+    Args:
+        retriever: catalog name, folder, URI or hub id.
 
     Raises:
         ModelError: the model cannot be found, or does not say its encoding.

@@ -57,7 +57,7 @@ class NodeGroup:
     def share_bytes(self, cpus: int) -> float:
         """Return the bytes of memory per task, if tasks of `cpus` CPUs each fill a node.
 
-        30% of the node's memory is left out, for Ray's object store.
+        30% of the node's memory is left out, for Ray's object store. A task with more CPUs than the node gets all.
         """
         return self.memory_bytes * (1 - _OBJECT_STORE_SHARE) / max(1, self.cpus // cpus)
 

@@ -100,6 +100,10 @@ class Cell:
 def grid(steps: Sequence[tuple[str, Step]], setting: Setting) -> dict[int, dict[int, Cell]]:
     """Estimate the run for each number of PASSAGES on each number of WORKERS (GPUs, or nodes without GPUs).
 
+    Args:
+        steps: as in `estimates`.
+        setting: the plan's own corpus and cluster, which are scaled.
+
     Returns:
         Expected time and cost, by number of passages, then by number of workers.
     """
@@ -116,7 +120,8 @@ def _cell(steps: Sequence[tuple[str, Step]], setting: Setting, num_passages: int
 def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
     """Return what breaks as the corpus grows, in ascending order of passages.
 
-    Limits that the corpus has already passed are included; limits that no size reaches are left out.
+    Limits that the corpus has already passed are included; limits that no size reaches are left out. The arguments are
+    as in `estimates`.
     """
     configs = by_stage(step for _, step in steps)
     train, corpus, cluster = configs["train"], setting.corpus, setting.cluster
@@ -195,7 +200,10 @@ def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
 
 
 def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
-    """Return why a larger cluster is no faster, in ascending order of workers (GPUs, or nodes without GPUs)."""
+    """Return why a larger cluster is no faster, in ascending order of workers (GPUs, or nodes without GPUs).
+
+    Numbers of workers are tried up to 1,000. The arguments are as in `estimates`.
+    """
     configs = by_stage(step for _, step in steps)
     many = scaled(setting.cluster, max(WORKERS))
     limits = [_batch_limit(configs["train"], setting, many)]

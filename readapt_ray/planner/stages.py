@@ -63,6 +63,10 @@ def embed_workers(config: Any, setting: Setting) -> int:
 
     It is `num_workers` or as many as fit, at most one per GPU (without GPUs: as many as the CPUs allow), and at most
     one per data shard.
+
+    Args:
+        config: options of embed.
+        setting: corpus, cluster and retriever of the plan.
     """
     corpus, cluster, rows = setting.corpus, setting.cluster, embed_rows(config, setting)
     shards = math.ceil(corpus.num_passages / rows)
@@ -77,6 +81,10 @@ def train_workers(config: Any, cluster: Cluster) -> int:
     """Return the number of Ray Train workers of a training stage: `num_workers`, at most one per GPU.
 
     If omitted: one per GPU, or without GPUs one per node with CPUs. Without GPUs `num_workers` is not limited.
+
+    Args:
+        config: options of train.
+        cluster: the cluster of the plan.
     """
     if cluster.num_gpus:
         return int(min(config.num_workers or cluster.num_gpus, cluster.num_gpus))
@@ -87,6 +95,11 @@ def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
     """Return the batch size and number of workers that training will choose.
 
     A `batch_size` other than auto is kept, and then so is the number of workers of `train_workers`.
+
+    Args:
+        config: options of train, with those of pack (mode, block_tokens).
+        corpus: size of the corpus.
+        cluster: the cluster of the plan.
     """
     num_blocks = float(corpus.num_passages)
     if config.mode == "packed":
