@@ -71,7 +71,7 @@ class ScaleScoring:
     actor dies, another one gets its pair.
 
     Args:
-        num_workers: most actors; None for one per GPU, or one actor without GPUs.
+        num_workers: number of actors, at most one per pair; None for one per GPU, or one actor without GPUs.
         job: the options of every actor.
         sample: what is encoded and measured.
         workspace: receives the progress, and the results in `grid/`.

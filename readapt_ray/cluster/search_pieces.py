@@ -126,8 +126,7 @@ def vector_pieces(vectors: Artifact, num_at_once: int, *, on_gpus: bool) -> list
 
     Args:
         vectors: the output of the embed stage.
-        num_at_once: number of tasks that search at the same time. There are at least this many pieces, if there are
-            enough vectors.
+        num_at_once: number of tasks that search at the same time; there are about this many pieces, or more.
         on_gpus: whether each task has a GPU.
 
     Raises:

@@ -239,7 +239,9 @@ def _num_parts(source: Source) -> int | None:
 
 
 def encoding_of(retriever: str) -> Encoding:
-    """Return the encoding of a retriever, from the catalog, else from its folder (which may be downloaded).
+    """Return the encoding of a retriever, from the catalog, else from its folder.
+
+    A hub model or URI outside the catalog is fetched with its weights if it is not on this machine.
 
     Args:
         retriever: catalog name, folder, URI or hub id.
