@@ -50,9 +50,9 @@ class NewEncoder:
 
 
 def old_sample(old: Artifact, size: int, seed: int) -> tuple[list[str], NDArray[np.float32]]:
-    """Draw a sample of the old vectors; return its doc_ids and vectors, float32 [N, D], in the order of the corpus.
+    """Draw a sample of the old vectors; return its doc_ids and vectors, float32 [N, D], in the order of the files.
 
-    The same seed gives the same sample.
+    The same seed gives the same sample of the same files.
 
     Args:
         old: the output of the embed stage with the old model.
