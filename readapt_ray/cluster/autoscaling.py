@@ -29,7 +29,11 @@ _REQUESTING = threading.Lock()
 
 
 def may_grow(each: Mapping[str, float]) -> bool:
-    """Return whether the autoscaler may add nodes for such workers: they need GPUs and READAPT_NUM_GPUS is set."""
+    """Return whether the autoscaler may add nodes for such workers: they need GPUs and READAPT_NUM_GPUS is set.
+
+    Args:
+        each: resources of one worker, such as `{"CPU": 1, "GPU": 1}`.
+    """
     return bool(each.get("GPU")) and environment.num_gpus() is not None
 
 
@@ -39,17 +43,19 @@ def requested(
 ) -> Iterator[None]:
     """Request nodes for these workers from the autoscaler while the block runs; wait for them before the block starts.
 
-    Without an autoscaler (see `may_grow`), the block starts at once.
+    Without an autoscaler (see `may_grow`), the block starts at once, also without room for the workers. When the block
+    ends, the request is withdrawn, and idle nodes end later.
 
     Args:
         num_workers: number of workers that are wanted.
-        each: resources of one worker.
+        each: resources of one worker, such as `{"CPU": 1, "GPU": 1}`.
         least: fewest workers that the block can start with.
-        patience_s: seconds to wait for all workers before the block starts with fewer.
-        check_versions: refuse new nodes whose package versions differ from the driver's.
+        patience_s: seconds to wait for all workers before the block starts with at least `least`; 0 starts as soon as
+            these fit.
+        check_versions: refuse new nodes whose package versions differ from the driver's, or whose GPUs cannot be used.
 
     Raises:
-        PlacementError: nodes for `least` did not come within READAPT_WAIT_S seconds, or have other versions.
+        PlacementError: nodes for `least` did not come within READAPT_WAIT_S seconds, or are refused.
     """
     if not may_grow(each):
         yield

@@ -19,10 +19,11 @@ C = TypeVar("C", bound=OptimizationConfig)
 
 
 def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
-    """Replace `batch_size: auto` in the config by a number; adapt the number of workers and the learning rate to it.
+    """Return a copy of the config with a number for `batch_size: auto`, and workers and learning rate that fit it.
 
-    The batch size is chosen once per output and stored there, so that a run that resumes with other workers takes the
-    same steps.
+    The batch size is chosen once per output and stored there (file `batch_size`), so that a run that resumes with other
+    workers takes the same steps. `num_workers` becomes the number that this batch keeps busy, `min_workers` is at most
+    that, and `learning_rate` is multiplied by a factor.
 
     Args:
         config: options with `batch_size: auto`.
@@ -30,7 +31,7 @@ def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
         output: folder of the artifact.
 
     Raises:
-        PlacementError: the cluster does not have the workers asked for.
+        PlacementError: the nodes of the cluster did not come up in time.
     """
     from readapt_ray.training.step_size import choose_step_size
 
@@ -55,22 +56,27 @@ def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
 
 
 def least_workers(config: OptimizationConfig, offered: int) -> int:
-    """Return the fewest workers that train, even on a tiny corpus: all of them if num_workers or zero_stage is set,
-    else 1.
+    """Return the fewest workers that train, even on a tiny corpus.
+
+    All offered workers if `num_workers` or `zero_stage` is set, else 1.
+
+    Args:
+        config: options of training.
+        offered: number of workers that the cluster has room for.
     """
     return offered if config.num_workers or config.zero_stage else 1
 
 
 def check_batch_feeds(config: OptimizationConfig, batch_size: int, unit: str) -> None:
-    """Check that each worker that the config asks for gets a part of each batch.
+    """Check that each worker gets a part of each batch; connect to Ray to count the workers.
 
     Args:
-        config: options with the number of workers.
+        config: options with the number of workers; if omitted, it is chosen as training does.
         batch_size: size of a batch over all workers.
         unit: name of the items of a batch, such as "blocks".
 
     Raises:
-        PlacementError: a worker would get nothing, or the cluster does not have the workers asked for.
+        PlacementError: a worker would get nothing, or the nodes of the cluster did not come up in time.
     """
     num_workers = placement.num_training_workers(config.num_workers, config.num_cpus_per_worker)
     check_feeds(num_workers, batch_size, unit)

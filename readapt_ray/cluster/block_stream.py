@@ -42,6 +42,8 @@ _SHARES_AHEAD = 4
 class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
     """The data configuration of Ray Train: each start of the workers gets the data after the last checkpoint's step.
 
+    Without a checkpoint they get all data. Workers read it with `receive`.
+
     Args:
         row_groups: row groups of the files of blocks.
         data_order: which blocks are trained on, in which order.
@@ -65,7 +67,10 @@ class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
         """Return None, a placeholder for the dataset that Ray Train wants before the number of workers is known."""
 
     def configure(self, *, world_size: int, **_: Any) -> list[dict[str, Any]]:
-        """Return the data iterator of each worker. Ray Train calls this in an actor, when all workers ask for data."""
+        """Return the data iterator of each worker, by rank, as `{"blocks": iterator}`.
+
+        Ray Train calls this in an actor, when all workers ask for data.
+        """
         first_step = steps_done(self._checkpoints, self.data_order)
         source = _Source(self._row_groups, self.data_order, self._batch_settings, first_step, world_size)
         dataset = ray.data.read_datasource(
@@ -125,7 +130,17 @@ def _read_task(
 def rows_of(
     row_groups: RowGroups, piece: Piece, batch_size: int, batch_settings: BatchSettings, num_workers: int
 ) -> Iterator[pa.Table]:
-    """Yield the rows of a piece: for each chunk of steps, one row per worker with its shares, by rank."""
+    """Yield the rows of a piece: for each chunk of up to 64 steps, one row per worker with its shares, by rank.
+
+    Each row is a table of one row and the column `shares`; `decode_shares` reads it.
+
+    Args:
+        row_groups: row groups of the files of blocks.
+        piece: the steps to read.
+        batch_size: blocks per step, over all workers.
+        batch_settings: how batches are divided into micro-batches.
+        num_workers: number of workers.
+    """
     most_slots = min(_ROW_TOKENS * num_workers, _CHUNK_TOKENS)
     waiting: list[list[Share]] = []
     num_slots = 0
@@ -152,21 +167,23 @@ def _row(shares: tuple[Share, ...]) -> pa.Table:
 
 
 def decode_shares(rows: pa.Table) -> Iterator[Share]:
-    """Yield the shares in rows that `rows_of` made."""
+    """Yield the shares in rows that `rows_of` made: one per step, in the order of the steps."""
     for data in rows["shares"]:
         yield from table_to_shares(pa.ipc.open_stream(data.as_buffer()).read_all())
 
 
 def receive(num_steps: int) -> Callable[[int], Iterator[Share]]:
-    """Start fetching this Ray Train worker's shares in a thread; return a function that yields them.
+    """Start a thread that fetches this Ray Train worker's shares; return a function that yields one share per step.
 
-    The stream starts now, so that it fills while the model is loaded.
+    Call it before the model is loaded, so that the stream fills meanwhile.
 
     Args:
         num_steps: number of steps of the run.
 
     Returns:
-        A function of the first step (steps that the newest checkpoint has done), which yields one share per step.
+        A function of the first step. The stream already begins after the newest checkpoint, so this must be that
+        checkpoint's step: nothing is skipped, and the shares of `first_step` to `num_steps - 1` follow. While it
+        yields, it raises what a read task raised, or RuntimeError if the data ends early.
     """
     fetched = _ahead(_fetched())
 

@@ -1,8 +1,8 @@
 """Build the BM25 scores of index shards on Ray, with statistics of the whole corpus.
 
-In: the shards of an index, and the corpus of its passages. Out: `shards/00000.bm25.npz` and so on. All passages are read
-twice: to count their words, then to score them. The driver holds each distinct word of the corpus; a task holds the
-passages of one shard.
+In: the shards of an index, and the corpus of its passages. Out: `shards/00000.bm25.npz` and so on. All passages are
+read twice: to count their words, then to score them. The driver holds each distinct word of the corpus; a task holds
+the passages of one shard.
 """
 
 import hashlib
@@ -43,16 +43,16 @@ class _Shard:
 def build_word_shards(
     records: Sequence["ShardRecord"], folder: Location, corpus: Artifact, workspace: Workspace
 ) -> dict[str, str]:
-    """Write the BM25 scores of all index shards.
+    """Write the BM25 scores of all index shards: one file per shard, with a row per vector. Files there are replaced.
 
     Args:
-        records: the index shards.
-        folder: folder of the shards; the files of scores are written there.
+        records: all index shards, in order.
+        folder: folder of the shards; the files of scores are written there. Every node must see it.
         corpus: corpus with the passages of the index.
         workspace: receives the progress.
 
     Returns:
-        The SHA-256 of each file of scores, by the name of its shard.
+        The SHA-256 of each file of scores, by the name of its shard ("00000").
 
     Raises:
         CorpusError: a passage of the index is not in the corpus.

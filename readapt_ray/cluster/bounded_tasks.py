@@ -16,10 +16,10 @@ def run_bounded(start: Callable[[T], Any], items: Iterable[T], num_at_once: int)
     Args:
         start: starts the task of an item; returns the Ray reference to its result.
         items: one item per task.
-        num_at_once: most tasks that run at the same time.
+        num_at_once: most tasks that run at the same time; 1 or more.
 
     Raises:
-        ReadaptError: the error of a task, with its own type and message.
+        ReadaptError: the error of a task, with its own type and message; a WorkerError for other errors.
     """
     import ray
 

@@ -50,7 +50,9 @@ class NewEncoder:
 
 
 def old_sample(old: Artifact, size: int, seed: int) -> tuple[list[str], NDArray[np.float32]]:
-    """Draw a sample of the old vectors; return its doc_ids and vectors, float32 [N, D]. The same seed gives the same.
+    """Draw a sample of the old vectors; return its doc_ids and vectors, float32 [N, D], in the order of the files.
+
+    The same seed gives the same sample of the same files.
 
     Args:
         old: the output of the embed stage with the old model.
@@ -76,7 +78,9 @@ def _drawn(num_rows: int, size: int, seed: int) -> NDArray[np.int64]:
 
 
 def texts_of(corpus: Artifact, doc_ids: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return titles and texts of passages, in the order of their doc_ids.
+    """Return titles and texts of passages, in the order of `doc_ids`; a missing title is "".
+
+    The doc_ids of the whole corpus are read.
 
     Raises:
         CorruptFileError: a file of passages was cut short or altered, or lacks a passage.
@@ -109,8 +113,10 @@ def new_sample(
 ) -> NDArray[np.float32]:
     """Encode the passages of a sample with the new model, except those that an earlier run of the stage encoded.
 
+    New vectors are written to `target`, 512 per file; files there must be of the same sample and model.
+
     Args:
-        doc_ids: doc_ids of the sample.
+        doc_ids: doc_ids of the sample, always in the same order.
         corpus: corpus with their texts.
         encoder: the new model.
         target: folder for the files of vectors.
@@ -118,7 +124,10 @@ def new_sample(
         progress: called with the number of passages done, and of all passages.
 
     Returns:
-        float32 [N, D], in the order of the doc_ids.
+        All vectors, read from the files: float32 [N, D], in the order of the doc_ids.
+
+    Raises:
+        CorruptFileError: the corpus lacks a passage, or the files lack a vector of the sample.
     """
     import ray
 

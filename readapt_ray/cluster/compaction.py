@@ -17,12 +17,18 @@ from readapt_ray.storage import Location
 
 
 def num_dead(artifact: Artifact) -> int:
-    """Return the number of dead rows in the files of an artifact."""
+    """Return the number of dead rows (vectors of changed or deleted passages) in an artifact, from its manifest."""
     return int(artifact.manifest.details.get("num_dead", 0))
 
 
 def compact(artifact: Artifact, output: str) -> Artifact:
-    """Write the same artifact without dead rows into another folder, unless it is already there.
+    """Write the same artifact without dead rows into another folder; return it, or what is already there.
+
+    The source stays as it is.
+
+    Args:
+        artifact: vectors, the output of the embed stage.
+        output: the other folder.
 
     Raises:
         CorruptFileError: a file was cut short or altered.

@@ -62,14 +62,16 @@ class Resources:
 def connect(*, check_versions: bool = True) -> Resources:
     """Join the cluster at `RAY_ADDRESS`, or start Ray on this machine if it is not set; return the cluster's resources.
 
-    A second call does not connect again.
+    A second call does not connect again, and checks no versions; it returns the present resources. Libraries of this
+    process are silenced, and its threads limited.
 
     Args:
-        check_versions: refuse nodes whose package versions differ from the driver's.
+        check_versions: refuse nodes whose package versions differ from the driver's, or whose GPUs cannot be used.
 
     Raises:
-        InputError: `RAY_ADDRESS` is an http address, which only accepts jobs.
-        PlacementError: the nodes did not come up in time, or differ.
+        InputError: `RAY_ADDRESS` is an http address, which only accepts jobs; or a READAPT_* variable is wrong.
+        PlacementError: the nodes did not come up in time, or are refused.
+        WorkerError: Ray did not start on this machine in time, twice.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -97,8 +99,8 @@ def connect(*, check_versions: bool = True) -> Resources:
 def connecting_ahead() -> Iterator[None]:
     """Connect in a thread while the block runs, since Ray takes seconds to start.
 
-    Errors of the thread are ignored: the block's first `connect` raises them again. The end of the block waits for the
-    thread.
+    Errors of the thread are ignored: the block's first `connect` raises them again. The end of the block waits until
+    the thread has connected or failed.
     """
 
     has_tried = threading.Event()
@@ -174,6 +176,11 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
 def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
     """Check that each node has the driver's versions of readapt_ray and torch, lacks no package, and can use its GPUs.
 
+    A node that does not answer within two minutes is skipped, with a warning.
+
+    Args:
+        nodes: nodes as `ray.nodes()` lists them.
+
     Raises:
         PlacementError: a node fails the check; the message names the nodes.
     """
@@ -210,7 +217,11 @@ def _check_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
 def check_seen_by_all(folder: Location) -> None:
     """Check that every node sees a folder, before workers write to it: output on a node's local disk would be lost.
 
-    Log a warning if the folder is inside a job's working directory, which Ray removes after the job.
+    Log a warning if the folder is inside a job's working directory, which Ray removes after the job. URIs, and clusters
+    of one node, are not checked. A node that does not answer within two minutes is skipped, with a warning.
+
+    Args:
+        folder: where workers will write. A file is written there for the check, and deleted.
 
     Raises:
         PlacementError: a node does not see the folder; the message names the nodes.
@@ -263,7 +274,10 @@ def _on_each(
 
 
 def all_have_bfloat16_units() -> bool:
-    """Return whether the CPUs of every node multiply matrices faster in bfloat16 than in float32."""
+    """Return whether the CPUs of every node multiply matrices faster in bfloat16 than in float32.
+
+    Nodes without CPUs for tasks, and nodes that do not answer, do not count.
+    """
     nodes = alive()
     if len(nodes) == 1:
         return hardware.has_bfloat16_units()
@@ -319,7 +333,10 @@ def _see_logs() -> str:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Unwrap an error of Ray: return the ReadaptError inside it, else a WorkerError with the innermost message."""
+    """Unwrap an error of Ray: return the ReadaptError inside it, else a new WorkerError with the innermost message.
+
+    The error is returned, not raised. A ReadaptError that is not wrapped is returned as it is.
+    """
     from ray.exceptions import RayTaskError
 
     for each in _linked(error, with_contexts=True):
@@ -353,6 +370,9 @@ def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseEx
 
 
 def has_ended() -> bool:
-    """Return whether Ray's server processes (gcs_server, raylet), started by this process, have died."""
+    """Return whether one of Ray's server processes (gcs_server, raylet) that this process started has died.
+
+    False if Ray is not started, or if this process joined a cluster that others started.
+    """
     node = getattr(sys.modules.get("ray._private.worker"), "_global_node", None)
     return node is not None and bool({kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"})

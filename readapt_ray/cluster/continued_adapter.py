@@ -25,6 +25,12 @@ _REFUSED = ("rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform"
 def with_shape_of(config: Config, adapter: OpenModel) -> Config:
     """Return a copy of the options with the method, rank, alpha and target modules of an adapter.
 
+    The adapter's dropout is not taken over.
+
+    Args:
+        config: options of training; values that the user set must equal the adapter's.
+        adapter: the model that `continue_from` names.
+
     Raises:
         InputError: the user gave another value for one of these options.
         ModelError: the model is not an adapter, or has PEFT options that training does not support.
@@ -58,7 +64,11 @@ def with_shape_of(config: Config, adapter: OpenModel) -> Config:
 
 
 def check_base(adapter: OpenModel, model: OpenModel) -> None:
-    """Check that an adapter was trained on this model.
+    """Check that an adapter was trained on this model: its layers fit, and the model's fingerprint is the recorded one.
+
+    Args:
+        adapter: the adapter.
+        model: the pretrained model that training will start from.
 
     Raises:
         ModelError: it was trained on another model or by another stage, or does not say on which model.
@@ -82,14 +92,14 @@ def check_base(adapter: OpenModel, model: OpenModel) -> None:
 
 
 def load(model: Any, name: str, *, expected: Collection[str], driver_node: str) -> None:
-    """Load the weights of an earlier adapter into the adapters of a model, on a worker.
+    """Load the weights of an earlier adapter into the adapters of a model, in place, on a worker.
 
     With ZeRO-3, all workers must call it.
 
     Args:
         model: network with new adapters of the same shape.
-        name: the earlier adapter, a MODEL.
-        expected: fingerprints, one of which must match.
+        name: the earlier adapter: a folder, URI or hub id that this node can open.
+        expected: fingerprints, one of which the adapter must have; checked on other nodes than the driver's.
         driver_node: `on_worker.this_node` of the driver.
 
     Raises:

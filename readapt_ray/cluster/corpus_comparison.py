@@ -20,7 +20,11 @@ _PART_ROWS = 16_000_000
 def compare_corpora(before: Artifact, now: Artifact) -> Changes:
     """Compare two outputs of ingest: count the passages that were added, changed, deleted and kept, and sample some.
 
-    Files with the same rows on both sides are not read.
+    Files whose footers say that both sides have the same rows are not read; their passages count as kept.
+
+    Args:
+        before: the earlier state.
+        now: the present state.
 
     Raises:
         CorruptFileError: a file was cut short or altered.
@@ -56,9 +60,10 @@ def _kept_columns(footers: Mapping[str, Footer]) -> set[str]:
 
 
 def opened(artifact: Artifact, name: str) -> ParquetRows:
-    """Return the rows of an artifact's passages or vectors, with paths for every node.
+    """Return the rows of an artifact's passages or vectors, with an absolute path that tasks on any node can read.
 
-    Files that the artifact's table of footers lists are not opened.
+    Row counts come from the artifact's table of footers (or its ledger of vectors); only files that are not listed
+    there are opened.
 
     Args:
         artifact: an output of ingest or embed.

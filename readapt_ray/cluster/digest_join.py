@@ -47,8 +47,11 @@ class Changes:
 
     num_unchanged: int
     num_changed: int
+    """Same doc_id, other content."""
     num_new: int
+    """The doc_id has no earlier vector."""
     num_deleted: int
+    """Earlier vectors whose doc_id is no longer in the corpus."""
 
 
 @dataclass(frozen=True)
@@ -65,24 +68,36 @@ class Matches:
     """For each earlier file, whether the new artifact shares it unchanged."""
 
     def rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
-        """Return the row of the earlier vector of each of `num_rows` passages from `first`; -1 for none. int64."""
+        """Return the row of the earlier vector with the same content, of each passage; -1 for none. int64 [num_rows].
+
+        Args:
+            first: row of the first passage in the corpus.
+            num_rows: number of passages from there.
+        """
         return self._read(first, num_rows) >> 1
 
     def without_kept_vector(self, first: int, num_rows: int) -> NDArray[np.int64]:
-        """Return the passages that have no vector in a kept file, as positions from `first`."""
+        """Return the passages that have no vector in a kept file, as ascending positions from `first`. See `rows`.
+
+        A passage has one if a vector there has the same doc_id and content. Call it on `Joined.with_kept_files`.
+        """
         rows = self._read(first, num_rows)
         own = np.flatnonzero(_has_own(rows))
         in_kept = self.is_kept[np.searchsorted(self.ends, rows[own] >> 1, side="right")]
         return np.setdiff1d(np.arange(num_rows), own[in_kept], assume_unique=True)
 
     def live_rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
-        """Return the rows of earlier vectors with the same doc_id and content as one of these passages."""
+        """Return the rows of earlier vectors with the same doc_id and content as one of these passages. See `rows`."""
         found = self._read(first, num_rows)
         rows: NDArray[np.int64] = found[_has_own(found)] >> 1
         return rows
 
     def passages_and_files(self, first: int, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the passages with an earlier vector of the same doc_id and content, and the number of its file."""
+        """Return the passages with an earlier vector of the same doc_id and content, and the file of each vector.
+
+        Passages are rows among all joined passages; files are numbered as in `Joined.earlier_counts`, from 0. Call it
+        on `Joined.with_kept_files`.
+        """
         found = self._read(first, num_rows)
         own = np.flatnonzero(_has_own(found))
         return first + own, np.searchsorted(self.ends, found[own] >> 1, side="right")
@@ -98,12 +113,12 @@ class Matches:
         return np.concatenate(parts)
 
     def pieces(self, num_rows: int) -> Iterator[tuple[int, int]]:
-        """Yield the first passage and the number of passages of each file of matches."""
+        """Yield the first passage and the number of passages of each file of matches, for a corpus of `num_rows`."""
         for first in range(0, num_rows, self.chunk_rows):
             yield first, min(self.chunk_rows, num_rows - first)
 
     def remove(self) -> None:
-        """Remove all files of the join."""
+        """Remove all files of the join from its folder. The matches cannot be read afterwards."""
         artifact_files.clear(self.folder, self.files)
 
 
@@ -120,14 +135,14 @@ class Joined:
     """Name and number of rows of each file of earlier vectors."""
 
     def is_live(self, passages: ParquetRows) -> NDArray[np.bool_]:
-        """Return for each earlier vector whether a passage still has its doc_id and content."""
+        """Return for each earlier vector whether a passage still has its doc_id and content, bool [earlier vectors]."""
         found = np.zeros(sum(count for _, count in self.earlier_counts), bool)
         for first, num_rows in self.matches.pieces(passages.num_rows):
             found[self.matches.live_rows(first, num_rows)] = True
         return found
 
     def with_kept_files(self, names: Set[str]) -> Matches:
-        """Return the matches with these earlier files marked as kept."""
+        """Return a copy of the matches in which these earlier files (by name) are marked as kept, and no others."""
         return replace(
             self.matches,
             ends=np.cumsum([count for _, count in self.earlier_counts]),
@@ -136,17 +151,17 @@ class Joined:
 
 
 def bin_bounds(num_passages: int) -> NDArray[np.int64]:
-    """Return the row bounds of 4,096 equal parts of a corpus: 4,097 row numbers."""
+    """Return the row bounds of 4,096 nearly equal parts of a corpus: 4,097 ascending row numbers, from 0."""
     return np.arange(NUM_BINS + 1) * num_passages // NUM_BINS
 
 
 def join_digests(passages: ParquetRows, earlier: ParquetRows, folder: Location) -> Joined:
-    """Find the earlier vector of each passage by doc_id and content hash, in Ray tasks.
+    """Find an earlier vector for each passage by content hash, in Ray tasks; one with the same doc_id is preferred.
 
     Args:
         passages: passages of the corpus.
         earlier: vectors of an earlier corpus.
-        folder: folder for the files of the join; every node must see it.
+        folder: folder for the files of the join; every node must see it. `Matches.remove` deletes them.
     """
     num_partitions = max(1, -(-max(passages.num_rows, earlier.num_rows) // _CHUNK_ROWS))
     if num_partitions == 1:

@@ -27,8 +27,11 @@ def plan_on_earlier(
 ) -> tuple[list[DataShard], EmbedJob, Changes]:
     """Plan the data shards of a corpus that has earlier vectors; shards that are kept files come first.
 
+    A kept file is a file of earlier vectors that the new artifact shares as it is. The files of the join are left in
+    `join` in the job's folder.
+
     Args:
-        job: job with all earlier vectors.
+        job: job with all earlier vectors (`job.earlier` is set).
         passages: passages of the corpus.
         digests: digest of the rows of each part of the corpus, by name of the part; empty for a part without one.
         artifact: the earlier vectors.
@@ -77,7 +80,12 @@ def planned(
 
 
 def sources_of(shard: DataShard, digests: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the digests of the parts of the corpus that a shard is cut from."""
+    """Return the digests of the files of the corpus that a shard is cut from, sorted; "" for a file without one.
+
+    Args:
+        shard: a shard that is encoded; for a kept file the result is empty.
+        digests: digest of each part of the corpus, by name.
+    """
     return tuple(sorted({digests.get(each.name, "") for each in shard.ranges}))
 
 

@@ -24,6 +24,7 @@ class EmbedJob:
     """The options and inputs that all tasks and actors of embed share."""
 
     model_name: str
+    """Name by which every worker can open the model, from `on_worker.model_name`."""
     base_name: str
     """Name of the base model if the model is factors, else empty."""
     tokenizer: str
@@ -32,8 +33,11 @@ class EmbedJob:
     """The entry `encoder` for the metadata of the files: fingerprint and so on."""
     encoding: Encoding
     dtype: str
+    """Data type that the model computes in."""
     vector_dtype: str
+    """Data type of the stored vectors."""
     batch_tokens: int | None
+    """Most tokens per batch; None lets the encoder choose."""
     passages: Location
     """Folder of the passages."""
     output: Location
@@ -51,6 +55,7 @@ class EmbedJob:
     rows_per_shard: int = 0
     """Passages per shard; 0 for a sample, whose shards have different sizes."""
     driver_node: str = ""
+    """Ray node id of the driver, from `on_worker.this_node`."""
     num_threads: int = 1
     """Threads per actor."""
 
@@ -61,9 +66,14 @@ class EmbedJob:
 
 
 def or_error(number: int, make: Callable[[], pa.Table]) -> pa.Table:
-    """Return what `make` returns; if it raises, return a row with the error.
+    """Return what `make` returns; if it raises, return a row with the name of the error's class and its message.
 
-    Ray Data would bury the message of a raised error in stack traces.
+    Ray Data would bury the message of a raised error in stack traces. Errors other than ReadaptError are logged and
+    become a WorkerError.
+
+    Args:
+        number: number of the data shard.
+        make: makes the row of the shard.
     """
     try:
         return make()
@@ -76,7 +86,14 @@ def or_error(number: int, make: Callable[[], pa.Table]) -> pa.Table:
 
 
 def shard_row(number: int, *, error: str = "", message: str = "", **cells: pa.Array) -> pa.Table:
-    """Return a table of one row, in which each array is one cell."""
+    """Return the row of a data shard: a table of one row, in which each array is one cell.
+
+    Args:
+        number: number of the shard.
+        error: class name of a ReadaptError; empty if all is well.
+        message: message of the error.
+        cells: arrays of any length by column; `cell` reads one.
+    """
     return pa.table(
         {
             "number": [number],
@@ -93,5 +110,5 @@ def _one_cell(array: pa.Array) -> pa.LargeListArray:
 
 
 def cell(shard: pa.Table, name: str) -> pa.Array:
-    """Return the array in a cell of a shard's row, without a copy."""
+    """Return the array in one cell of a data shard's row (made by `shard_row`), without a copy."""
     return shard[name].combine_chunks().flatten()

@@ -44,7 +44,13 @@ _FIND_TASKS = 256
 
 
 def sample_rows(spec: str, num_passages: int) -> int:
-    """Return the number of passages of a sample given as `1%` or `2000`: at least 200, at most the corpus.
+    """Return the number of passages of a sample given as `1%` or `2000`: at least 200, at most `num_passages`.
+
+    A share is rounded up.
+
+    Args:
+        spec: the user's option.
+        num_passages: number of passages to draw from.
 
     Raises:
         InputError: `spec` is neither a percentage nor a number.
@@ -67,8 +73,11 @@ def estimate_full_run(
 ) -> None:
     """Encode a sample of passages; log the estimates for the full run, and add them to the manifest.
 
+    The vectors of the sample are written to the job's folder. If every passage has its vector already, nothing is
+    encoded and the log says so.
+
     Args:
-        spec: size of the sample, see `sample_rows`.
+        spec: size of the sample, as a part of the passages to encode; see `sample_rows`.
         job: job of the full run; passages whose vector it would copy are left out of the sample.
         passages: passages of the corpus.
         placement: the user's options for the encoding actors of the full run.

@@ -8,8 +8,15 @@ from readapt_ray.config import StageConfig
 
 
 def encoding_dtype(config: StageConfig, asked: str) -> str:
-    """Return the data type asked for; for `auto`, the type of an earlier start of the output, else one that suits the
-    devices of the cluster or machine.
+    """Return the data type that encoders compute in: float32, float16 or bfloat16.
+
+    For `auto` it is the type with which the output was begun, unless `overwrite` is set; else the type that suits a GPU
+    of the cluster, or without GPUs a CPU. On a cluster of several nodes, a Ray task on one node finds it, which may
+    wait for the autoscaler. Without RAY_ADDRESS, Ray is not started for this: the type suits this machine.
+
+    Args:
+        config: options of the stage, with `output` and `overwrite`.
+        asked: the user's option; any value but `auto` is returned as it is.
     """
     if asked != "auto":
         return asked

@@ -1,7 +1,7 @@
 """Compare the results of a vector database with exact search over the same vectors.
 
-In: some vectors of the corpus, as queries. Out: the share of the ten best results that the database finds. The vectors
-are streamed once: in this process, or by one Ray task per piece.
+In: some vectors of the corpus, as queries. Out: the share of the ten best results that the database finds. For the
+exact search, the vectors are streamed once: in this process, or by one Ray task per piece.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ class Agreement:
     """How far a database's ten best results agree with exact search."""
 
     num_queries: int
+    """Queries that were asked."""
     overlap_at_10: float
     """Share of the ten best of exact search that the database finds; mean over the queries."""
     lowest: float
@@ -37,14 +38,16 @@ class Agreement:
 
 
 def compare(target: Target, source: Artifact, vectors: ParquetRows, num_queries: int, *, is_small: bool) -> Agreement:
-    """Query the database with vectors evenly spaced over the corpus, and compare with exact search.
+    """Measure how many of the 10 best results of exact search the database finds, with stored vectors as queries.
+
+    The queries are evenly spaced over the corpus. Each may find itself, in both searches.
 
     Args:
         target: the vector database.
         source: the output of the embed stage.
         vectors: its files of vectors.
         num_queries: most queries to ask.
-        is_small: search in this process instead of on Ray.
+        is_small: run the exact search in this process instead of in Ray tasks.
     """
     rows = np.unique(np.linspace(0, vectors.num_rows - 1, min(num_queries, vectors.num_rows)).astype(np.int64))
     _, queries = matrix_of(vectors.take(rows, VECTOR_COLUMNS), vectors.folder)

@@ -15,7 +15,7 @@ _SMALL_BYTES = 64 << 20
 
 
 def is_small(job: ExportJob) -> bool:
-    """Return whether the export is small enough to be sent from this process, without Ray."""
+    """Return whether the export is sent from this process, without Ray: at most 64 MiB of float32 vectors."""
     return job.vectors.num_rows * job.layout.dimension * 4 <= _SMALL_BYTES
 
 

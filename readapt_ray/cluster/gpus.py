@@ -17,11 +17,18 @@ class Gpu:
     name: str
     driver: str
     total_mib: int
+    """0 if nvidia-smi does not say; so is `used_mib`."""
     used_mib: int
 
 
 def installed_gpus() -> list[Gpu]:
-    """Return the GPUs that nvidia-smi lists; empty without nvidia-smi or a driver."""
+    """Return the GPUs that nvidia-smi lists, in its order; empty without nvidia-smi or a driver.
+
+    CUDA_VISIBLE_DEVICES does not limit them.
+
+    Raises:
+        subprocess.TimeoutExpired: nvidia-smi did not answer within 10 s.
+    """
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWERS_S, check=False)
@@ -35,7 +42,7 @@ def installed_gpus() -> list[Gpu]:
 
 
 def why_unusable(wanted: int) -> str:
-    """Return why torch cannot use `wanted` GPUs on this machine, and what to do; empty if it can."""
+    """Return why torch in this process cannot use `wanted` GPUs, and what to do; an empty text if it can."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

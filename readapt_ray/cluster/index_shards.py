@@ -48,7 +48,9 @@ class ShardPlan:
     options: IndexOptions
     dimension: int
     encoder: str
+    """Fingerprint of the encoder that made the vectors."""
     shards: Location
+    """Folder of the shards."""
     num_cpus: int
     """CPUs per task."""
 
@@ -77,11 +79,14 @@ class KeptShard:
     """A shard of an earlier index that is reused, without its deleted vectors."""
 
     record: dict[str, Any]
+    """Its `ShardRecord` in the earlier index, as a dict."""
     kept: NDArray[np.bool_]
     """For each vector of the shard, whether it is kept."""
     encoder: str
     source: Location
+    """Folder of the shards of the earlier index."""
     shards: Location
+    """Folder of the shards of the new index."""
 
     @property
     def name(self) -> str:
@@ -92,7 +97,15 @@ class KeptShard:
 def cut_shards(
     plan: ShardPlan, vectors: ParquetRows, rows: NDArray[np.int64] | range, rows_per_shard: int, *, first: int
 ) -> Iterator[NewShard]:
-    """Cut rows of vectors into shards of `rows_per_shard` rows, numbered from `first`."""
+    """Cut rows of vectors into shards of `rows_per_shard` rows; the last one may be smaller. No rows give no shard.
+
+    Args:
+        plan: the options that all new shards share.
+        vectors: files of vectors.
+        rows: ascending row numbers of the vectors to add.
+        rows_per_shard: vectors per shard.
+        first: number of the first shard; the others follow.
+    """
     ends = np.cumsum([0, *(count for _, count in vectors.counts)])
     for place, begin in enumerate(range(0, len(rows), rows_per_shard)):
         part = rows[begin : begin + rows_per_shard]
@@ -112,9 +125,10 @@ def task_cpus(plan: ShardPlan, num_rows: int) -> int:
 
 
 def write_recall_queries(plan: ShardPlan, find: Callable[[], NDArray[np.float32] | None]) -> None:
-    """Write the query vectors that measure recall, unless an earlier run did.
+    """Write the query vectors that measure recall into the folder of the shards, unless an earlier run did.
 
     Args:
+        plan: the options of the shards.
         find: returns query vectors, float32 [Q, D]; None if queries cannot be encoded. Then `train_once` uses vectors
             of the index as queries.
     """
@@ -130,13 +144,23 @@ def _write_queries(plan: ShardPlan, rows: NDArray[np.int64], vectors: NDArray[np
 
 
 def measured_with_vectors(plan: ShardPlan) -> bool:
-    """Return whether recall is measured with vectors of the index, and not with queries."""
+    """Return whether recall is measured with vectors of the index, and not with queries.
+
+    Call it after `train_once`, which writes the recall queries if there are none.
+    """
     rows = _queries(plan)[1]
     return bool((rows != _NO_ROW).any())
 
 
 def train_once(everything: NewShard) -> None:
-    """Train inverted lists and codebooks on a sample of all vectors, in one task, unless an earlier run did."""
+    """Train inverted lists and codebooks on a sample of all vectors, in one task, unless an earlier run did.
+
+    It writes `trained.faiss`, and if there are no recall queries, some vectors as such. An index that needs no training
+    is written as it is.
+
+    Args:
+        everything: a shard with all vectors that are added.
+    """
     import ray
 
     shards, num_cpus = everything.plan.shards, everything.plan.num_cpus

@@ -22,13 +22,16 @@ _ADVICE = {
 
 
 def described_failures() -> str:
-    """Return the end of a message that names the nodes that could not be started; empty if none failed."""
+    """Return the end of an error message, "; the launcher could not start ...", or an empty text if no node failed."""
     lines = failures()
     return f"; the launcher could not start {'; '.join(lines)}" if lines else ""
 
 
 def failures() -> list[str]:
-    """Return one line per node group that could not be started, with a remedy; empty without a cluster launcher."""
+    """Return one line per node group that could not be started, with a remedy if the error is a known one.
+
+    Empty if none failed, without a cluster launcher, or if this process is not connected to Ray.
+    """
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
 

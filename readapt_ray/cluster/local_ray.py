@@ -28,7 +28,7 @@ def start() -> None:
     cannot use the workers that it starts in advance, one per CPU, and the first task waits for a new process.
 
     Raises:
-        WorkerError: Ray did not start in time, twice.
+        WorkerError: Ray did not start in time, twice. Other errors of Ray are raised as they are.
     """
     import ray
 

@@ -27,18 +27,18 @@ def measure_losses(
 ) -> NDArray[np.float64]:
     """Measure the loss per token of each text before and after training, in one Ray task.
 
-    See `training/withheld_loss.py` for the loss.
+    See `training/withheld_loss.py` for the loss. The task uses a GPU if the cluster has one.
 
     Args:
         pretrained: the model before training.
-        trained: the model after training.
+        trained: the model after training, or the adapter that was trained on it.
         texts: N texts.
         objective: next-token or masked-token loss.
         max_tokens: texts are truncated to this length.
         dtype: data type that the models compute in.
 
     Returns:
-        float64 [2, N]: before, after.
+        float64 [2, N]: before, after. NaN for a text without a token to predict.
 
     Raises:
         PlacementError: the cluster has no CPU, or no GPU node came up in time.

@@ -32,7 +32,9 @@ class ShardJob:
     scales: "Scales"
     plan: "WeightPlan"
     target: Location
+    """Folder of the weight files; every node must be able to write there."""
     num_threads: int
+    """CPUs and threads of one task."""
 
 
 def write_on_cluster(job: ShardJob, *, num_workers: int, report: Callable[[int], None]) -> "CastLoss":

@@ -13,15 +13,17 @@ Tasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
 def drop_near(tasks: Tasks, job: PieceJob, num_rows: Sequence[int], lists: Lists) -> dict[str, Any]:
     """Find near duplicates among the passages that are left, and write lists of those to drop.
 
+    The rounds repeat until every near duplicate is decided. No passage is removed yet.
+
     Args:
-        tasks: runs a function on the cluster for each tuple of arguments, and adds the job.
+        tasks: runs a function on the cluster for each tuple of arguments, and adds the job; yields the results.
         job: options and folders that all tasks share.
         num_rows: number of passages of each piece.
         lists: the files that list passages that are dropped already, by kind.
 
     Returns:
-        `count` and `num_bytes` of the dropped passages; `first`, pairs of a dropped and its kept passage; and `files`,
-        the numbers of the files that list all dropped passages.
+        `count` and `num_bytes` of the dropped passages; `first`, pairs of a dropped and its kept passage, the first few
+        in the order of the source; and `files`, the pair (piece, round) of each file that lists dropped passages.
     """
     rows = list(num_rows)
     partitions, pieces = range(job.num_near_partitions), range(job.num_pieces)

@@ -11,14 +11,18 @@ _ROUNDING = 1e-6
 
 
 def alive() -> list[dict[str, Any]]:
-    """Return the nodes that are up, as Ray describes them."""
+    """Return the nodes that are up, as dicts of `ray.nodes()`. Ray must be connected."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def room_for(each: Mapping[str, float]) -> int:
-    """Return how many workers with these resources fit on the nodes that are up, if these were idle."""
+    """Return how many workers fit on the nodes that are up, if these were idle; 0 if a worker needs nothing.
+
+    Args:
+        each: resources of one worker, such as `{"CPU": 1, "GPU": 0.5}`.
+    """
     return sum(room_on(node["Resources"], each) for node in alive())
 
 
@@ -26,8 +30,8 @@ def room_on(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
     """Return how many workers fit on one idle node; ten workers of 0.1 GPU fit on one GPU.
 
     Args:
-        resources: resources of the node.
-        each: resources of one worker.
+        resources: all resources of the node, such as `{"CPU": 8.0, "GPU": 1.0}`.
+        each: resources of one worker; amounts of 0 are ignored. If none is left, the result is 0.
     """
     return min(
         (int(resources.get(name, 0.0) / amount + _ROUNDING) for name, amount in each.items() if amount), default=0
@@ -35,13 +39,17 @@ def room_on(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
 
 
 def cores_per_process(num_processes: int) -> int:
-    """Return the cores of this node per process, if `num_processes` are spread evenly over the nodes with CPUs."""
+    """Return the cores of this node per process, at least 1, if processes are spread evenly over the nodes with CPUs.
+
+    Args:
+        num_processes: number of processes on all nodes.
+    """
     num_nodes = max(1, sum(bool(node["Resources"].get("CPU")) for node in alive()))
     return max(1, hardware.num_cores() // -(-num_processes // num_nodes))
 
 
 def describe_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the nodes by their resources, such as `2 nodes with 8 CPU and 1 GPU`."""
+    """Describe the nodes by their resources, such as `2 nodes with 8 CPU and 1 GPU`; `no node` if there are none."""
     kinds = Counter(
         " and ".join(
             f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU") if node["Resources"].get(name)
@@ -56,12 +64,12 @@ def describe_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def name_of(node: Mapping[str, Any]) -> str:
-    """Return a node's address and the start of its Ray id, since several nodes may run on one machine."""
+    """Return a node's address and the start of its Ray id: "10.0.0.1 (1a2b3c4d)". Several nodes may share a machine."""
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
 
 
 def only_on(node: Mapping[str, Any]) -> Any:
-    """Return Ray's scheduling strategy for a task or actor that must run on this node."""
+    """Return Ray's scheduling strategy for a task or actor that must run on this node; it fails if the node is gone."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -70,10 +78,12 @@ def only_on(node: Mapping[str, Any]) -> Any:
 def start_on_each(
     nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any, max_calls: int = 0
 ) -> dict[str, Any]:
-    """Start a function on each node, in a task that reserves no CPU; return Ray references to the results by node name.
+    """Start a function on each node; return the Ray reference to each result, by `name_of(node)`.
+
+    Each call is a task that is bound to its node, reserves no CPU, and is not retried. It does not wait for them.
 
     Args:
-        nodes: nodes as Ray describes them.
+        nodes: nodes as `ray.nodes()` lists them.
         function: the function to call.
         args: its arguments.
         max_calls: end the worker process after this many calls, so that no other task reuses it; 0 for no limit.
@@ -90,6 +100,8 @@ def start_on_each(
 
 def answers(started: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
     """Wait for Ray references; return by name the value of each, or the error of Ray that it ended with.
+
+    Errors are returned, not raised: RayTaskError if the function raised, others if the process or node was lost.
 
     Args:
         started: references by name.

@@ -16,20 +16,27 @@ if TYPE_CHECKING:
 
 
 def absolute(location: Location) -> Location:
-    """Return a location with an absolute path; a URI stays as it is."""
+    """Return a local location with an absolute path; a URI stays as it is.
+
+    Workers run in another current folder than the driver.
+    """
     return Location(location.path) if location.is_local else location
 
 
 def model_name(model: OpenModel) -> str:
-    """Return a name by which a worker finds the same model: its folder if the user gave one, else its name with the
-    commit.
+    """Return a name by which a worker can open the same model.
+
+    It is the model's folder if the user gave one, else its name with the commit.
     """
     folder = own_folder(model.name)
     return str(folder) if folder is not None else model.pinned_name
 
 
 def base_name(model: OpenModel) -> str:
-    """Return a name by which a worker finds the base model of factors; empty if the model is not factors."""
+    """Return a name by which a worker finds the base model of factors; empty if the model is not factors.
+
+    Factors are the output of `readapt merge --factors`: a small change of a base model.
+    """
     return model_name(model.base) if model.is_factors else ""
 
 
@@ -75,7 +82,10 @@ def check_gpus() -> int:
 
 
 def gpu_share() -> float:
-    """Return the fraction of its GPU's memory that this worker may use; less than 1.0 if workers share a GPU."""
+    """Return the fraction of its GPU's memory that this worker may use; less than 1.0 if workers share a GPU.
+
+    1.0 on the driver, and where torch sees no GPU.
+    """
     import ray
     import torch
 
@@ -89,6 +99,8 @@ def gpu_share() -> float:
 
 def check_same_model(name: str, fingerprint: Callable[[], str], expected: Collection[str], *, driver_node: str) -> None:
     """Check that a model name means the same model on this node as on the driver's node.
+
+    On the driver's own node nothing is checked.
 
     Args:
         name: name of the model.
@@ -129,7 +141,7 @@ def load_encoder(
         base: name of the base model of factors, from `base_name`.
         expected: the encoder's fingerprint that the driver found.
         driver_node: `this_node` of the driver.
-        num_threads: number of threads of torch.
+        num_threads: number of threads of torch, set for the whole process.
         batch_tokens: most tokens per batch; None lets the encoder choose.
 
     Raises:
@@ -152,7 +164,8 @@ def load_encoder(
 def faiss_on_threads(num_threads: int) -> Any:
     """Import FAISS and limit its threads; return the module.
 
-    Its BLAS must be limited before it is loaded: else it takes all cores and busy-waits.
+    Its BLAS must be limited before it is loaded: else it takes all cores and busy-waits. So the first call in a process
+    decides for BLAS (unless OPENBLAS_NUM_THREADS is set); a later one only changes the threads of FAISS.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(num_threads))
     from readapt_ray.retrieval.faiss_build import faiss

@@ -143,7 +143,12 @@ class OptimizationConfig(StageConfig):
 
 
 def adapter_shape(config: OptimizationConfig, targets: tuple[str, ...]) -> "AdapterShape | None":
-    """Return the adapter that the options ask for; None if all weights are trained."""
+    """Return the adapter that the options ask for; None if all weights are trained (`method` full).
+
+    Args:
+        config: options of training; its `target_modules` is not used.
+        targets: last parts of the names of the layers that get an adapter, such as "q_proj".
+    """
     from readapt_ray.training.dora import AdapterShape
 
     if config.method == "full":
@@ -158,7 +163,7 @@ def adapter_shape(config: OptimizationConfig, targets: tuple[str, ...]) -> "Adap
 
 
 def optimization(config: OptimizationConfig) -> "Optimization":
-    """Return the settings of the optimizer."""
+    """Return the settings of the optimizer, of ZeRO, and of checkpoints that the options ask for."""
     from readapt_ray.training.engine import Optimization
 
     return Optimization(
@@ -174,7 +179,12 @@ def optimization(config: OptimizationConfig) -> "Optimization":
 
 
 def compiles(config: OptimizationConfig, device_type: str) -> bool:
-    """Return whether workers compile layers: the option's value, else True on GPUs unless zero_stage is 3."""
+    """Return whether workers compile layers: the option `torch_compile`, else True on GPUs unless zero_stage is 3.
+
+    Args:
+        config: options of training.
+        device_type: type of the workers' device, "cuda" or "cpu".
+    """
     if config.torch_compile is not None:
         return config.torch_compile
     return device_type == "cuda" and config.zero_stage != 3
@@ -189,7 +199,16 @@ def worker_setup(
     dtype: "torch.dtype",
     device_type: str,
 ) -> "WorkerSetup":
-    """Return the settings that decide a worker's memory, for the check before training and for `readapt plan`."""
+    """Return the settings that decide a worker's memory, for the check before training and for `readapt plan`.
+
+    Args:
+        config: options of training.
+        adapter: the adapter that is trained, from `adapter_shape`; None for all weights.
+        num_workers: number of workers over all nodes; ZeRO divides by it.
+        micro_batch_tokens: tokens of one forward pass.
+        dtype: data type of matrix products and frozen weights.
+        device_type: "cuda" or "cpu".
+    """
     from readapt_ray.training.memory import WorkerSetup
 
     return WorkerSetup(

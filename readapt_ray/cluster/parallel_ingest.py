@@ -54,17 +54,25 @@ _PARTS = "passages/part-#.parquet"
 
 
 def num_partitions(total_bytes: int) -> int:
-    """Return the number of partitions for digests: one per 512 MB of source, which one task sorts."""
+    """Return the number of partitions for digests, at least 1: one per 512 MiB of source, which one task sorts."""
     return max(1, -(-total_bytes // _PARTITION_BYTES))
 
 
 def num_near_partitions(total_bytes: int) -> int:
-    """Return the number of partitions for bands of MinHashes: one per 32 MB of source, which one task compares."""
+    """Return the number of partitions for bands of MinHashes, at least 1: one per 32 MiB, which one task compares."""
     return max(1, -(-total_bytes // _NEAR_PARTITION_BYTES))
 
 
 class ParallelIngest:
-    """An ingest of one source, whose pieces are read by Ray tasks."""
+    """An ingest of one source, whose pieces are read by Ray tasks.
+
+    Args:
+        workspace: receives the output, the progress, and counts and details for the manifest.
+        source: the source.
+        pieces: all parts of the source that tasks read, in order.
+        job: options and folders that all tasks share.
+        bad_rows: whether bad rows are left out and counted, or end the ingest.
+    """
 
     def __init__(
         self,
@@ -84,6 +92,9 @@ class ParallelIngest:
 
     def run(self, earlier: Mapping[str, Footer]) -> None:
         """Write all passages, queries and judgements into the workspace, with counts and details for the manifest.
+
+        It resumes from files of a killed run that cut the source in the same way, and removes others. Afterwards
+        `split_counts` is set and the files of the exchange are gone.
 
         Args:
             earlier: known footers of the files of the earlier corpus, by name; empty if there is no earlier corpus.

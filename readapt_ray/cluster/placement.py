@@ -43,9 +43,10 @@ class Placement:
     """Most actors on one GPU, if the package chooses: as many as a small model needs to keep a GPU busy."""
 
     def gpu_share(self, num_cpus: int, num_gpus: int) -> float:
-        """Return the fraction of a GPU that each actor reserves: 1.0, less if actors share a GPU, 0.0 without GPUs.
+        """Return how many GPUs each actor reserves: `num_gpus_per_worker` if set, else at most 1.0; 0.0 without GPUs.
 
-        Actors share a GPU only if there are four cores per actor, which tokenise for it.
+        By default up to `actors_per_gpu` actors share a GPU, as long as the cluster has four cores for each of them:
+        one core launches kernels, three tokenise.
 
         Args:
             num_cpus: CPUs of the cluster.
@@ -60,11 +61,13 @@ class Placement:
 
 
 def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, float]:
-    """Return the number of actors, and the CPUs and GPUs of each; connect to Ray if needed.
+    """Return the number of actors, and the CPUs and GPUs (may be a fraction) of each; connect to Ray if needed.
+
+    Without the option `num_workers`, as many actors as fit on idle nodes, including GPUs that the autoscaler may add.
 
     Args:
-        wanted: the user's options.
-        num_pending: number of pieces of work; no more actors than this are chosen.
+        wanted: the user's options. `num_workers` is returned as it is.
+        num_pending: number of pieces of work; no more actors than this are chosen, but at least one.
 
     Raises:
         PlacementError: the cluster has no room for them, even when idle.
@@ -81,6 +84,12 @@ def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, float]:
 def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
     """Return the number of training workers, the resources of each, and whether each has a GPU.
 
+    It connects to Ray if needed.
+
+    Args:
+        num_workers: the user's option; None for one per GPU, or without GPUs one per node.
+        num_cpus_per_worker: the user's option; None for 1 with a GPU, else the node's CPUs divided by its workers.
+
     Raises:
         PlacementError: the cluster has no room for them, even when idle.
     """
@@ -90,7 +99,10 @@ def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> 
 
 
 def num_training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> int:
-    """Return the number of training workers that `place_training` would choose, without a check of the room."""
+    """Return the number of training workers that `place_training` would choose, without a check of the room.
+
+    It connects to Ray if needed.
+    """
     return _training_workers(num_workers, num_cpus_per_worker)[0]
 
 
@@ -109,7 +121,11 @@ def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) 
 
 
 def room_for(each: Mapping[str, float]) -> int:
-    """Return how many workers with these resources fit on idle nodes, including GPUs that the autoscaler may add."""
+    """Return how many workers fit on idle nodes, including GPUs that the autoscaler may add.
+
+    Args:
+        each: resources of one worker, such as `{"CPU": 1, "GPU": 0.5}`.
+    """
     room = nodes.room_for(each)
     return (
         max(room, nodes.room_on({"GPU": environment.num_gpus() or 0}, {"GPU": each["GPU"]}))
@@ -121,7 +137,8 @@ def room_for(each: Mapping[str, float]) -> int:
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
     """Check that the workers of a stage fit on the nodes; log a warning if they must wait for other work to end.
 
-    If nodes were lost, wait up to 45 seconds for replacements.
+    If nodes were lost, wait up to 45 seconds for replacements. If the nodes lack room and the autoscaler may add enough
+    GPUs, return at once. The check does not reserve anything.
 
     Args:
         num_workers: number of workers.
@@ -161,9 +178,10 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
 
 
 def check_user_placement(wanted: Placement, *, who: str) -> None:
-    """Check early that the workers that the user's options ask for fit on the cluster, without starting Ray.
+    """Check early that the workers that the user's options ask for fit on the cluster, or else on this machine.
 
-    The cluster is that of RAY_ADDRESS, or the Ray that this process has joined, else this machine.
+    The cluster is that of RAY_ADDRESS (which is joined for this), or the Ray that this process has joined. Otherwise it
+    is this machine, and Ray is not started.
 
     Args:
         wanted: the user's options; without a number of workers or CPUs, nothing is checked.
@@ -196,6 +214,8 @@ def check_user_placement(wanted: Placement, *, who: str) -> None:
 @contextlib.contextmanager
 def warn_while_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
     """While the block runs, log once per minute if the remaining nodes lack room for the workers that it needs.
+
+    The first line comes after 20 s without room. The block is not stopped.
 
     Args:
         num_workers: fewest workers that the block needs.
@@ -238,7 +258,9 @@ def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
 
 
 def workers_and_cpus(num_workers: int | None, cpus: Sequence[int]) -> tuple[int, int]:
-    """Return the number of workers, and the largest number of CPUs that each of them can have.
+    """Return the number of workers, and the largest number of CPUs that each of them can have (1 if they do not fit).
+
+    Workers do not span nodes: 3 workers on nodes of 8 and 4 CPUs get 4 each.
 
     Args:
         num_workers: the user's option; None for one worker per node with CPUs.

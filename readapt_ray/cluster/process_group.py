@@ -53,7 +53,11 @@ class ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
 
 
 def choose_interface() -> None:
-    """Set GLOO_SOCKET_IFNAME to the network interface with Ray's address of this node, unless it is set."""
+    """Set GLOO_SOCKET_IFNAME to the network interface with Ray's address of this node, unless it is set.
+
+    Call it in a process that is connected to Ray, before the process group is formed. If no interface has the address,
+    nothing is set.
+    """
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address and each.family in (socket.AF_INET, socket.AF_INET6) for each in addresses):

@@ -45,12 +45,13 @@ def encode_queries(
         model: the model that encodes them.
         encoding: its templates and pooling.
         encoder: the entry `encoder` in the manifest of the vectors or of the bridge: fingerprint, dtype and so on.
-        bridge: maps the vectors to the space of another model; None for no map.
+        bridge: maps the vectors to the space of another model (the output of `readapt bridge`); None for no map.
         batch_tokens: most tokens per batch; None chooses by device and model.
         progress: called with the number of queries done, and of all queries.
 
     Returns:
-        One Ray reference per piece, to float32 [512, D]; the last piece may be shorter.
+        One Ray reference per piece, to float32 [512, D], in the order of the texts; the last piece may be shorter.
+        Empty without texts.
 
     Raises:
         ModelError: the model gives NaN or infinity for a query.
@@ -77,7 +78,11 @@ def encode_pieces(
     bridge: Bridge | None = None,
     batch_tokens: int | None = None,
 ) -> Iterator[Any]:
-    """Encode pieces in Ray tasks; yield a Ray reference to the vectors of each, in order. See `encode_queries`."""
+    """Encode pieces in Ray tasks; yield a Ray reference to the vectors of each, in order. See `encode_queries`.
+
+    Tasks start with the first reference that is asked for. A reference may come before its vectors are good: `ray.get`
+    raises what its task raised. If the caller stops early, the tasks are cancelled.
+    """
     import ray
 
     num_tasks, num_cpus, num_gpus = place_actors(Placement(None, None), len(pieces))

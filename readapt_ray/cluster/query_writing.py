@@ -46,6 +46,7 @@ class WritingJob:
     answers: Location
     """Folder for the files of answers."""
     prompt: str
+    """Template of the prompt, with a place for the passage."""
     queries_per_passage: int
     max_passage_chars: int
     temperature: float
@@ -58,16 +59,19 @@ class WritingJob:
         return -(-len(self.rows) // PASSAGES_A_PIECE)
 
     def file(self, number: int) -> Location:
-        """Return the path of a piece's file."""
+        """Return the path of a piece's file, `part-00000.parquet` for piece 0; it may not exist yet."""
         return self.answers / f"part-{number:05d}.parquet"
 
     def missing(self) -> list[int]:
-        """Return the numbers of the pieces that have no file yet."""
+        """Return the numbers of the pieces that have no file yet, ascending; the folder is listed at each call."""
         there = {name for name, _ in self.answers.listing(".parquet")}
         return [number for number in range(self.num_pieces) if self.file(number).name not in there]
 
     def missing_in_random_order(self) -> list[int]:
-        """Return the missing pieces in a random order, so that a job that ends early covers all parts of the corpus."""
+        """Return the missing pieces in a random order, so that a job that ends early covers all parts of the corpus.
+
+        The seed of the job decides the order, so a resumed job keeps to it.
+        """
         missing = set(self.missing())
         order = random_generator(self.seed, "order of synthesized pieces").permutation(self.num_pieces).tolist()
         return [number for number in order if number in missing]
@@ -76,13 +80,17 @@ class WritingJob:
 def ask_here(
     job: WritingJob, writer: EndpointWriter, *, budget_tokens: int | None, report: Callable[[int], None]
 ) -> bool:
-    """Have an endpoint answer the missing pieces, in a random order; return False if the token budget ran out.
+    """Have an endpoint answer the missing pieces, in a random order, and write their files.
 
     Args:
         job: the passages and the prompt.
         writer: the endpoint.
-        budget_tokens: limit on tokens, including the pieces that are already written; None for no limit.
-        report: called with the number of passages done.
+        budget_tokens: limit on tokens, including the pieces that are already written; None for no limit. It is looked
+            at before each piece, so the last piece may exceed it.
+        report: called with the number of passages done, of all pieces.
+
+    Returns:
+        True if every piece has its file; False if the budget ran out before.
 
     Raises:
         InputError, WorkerError: the endpoint refuses, or cannot be reached.
@@ -105,7 +113,7 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
         job: the passages and the prompt.
         model: the language model.
         dtype: data type that it computes in.
-        report: called with the number of passages done.
+        report: called with the number of passages done, of all pieces.
 
     Raises:
         ModelError: the model cannot generate text.
@@ -138,7 +146,10 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
 
 
 def read_answers(job: WritingJob) -> pa.Table:
-    """Return the answers that are written so far, in the order of `job.rows`, with the columns of `ANSWER_SCHEMA`."""
+    """Return the answers that are written so far, in the order of `job.rows`, with the columns of `ANSWER_SCHEMA`.
+
+    A passage has `queries_per_passage` rows. Pieces without a file are left out; without any the table is empty.
+    """
     there = set(range(job.num_pieces)).difference(job.missing())
     return pa.concat_tables([ANSWER_SCHEMA.empty_table(), *(_read(job.file(number)) for number in sorted(there))])
 

@@ -32,7 +32,9 @@ _CHARACTERS_A_WORD = 6
 
 
 def recall_queries(vectors: Artifact) -> NDArray[np.float32] | None:
-    """Encode the recall queries; return float32 [100, D], or None if the corpus or the model is no longer there.
+    """Encode the recall queries; return float32 [100, D], or None if that is not possible.
+
+    The reason is logged as a warning: the corpus or the model is no longer there or is another one, or encoding failed.
 
     Args:
         vectors: the output of the embed stage. Its manifest names the corpus and the retriever.
@@ -56,7 +58,7 @@ def recall_queries(vectors: Artifact) -> NDArray[np.float32] | None:
 
 
 def corpus_of(vectors: Artifact) -> Artifact:
-    """Open the corpus that vectors were made from.
+    """Open the corpus that vectors were made from, at the path in their manifest or relative to the vectors.
 
     Raises:
         ArtifactMissingError: the corpus is no longer there.
@@ -82,7 +84,11 @@ def query_encoder_of(vectors: Artifact) -> QueryEncoder:
 
 
 def recall_texts(corpus: Artifact) -> list[str]:
-    """Return the texts of 100 queries, always the same for the same corpus."""
+    """Return the texts of 100 queries, always the same for the same corpus.
+
+    They are random queries of the corpus; if it has fewer than 100, pieces of one to eight words of its passages
+    follow.
+    """
     from readapt_ray.sources.judgements import read_queries
 
     random = random_generator(0, "recall queries")

@@ -25,7 +25,7 @@ def find_passages(
     *,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> NDArray[np.bool_]:
-    """Search with each query; return whether its passage is among the `top_k` best, bool [Q].
+    """Search with each query; return whether its passage is among the `top_k` best, bool [Q] in the order of `texts`.
 
     Args:
         texts: Q queries.

@@ -21,7 +21,10 @@ class RunMonitor:
     """An actor that passes step metrics, warnings and errors from the workers to the driver.
 
     It also sets Ray's metrics (for Prometheus, `ray_readapt_train_loss` and so on), and remembers the placement group
-    of the workers.
+    of the workers. Nothing is stored: if it crashes, it starts empty.
+
+    Args:
+        stage: name of the stage, for Ray's metrics.
     """
 
     def __init__(self, stage: str) -> None:
@@ -40,19 +43,19 @@ class RunMonitor:
         }
 
     def post(self, rows: list[dict[str, Any]]) -> None:
-        """Add step metrics of worker 0, one row per step."""
+        """Add step metrics of worker 0, one row per step; set Ray's metrics to the last row."""
         self._rows.extend(rows)
         for name, gauge in self._gauges.items():
             if rows and rows[-1][name] is not None:
                 gauge.set(float(rows[-1][name]))
 
     def take(self) -> list[dict[str, Any]]:
-        """Return the rows that were posted since the last call."""
+        """Return the rows that were posted since the last call, and forget them; empty if there are none."""
         rows, self._rows = self._rows, []
         return rows
 
     def post_part(self, part: dict[str, Any]) -> None:
-        """Store the latest report from inside a step of worker 0."""
+        """Store the latest report from inside a step of worker 0, in place of the report before."""
         self._part = part
 
     def take_part(self) -> dict[str, Any] | None:
@@ -66,7 +69,7 @@ class RunMonitor:
             self._warnings.append(text)
 
     def take_warnings(self) -> list[str]:
-        """Return the warnings that were added since the last call."""
+        """Return the warnings that were added since the last call, oldest first."""
         taken, self._num_taken = self._warnings[self._num_taken :], len(self._warnings)
         return taken
 
@@ -79,11 +82,11 @@ class RunMonitor:
         return self._error
 
     def keep(self, step: int) -> None:
-        """Note that a checkpoint of this step is being written."""
+        """Note that a checkpoint of this step is about to be written."""
         self._kept_step = max(self._kept_step, step)
 
     def kept_step(self) -> int:
-        """Return the step of the newest checkpoint of this run; 0 before the first."""
+        """Return the highest step that `keep` was called with; 0 before the first. Its checkpoint may be incomplete."""
         return self._kept_step
 
     def hold(self, placement_group: Any) -> None:
@@ -103,5 +106,5 @@ class WarningPoster(logging.Handler):
         self._monitor = monitor
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Post the message of a warning to the monitor."""
+        """Post the message of a warning or error to the monitor, without its traceback; do not wait."""
         self._monitor.warn.remote(record.getMessage())

@@ -36,7 +36,7 @@ _MAX_VAIN_LOSSES = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """Passages and queries of the search, and judgements by query_id and doc_id."""
+    """Passages and queries of the search, and judgements: the relevance by query_id, then by doc_id."""
 
     passages: list[Passage]
     queries: list[Query]
@@ -53,8 +53,11 @@ class ScoringJob:
     """Fingerprint of each model, as the driver found it."""
     encoding: Encoding
     measure: str
+    """Canonical name, such as nDCG@10."""
     drop_self_hits: bool
+    """Leave out a passage whose doc_id is the query_id."""
     dtype: str
+    """Data type that the models compute in."""
     accept_vocabulary: bool
     layers: tuple[LayerScale, ...] = ()
     """Factors of the knowledge scale for ranges of layers; empty for 1.0 everywhere."""
@@ -66,10 +69,17 @@ class ScaleScoring:
 
     An actor gets a pair only after it has loaded the models. So an actor that waits for room delays no pair. If an
     actor dies, another one gets its pair.
+
+    Args:
+        num_workers: number of actors, at most one per pair; None for one per GPU, or one actor without GPUs.
+        job: the options of every actor.
+        sample: what is encoded and measured.
+        workspace: receives the progress, and the results in `grid/`.
     """
 
     def __init__(self, num_workers: int | None, job: ScoringJob, sample: Sample, workspace: Workspace) -> None:
         self.values: dict[ScalePair, dict[str, float]] = {}
+        """The measure of every judged query, by query_id, of each pair that was scored."""
         self.seconds: dict[str, float] = {}
         """Seconds by part ("weights", "encoding", "measuring"), summed over the pairs that this process scored."""
         self._num_workers, self._job, self._sample, self._workspace = num_workers, job, sample, workspace
@@ -83,6 +93,11 @@ class ScaleScoring:
 
     def score(self, pairs: Sequence[ScalePair]) -> None:
         """Score these pairs into `values`; read the stored result of a pair if there is one.
+
+        A new result is stored at once. It may be called again with other pairs; the actors stay until `stop`.
+
+        Args:
+            pairs: pairs (readapter_scale, knowledge_scale).
 
         Raises:
             ReadaptError: an actor raised it; or a WorkerError: actors died three times in a row.
@@ -162,7 +177,7 @@ class ScaleScoring:
         self._busy[actor.load.remote()] = actor, None
 
     def stop(self) -> None:
-        """Stop all actors."""
+        """Stop all actors; pairs that are being scored are lost. Does nothing if no actor was started."""
         import ray
 
         for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
@@ -251,7 +266,8 @@ def measure_sample(
 ) -> "Measurement":
     """Rank the passages of a sample for each query, and compute a measure of each ranking.
 
-    Passages with the same doc_id are parts of one document; its score is the best score of its parts.
+    Passages with the same doc_id are parts of one document; its score is the best score of its parts. Only judged
+    queries are measured; one without results counts 0.
 
     Args:
         sample: Q queries, P passages, and judgements.

@@ -43,7 +43,16 @@ class _Piece:
 
 
 class Pieces:
-    """The pieces of an index or of vectors, which tasks search."""
+    """The pieces of an index or of vectors, which tasks search.
+
+    The rows of all pieces are numbered through, in the order of the pieces.
+
+    Args:
+        artifact: an index, or the output of the embed stage.
+        contents: what each piece holds: records of index shards, or row ranges from `vector_pieces`.
+        on_gpus: whether each task of `search` has a GPU.
+        num_at_once: most tasks that run at the same time.
+    """
 
     def __init__(self, artifact: Artifact, contents: Sequence[Content], *, on_gpus: bool, num_at_once: int) -> None:
         self._on_gpus, self._room = on_gpus, num_at_once
@@ -54,11 +63,13 @@ class Pieces:
         ]
 
     def search(self, queries: Sequence[Any], top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the scores and row numbers of each piece's best rows, [Q, K] each, as the tasks end.
+        """Yield the scores and row numbers of each piece's best rows, [Q, K] each, as the tasks end (in any order).
+
+        `merge_rows` makes one ranking of them.
 
         Args:
             queries: Ray references to query vectors, float32 [n, D] each; Q is the sum of all n.
-            top_k: results per query; an unfilled result has the row -1.
+            top_k: results per query and piece; an unfilled result has the row -1.
         """
         import ray
 
@@ -73,7 +84,7 @@ class Pieces:
     def search_words(
         self, texts: Sequence[str], sha256s: dict[str, str], top_k: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the scores and row numbers that each task found by BM25; see `search`.
+        """Yield the scores and row numbers that each task found by BM25 in an index, as `search` does.
 
         Args:
             texts: Q queries.
@@ -88,7 +99,11 @@ class Pieces:
         )
 
     def names(self, rows: np.ndarray) -> pa.Array:
-        """Return the doc_ids of ascending row numbers; null for row -1 (no result)."""
+        """Return the doc_ids of row numbers among all pieces, in the same order; null for row -1 (no result).
+
+        Args:
+            rows: row numbers, ascending.
+        """
         import ray
 
         task = ray.remote(num_cpus=1)(_names)
@@ -111,7 +126,7 @@ def vector_pieces(vectors: Artifact, num_at_once: int, *, on_gpus: bool) -> list
 
     Args:
         vectors: the output of the embed stage.
-        num_at_once: number of tasks that search at the same time.
+        num_at_once: number of tasks that search at the same time; there are about this many pieces, or more.
         on_gpus: whether each task has a GPU.
 
     Raises:

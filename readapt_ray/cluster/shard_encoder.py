@@ -28,7 +28,10 @@ SHARDS_AT_A_TIME = 2
 
 
 class ShardEncoder:
-    """An actor that holds the model; each call encodes one shard and writes its file of vectors."""
+    """An actor that holds the model; each call encodes one shard and writes its file of vectors.
+
+    The model is loaded when the first text is encoded. Two threads may call it at the same time.
+    """
 
     def __init__(self, job: EmbedJob) -> None:
         self._job = job
@@ -39,7 +42,9 @@ class ShardEncoder:
     def __call__(self, shard: pa.Table) -> pa.Table:
         """Encode a shard and return a row with its figures, or with an error.
 
-        An error is returned as a value, because Ray Data would bury the message of a raised one in stack traces.
+        A file of the shard that the same encoder wrote before is kept, and its figures are returned. A row that already
+        has an error is returned as one. An error is returned as a value, because Ray Data would bury the message of a
+        raised one in stack traces.
         """
         number, error, message = (shard[name][0].as_py() for name in ("number", "error", "message"))
         figures: dict[str, Any] = dict.fromkeys(COUNTS, 0) | dict.fromkeys(SECONDS, 0.0)

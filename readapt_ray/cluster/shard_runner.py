@@ -37,6 +37,9 @@ def encode_shards(
 ) -> ShardLedger:
     """Encode the shards that have no file of vectors yet; restart actors that die.
 
+    Kept files of earlier vectors are shared with the artifact. The ledger (the record of finished shards) is saved once
+    per minute.
+
     Args:
         shards: data shards, numbered from 0.
         job: what is encoded, with which model, into which folder.
@@ -47,7 +50,7 @@ def encode_shards(
         The ledger, with figures of all shards.
 
     Raises:
-        PlacementError: the cluster has no room for the actors.
+        PlacementError: the cluster has no room for the actors at the start.
         WorkerError: nodes were lost and no room is left; or actors died three times without a finished shard.
         CorruptFileError: files that were written are gone.
         ReadaptError: a task or an actor raised it.
@@ -79,7 +82,10 @@ def encode_shards(
 
 
 def shard_ledger(shards: Sequence[DataShard], job: EmbedJob) -> ShardLedger:
-    """Return the ledger of a job, without a look at the files that are written."""
+    """Return the ledger of a job (which shards are finished, with their figures), without a look at its files.
+
+    No shard counts as finished before `find` is called on it.
+    """
     made_by, rows_per_shard = job.encoder["fingerprint"], job.rows_per_shard
     return ShardLedger(shards, job.output, made_by=made_by, rows_per_shard=rows_per_shard, plan=job.plan)
 
@@ -156,6 +162,10 @@ def tasks_tokenize(num_encoders: int, each: Mapping[str, float]) -> bool:
     """Return whether read tasks tokenise; otherwise the encoders do.
 
     If CPUs encode and none is idle, a task would take a core from them, and load the tokenizer once more.
+
+    Args:
+        num_encoders: number of encoding actors.
+        each: resources of one encoding actor, by "CPU" and "GPU".
     """
     return each["GPU"] > 0 or _num_idle_cores(num_encoders, each) >= 1
 

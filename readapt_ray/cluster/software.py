@@ -64,7 +64,9 @@ def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str:
 
 
 def other_versions(here: Mapping[str, str], there: Mapping[str, str]) -> str:
-    """Describe the versions of a node if they differ from the driver's; empty if they do not.
+    """Describe the versions of a node if they differ from the driver's; empty if they do not. See `difference`.
+
+    Compared are the versions of readapt_ray and torch; other missing modules are ignored.
 
     Builds of one version are equal: torch is 2.13.0+cpu on a head without GPUs, and 2.13.0+cu130 on a GPU node. Code
     from a job's working directory has no version and equals any, because it is the driver's code.

@@ -72,7 +72,10 @@ class StepPoster:
             self._monitor.post_part.remote(dataclasses.asdict(report))
 
     def flush(self, step: int) -> None:
-        """Write the metrics of all steps since the last call to a file; called before the checkpoint of `step`."""
+        """Write the metrics of all steps since the last call to a file; call it before the checkpoint of `step`.
+
+        Without new steps, no file is written.
+        """
         if self._unwritten:
             first = self._unwritten[0]["step"]
             (self._folder / f"step-{first:09d}-{step:09d}.jsonl").write_text(_lines(self._unwritten))
@@ -83,6 +86,13 @@ class StepPoster:
 @contextlib.contextmanager
 def showing_metrics(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Iterator[None]:
     """Show the monitor's metrics once per second while the block runs, on the terminal and in trackers.
+
+    Warnings of the workers are logged. Rows are taken from the monitor, so only one block can show them.
+
+    Args:
+        monitor: the `RunMonitor` actor.
+        workspace: receives the progress.
+        trackers: names among tensorboard, wandb and mlflow.
 
     Raises:
         InputError: a tracker's package is not installed.
@@ -186,7 +196,14 @@ def _show(
 
 
 def note(rows: Sequence[dict[str, Any]]) -> str:
-    """Format the latest steps for the terminal: loss and sizes of the last step, speeds over all of these steps."""
+    """Format the latest steps as one line for the terminal.
+
+    Loss, learning rate, gradient norm, padding and peak memory are of the last step. Tokens per second, MFU and the
+    share of time spent waiting for data are means over all these steps.
+
+    Args:
+        rows: `StepReport`s as dicts, in order; at least one.
+    """
     last = rows[-1]
     seconds = max(sum(row["seconds"] for row in rows), 1e-9)
 
@@ -203,7 +220,14 @@ def note(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def join(location: Location) -> list[dict[str, Any]]:
-    """Join the files that worker 0 wrote into `metrics.jsonl`; return the rows in order, each step once."""
+    """Join the files that worker 0 wrote into `metrics.jsonl`, and delete them; return all rows, each step once.
+
+    Rows that are already in `metrics.jsonl` stay, unless a file has the same step again. Without any row nothing is
+    written and the result is empty.
+
+    Args:
+        location: folder of the artifact.
+    """
     rows = {row["step"]: row for row in read_metrics(location)}
     parts = _parts(location)
     for file in parts:
@@ -216,20 +240,31 @@ def join(location: Location) -> list[dict[str, Any]]:
 
 
 def last_written_step(location: Location) -> int:
-    """Return the last step whose metrics worker 0 has written so far; 0 for none."""
+    """Return the last step in the files of metrics that worker 0 has written; 0 for none.
+
+    Only the names of the files are read. After `join`, which deletes these files, the result is 0.
+
+    Args:
+        location: folder of the artifact.
+    """
     files = _parts(location)
     return int(files[-1].name.removesuffix(".jsonl").rsplit("-", 1)[-1]) if files else 0
 
 
 def written_peak_bytes(location: Location, *, after_step: int) -> int:
-    """Return the peak memory that worker 0 reported in its latest file, of steps after `after_step`; 0 for none."""
+    """Return the peak memory in bytes in the latest file of metrics of worker 0; 0 for none, and after `join`.
+
+    Args:
+        location: folder of the artifact.
+        after_step: steps up to this one are ignored.
+    """
     files = _parts(location)
     rows = [json.loads(line) for file in files[-1:] for line in file.read_text().splitlines()]
     return max((int(row["peak_memory_bytes"]) for row in rows if row["step"] > after_step), default=0)
 
 
 def read_metrics(location: Location) -> list[dict[str, Any]]:
-    """Return the step metrics of a finished run, in order; empty if there are none."""
+    """Return the step metrics of a finished run from its `metrics.jsonl`, in order; empty if there is no such file."""
     file = location / METRICS_NAME
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
@@ -293,7 +328,7 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"
 
 
 def check_trackers(trackers: Sequence[str]) -> None:
-    """Check that the packages of these trackers are installed.
+    """Check that the packages of these trackers (tensorboard, wandb, mlflow) are installed, by importing them.
 
     Raises:
         InputError: a package is not installed.

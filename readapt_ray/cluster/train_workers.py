@@ -48,7 +48,7 @@ class Outcome:
     """Metrics of the steps, in order, each step once."""
 
     def details(self) -> dict[str, Any]:
-        """Return the details for the manifest; `last_loss` is the mean over the last 5% of the steps."""
+        """Return num_workers, dtype, first_loss, last_loss (mean of the last 5% of the steps), peak_memory_bytes."""
         rows = self.rows
         tail = rows[-max(1, len(rows) // 20) :]
         return {
@@ -134,7 +134,7 @@ def _scaling(least: int, num_workers: int, resources: dict[str, float], checkpoi
 def _start_monitor(stage: str) -> Any:
     """Start the monitor on the driver's node, so that the loss of another node does not end the run.
 
-    If it crashes it restarts empty. It holds only progress, and an error that the workers would raise again.
+    If it crashes it restarts empty: it holds only progress, and an error that the workers would raise again.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -219,10 +219,7 @@ def _release_failed_start(error: Exception, monitor: Any) -> None:
     """Release the resources of workers that were lost while they started.
 
     If a worker dies after the process group was formed and before `work` began, Ray Train (2.60) keeps the placement
-    group until the driver ends.
-
-    Raises:
-        ControllerError: the controller failed for another reason.
+    group until the driver ends. If the controller failed for another reason, raise its error.
     """
     import ray
     from ray.exceptions import RayActorError
@@ -242,8 +239,7 @@ def _release_failed_start(error: Exception, monitor: Any) -> None:
 def _run_worker(config: dict[str, Any]) -> None:
     """Use as many threads as the worker has CPUs, then run the work.
 
-    A ReadaptError would be raised again at every restart. So it is left on the monitor, and a worker that finds one
-    there ends at once.
+    A ReadaptError would return at every restart. So the monitor keeps it, and a worker that finds it ends at once.
     """
     import ray
 
@@ -266,7 +262,7 @@ def _run_worker(config: dict[str, Any]) -> None:
 
 
 def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, ...]:
-    """Return the names of the layers that get an adapter: the option's, else the family's; empty without adapters."""
+    """Return the names of the layers that get an adapter: the option's, else the family's; empty with `method` full."""
     if config.target_modules or config.method == "full":
         return config.target_modules
     return retrievers.target_modules(str(model.config.get("model_type")))
@@ -283,7 +279,7 @@ class TrainWorker:
         micro_batch_tokens: tokens of one forward pass, for the estimate of memory.
 
     Raises:
-        FingerprintMismatchError: this node has other weights than the driver's.
+        FingerprintMismatchError, PlacementError: this node has other weights than the driver's; memory is too small.
     """
 
     def __init__(
@@ -359,7 +355,11 @@ class TrainWorker:
         memory.check_fits(self._model_shape, setup, free_bytes=free, correction=correction)
 
     def run(self, objective: Any, *, mean_attended: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
-        """Train from the last checkpoint to the last step; a token attends to `mean_attended` tokens on average."""
+        """Train from the last checkpoint (if any) to the last step. All workers must call it.
+
+        `mean_attended`: tokens that a token attends to on average, for FLOPs. `doc_ids_of`: doc_ids of numbered
+        passages.
+        """
         import torch
 
         from readapt_ray.training.engine import DeepSpeedEngine
@@ -380,7 +380,10 @@ class TrainWorker:
         )
 
     def save(self, *, trained_on: str, task_type: str) -> None:
-        """Write the adapter, or all weights. All workers must call it; worker 0 writes."""
+        """Write the adapter, or all weights if there is none, to the output folder. All workers must call it.
+
+        The adapter's config names the model, `trained_on`, and PEFT's task type: `CAUSAL_LM` or `FEATURE_EXTRACTION`.
+        """
         import torch
 
         from readapt_ray.training import dora

@@ -1,9 +1,10 @@
 """Compute attention over passages that are packed into one row, without padding; tokens attend only within a passage.
 
 It is registered with transformers' AttentionInterface. On CUDA it calls the flash kernel of
-`torch.nn.attention.varlen` (torch 2.11 and newer, bfloat16 or float16; the package flash-attn is not needed). On other
-devices, and with attention dropout, it calls torch's `scaled_dot_product_attention` on batches of passages with similar
-lengths. Both cost about the sum of the squared passage lengths; a mask over the row would cost its length squared.
+`torch.nn.attention.varlen` (torch 2.11 and newer, bfloat16 or float16, compute capability 8.0 and newer; the package
+flash-attn is not needed). Otherwise, and with attention dropout, it calls torch's `scaled_dot_product_attention` on
+batches of passages with similar lengths. Both cost about the sum of the squared passage lengths; a mask over the row
+would cost its length squared.
 """
 
 import functools
@@ -34,7 +35,8 @@ _MIN_WIDTH_STEP = 16
 def install(model: Any, name: str) -> None:
     """Replace the attention of a transformers model by `attend`, in place.
 
-    Its batches must then contain `cu_seq_lens_q` and `max_length_q`, which say where passages end.
+    Its batches must then contain `cu_seq_lens_q` and `max_length_q`, which say where passages end (see `attend`).
+    Padding is not masked, since the attention mask is not used.
 
     Args:
         model: the transformers model.
@@ -56,7 +58,7 @@ def install(model: Any, name: str) -> None:
 
 
 def is_exchangeable(model: Any) -> bool:
-    """Return whether a transformers model lets its attention be replaced through AttentionInterface."""
+    """Return whether `install` can replace the attention of a transformers model (through AttentionInterface)."""
     return bool(model._can_set_attn_implementation())
 
 
@@ -87,9 +89,11 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
         dropout: dropout probability of the attention weights.
         cu_seq_lens_q: int32 [passages + 1]: 0, then the end of each passage.
         max_length_q: length of the longest passage, in tokens.
-        is_causal: whether tokens attend only to earlier tokens and themselves; None for the module's value.
-        sliding_window: most tokens that a query token attends to, including itself; None for no limit.
-        others: further arguments of transformers.
+        is_causal: whether tokens attend only to earlier tokens and themselves; None for the module's value, and True if
+            it has none.
+        sliding_window: a token attends only to tokens that are fewer positions than this away. That is `sliding_window`
+            tokens with itself if causal, else on each side. None for no limit.
+        others: further arguments of transformers; unused, except that unsupported parts are refused.
 
     Returns:
         The output [1, tokens, heads, head_dim], and None in place of the attention weights.
@@ -121,7 +125,10 @@ def _constant_when_compiled(function: F) -> F:
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the flash kernel supports a device and data type."""
+    """Return whether the flash kernel supports a device and data type.
+
+    It needs CUDA with compute capability 8.0 or newer, bfloat16 or float16, and a torch that has it (2.11 and newer).
+    """
     return device.type == _KERNEL_DEVICE and dtype in _KERNEL_DTYPES and _is_able(device)
 
 
@@ -246,7 +253,10 @@ def _by_passage(
 
 @dataclass(frozen=True)
 class Group:
-    """A batch of N passages with similar lengths, padded to `width` slots each; empty slots come last."""
+    """A batch of N passages with similar lengths, padded to `width` slots each.
+
+    A slot is a position in the padded batch that holds one token or is empty. Empty slots of a passage come last.
+    """
 
     lengths: Tensor
     """Tokens of each passage, int64 [N]."""
@@ -255,13 +265,19 @@ class Group:
 
     @property
     def num_slots(self) -> int:
-        """Return the number of slots of all its passages."""
+        """Return the number of slots of all its passages, with empty ones: N * width."""
         return len(self.lengths) * self.width
 
     def mask(self, *, causal: bool, window: int | None) -> Tensor | None:
         """Return the attention mask: bool, broadcasts to [N, heads, width, width]; None if none is needed.
 
-        Causal attention without a window needs none: empty slots come last, so no token attends to them.
+        True marks pairs (query slot, key slot) that attend. Causal attention without a window needs no mask: empty
+        slots come last, so no token attends to them. Other attention needs none if it has no window and no slot is
+        empty.
+
+        Args:
+            causal: whether tokens attend only to earlier tokens and themselves.
+            window: `sliding_window` of `attend`; None for no limit.
         """
         places = torch.arange(self.width, device=self.lengths.device)
         back = places[:, None] - places[None, :]
@@ -277,7 +293,7 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The slot of each token of a row; the S slots of all groups follow each other."""
+    """The slot of each of the T tokens of a packed row; the S slots of all groups follow each other."""
 
     groups: tuple[Group, ...]
     token_of_slot: Tensor
@@ -288,7 +304,11 @@ class Layout:
     """Numbers of the empty slots, int64."""
 
     def to_slots(self, row_THD: Tensor) -> list[Tensor]:
-        """Copy tokens [T, H, D] to the slots of each group, [N, H, width, D]; on CPUs in float32, the fastest there."""
+        """Copy the tokens of a packed row [T, H, D] to padded slots; return one tensor [N, H, width, D] per group.
+
+        Empty slots are 0. On CPUs, bfloat16 and float16 become float32, which is the fastest there. Gradients flow
+        back.
+        """
         slots_SHD: Tensor = _ToSlots.apply(row_THD, self)  # type: ignore[no-untyped-call]
         parts = torch.split(slots_SHD, [group.num_slots for group in self.groups])
         dtype = torch.float32 if slots_SHD.device.type == "cpu" and slots_SHD.dtype.itemsize < 4 else slots_SHD.dtype
@@ -298,7 +318,10 @@ class Layout:
         ]
 
     def to_tokens(self, slots_SHD: Tensor) -> Tensor:
-        """Copy the values of slots [S, H, D] back to the tokens [T, H, D]."""
+        """Return each token's row from the padded slots, without the empty slots: [S, H, D] to [T, H, D].
+
+        It undoes `to_slots`, after the groups were joined to [S, H, D] in their order. Gradients flow back.
+        """
         return _ToTokens.apply(slots_SHD, self)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -1,7 +1,8 @@
 """Compute RMS norms in one kernel; transformers' models use about six.
 
 Those are bound by memory bandwidth and take a tenth of a 7B model's forward pass on an H100. Autograd keeps two float32
-copies of the hidden states for each. Only CUDA is faster: torch has no such kernel for other devices.
+copies of the hidden states for each. Use it on CUDA: torch has no such kernel for other devices, so nothing is gained
+there.
 """
 
 from typing import Any
@@ -40,7 +41,11 @@ class FusedRMSNorm(nn.Module):
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace a model's RMS norms by fused ones, in place; return how many were replaced."""
+    """Replace a model's RMS norms by fused ones, in place; return how many were replaced (0 if it has none).
+
+    Only norms that compute weight * x / rms(x) are known, such as those of Llama, Mistral and Qwen3. Gemma's norms and
+    LayerNorms stay as they are.
+    """
     found = [name for name, module in model.named_modules() if type(module).__name__ in _SCALED_AFTERWARDS]
     for name in found:
         parent, _, child = name.rpartition(".")

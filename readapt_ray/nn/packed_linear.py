@@ -34,7 +34,11 @@ class PackedProduct:
         self._packed_from: tuple[int, int] | None = None
 
     def __call__(self, x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Compute x W^T + bias, [..., I] to [..., O]; with torch's product if gradients are enabled."""
+        """Compute x W^T + bias, [..., I] to [..., O].
+
+        torch's own product is used if gradients are enabled, `x` is empty or has another data type than the weight, or
+        the weight is an inference tensor (its changes could not be noticed). There is no gradient otherwise.
+        """
         is_watched = not weight_OI.is_inference()  # inference tensors do not count their changes (`_version`)
         if torch.is_grad_enabled() or not is_watched or x.dtype != weight_OI.dtype or not x.numel():
             return functional.linear(x, weight_OI, bias)
@@ -51,7 +55,10 @@ class PackedProduct:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that multiplies with a packed weight; it shares weight and bias with the layer it replaces."""
+    """A linear layer that multiplies with a packed weight; it shares weight and bias with the layer it replaces.
+
+    With gradients enabled it computes as `nn.Linear` does.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -66,7 +73,10 @@ class PackedLinear(nn.Linear):
 
 
 def install(model: nn.Module) -> int:
-    """Replace a model's linear layers by packed ones if that is faster on this CPU; return how many were replaced."""
+    """Replace a model's linear layers by packed ones, in place; return how many were replaced.
+
+    All `nn.Linear` layers are replaced, or none (0) if `should_pack` is False for their weights. Subclasses stay.
+    """
     found = {name: each for name, each in model.named_modules() if type(each) is nn.Linear}
     weights = [each.weight for each in found.values()]
     if not should_pack(weights):
@@ -78,7 +88,11 @@ def install(model: nn.Module) -> int:
 
 
 def should_pack(weights: Sequence[Tensor]) -> bool:
-    """Return whether packed products with these weights are faster and correct, which depends on CPU and data type."""
+    """Return whether to pack these weights.
+
+    They must all be on a CPU, take at most 2 GiB together, and have data types in which this CPU computes packed
+    products faster and correctly. False for no weights.
+    """
     if (
         not weights
         or any(each.device.type != "cpu" for each in weights)
@@ -92,12 +106,21 @@ def should_pack(weights: Sequence[Tensor]) -> bool:
 
 
 def copy_bytes(weight_bytes: int) -> int:
-    """Return the bytes of the packed copies for linear weights of `weight_bytes` bytes; 0 if these are not packed."""
+    """Return the bytes of the packed copies of a model's linear weights, for memory estimates.
+
+    They are as large as the weights, or 0 if the weights are over 2 GiB, since these are not packed.
+
+    Args:
+        weight_bytes: bytes of all linear weights of the model.
+    """
     return weight_bytes if weight_bytes <= MAX_BYTES else 0
 
 
 def faster_dtypes() -> frozenset[str]:
-    """Return the data types in which packed products are faster on this CPU: float32, bfloat16, both or none."""
+    """Return the data types in which packed products are faster on this CPU: float32, bfloat16, both or none.
+
+    float32 is faster on AMD, bfloat16 on CPUs with bfloat16 units. `should_pack` also tests that results are right.
+    """
     is_faster = {"float32": hardware.is_amd(), "bfloat16": hardware.has_bfloat16_units()}
     return frozenset(name for name, faster in is_faster.items() if faster)
 

@@ -9,9 +9,10 @@ from torch import nn
 def products_in(dtype: torch.dtype, model: nn.Module, device_type: str) -> contextlib.AbstractContextManager[None]:
     """Return a context manager for forward passes whose matrix products are computed in `dtype`.
 
-    It is autocast only if frozen weights have another type, or if all weights are trained. Otherwise autocast is not
-    needed, because adapters cast by themselves, and it is slower: CUDA's autocast computes norms in float32, and each
-    product after a norm casts again, a third of the memory traffic of a layer.
+    For bfloat16 and float16 it is autocast, unless the model has frozen weights and all of them are in `dtype`. Then
+    autocast is not needed, because adapters cast by themselves, and it is slower: CUDA's autocast computes norms in
+    float32, and each product after a norm casts again, a third of the memory traffic of a layer. For float32 the
+    context does nothing, so the weights must be in float32.
 
     Args:
         dtype: data type of the products: float32, bfloat16 or float16.

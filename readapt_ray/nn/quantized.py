@@ -6,9 +6,10 @@ decode a weight for its product; the decoded weight is not kept.
 - int8: one scale per output row: the largest magnitude of the row, divided by 127.
 - nf4: 16 levels, which are quantiles of a normal distribution, and one scale per 64 weights (Dettmers et al., 2023,
   section 3). It uses the kernels of bitsandbytes, for CPUs and GPUs.
-- fp8: e4m3 with one scale per output row (Micikevicius et al., 2022). The forward product is in fp8 too, with one scale
-  per token; GPUs from compute capability 8.9 (H100, L4) compute it at twice the rate of bfloat16. The backward pass
-  decodes the weight.
+- fp8: e4m3 with one scale per output row (Micikevicius et al., 2022). The forward pass rounds its input to fp8 too,
+with
+  one scale per token. GPUs from compute capability 8.9 (H100, L4) compute the product in fp8 at twice the rate of
+  bfloat16; other devices compute it from decoded numbers. The backward pass decodes the weight.
 """
 
 import functools
@@ -39,6 +40,8 @@ _ROWS_AT_ONCE = 1024
 class QuantizedLinear(nn.Module, ABC):
     """A frozen linear layer that stores its weight [O, I] in 8 or 4 bits. I = inputs, O = outputs.
 
+    Gradients flow to its input, not to the weight. The weight is not in `state_dict`.
+
     Args:
         linear: the layer to replace; its bias is shared.
     """
@@ -59,11 +62,11 @@ class QuantizedLinear(nn.Module, ABC):
         """Return the dequantized weight [O, I], in the data type that it had before."""
 
     def product(self, x: Tensor) -> Tensor:
-        """Compute x W^T, [..., I] to [..., O], without bias."""
+        """Compute x W^T, [..., I] to [..., O], without bias, in the data type of `x`."""
         return functional.linear(x, self.decoded().to(x.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the layer's output, [..., I] to [..., O]."""
+        """Compute x W^T + bias, [..., I] to [..., O]; the backward pass gives the gradients of `x` and of the bias."""
         y: Tensor = _DecodedProduct.apply(x, self)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
@@ -113,7 +116,7 @@ class Nf4Linear(QuantizedLinear):
 
 
 class Fp8Linear(QuantizedLinear):
-    """A frozen linear layer with fp8 weights, whose forward product rounds its input to fp8 too."""
+    """A frozen linear layer with fp8 weights; the forward product also rounds its input to fp8 (see `product`)."""
 
     numbers: Tensor
     scales: Tensor
@@ -132,7 +135,11 @@ class Fp8Linear(QuantizedLinear):
         return torch.cat([_from_fp8(numbers, scales, self.dtype) for numbers, scales in parts])
 
     def product(self, x: Tensor) -> Tensor:
-        """Compute x W^T with the fp8 kernel, [..., I] to [..., O]; without it, from decoded fp8 numbers."""
+        """Compute x W^T without bias, [..., I] to [..., O], from the weight and the input in fp8.
+
+        The fp8 kernel computes it if the GPU has one, the layer was in bfloat16 and its sizes are multiples of 16; else
+        the fp8 numbers are decoded first. An input in another data type than the layer's is not rounded to fp8.
+        """
         if x.dtype != self.dtype:
             return super().product(x)
         rows, scales = _to_fp8(x.flatten(0, -2))
@@ -196,23 +203,24 @@ _CLASSES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "fp8": Fp8Line
 
 
 def weight_of(layer: nn.Linear | QuantizedLinear) -> Tensor:
-    """Return the weight [O, I] that the layer's forward pass uses."""
+    """Return the weight [O, I] that the layer's forward pass uses: its parameter; if quantized, the decoded weight."""
     return layer.decoded() if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def row_norms(weight_OI: Tensor) -> Tensor:
-    """Return the norm of each row, float32 [O]; convert 1,024 rows at a time to float32."""
+    """Return the L2 norm of each row, float32 [O]; convert 1,024 rows at a time to float32."""
     return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in _split_rows(weight_OI)])
 
 
 def quantize(model: nn.Module, base_dtype: BaseDtype, device: torch.device) -> None:
-    """Quantize the linear layers inside a model's layers, in place; embeddings and heads stay as they are.
+    """Quantize the linear layers inside a model's transformer layers, in place, and move them to the device.
 
-    Weights move to the device one at a time, so that it never holds more than the quantized model and one full weight.
+    Embeddings, heads and norms stay as they are, on their device. Weights move one at a time, so that the device never
+    holds more than the quantized model and one full weight.
 
     Args:
         model: the model to change.
-        base_dtype: int8, fp8 or nf4; auto changes nothing.
+        base_dtype: int8, fp8 or nf4; auto changes nothing and moves nothing.
         device: device of the quantized layers.
 
     Raises:
@@ -230,10 +238,10 @@ def quantize(model: nn.Module, base_dtype: BaseDtype, device: torch.device) -> N
 
 
 def stored_bytes(base_dtype: BaseDtype, inputs: int, outputs: int) -> int:
-    """Return the size in bytes of a quantized weight with its scales and row norms.
+    """Return the size in bytes of a quantized weight with its scales and row norms, without the bias.
 
     Args:
-        base_dtype: int8, fp8 or nf4.
+        base_dtype: int8, fp8 or nf4; auto is not allowed.
         inputs: columns of the weight.
         outputs: rows of the weight.
     """
@@ -244,7 +252,7 @@ def stored_bytes(base_dtype: BaseDtype, inputs: int, outputs: int) -> int:
 
 
 def check_installed(base_dtype: BaseDtype) -> None:
-    """Check that the package that a quantized type needs is installed.
+    """Check that the package that a quantized type needs is installed: bitsandbytes for nf4, none for the others.
 
     Raises:
         InputError: nf4 is asked for and bitsandbytes is not installed.

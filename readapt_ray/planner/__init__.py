@@ -52,17 +52,19 @@ class Plan:
     index_bytes: dict[str, float]
     """Bytes in memory of each kind of index, with the run's options."""
     passage_limits: list[Limit]
+    """What breaks as the corpus grows, in ascending order of passages."""
     worker_limits: list[Limit]
+    """Why a larger cluster is no faster, in ascending order of GPUs (of nodes, if there is no GPU)."""
     grid: dict[int, dict[int, Cell]]
     """Estimates of the run by number of passages, then by number of GPUs (of nodes, if there is no GPU)."""
 
     @property
     def costs(self) -> tuple[Cost, Cost, Cost]:
-        """Return time and cost of the whole run: low, expected and high."""
+        """Return time and cost of the whole run: low, expected and high, with the time in which nodes start or idle."""
         return self.costs_of(self.stages)
 
     def costs_of(self, stages: list[StageEstimate]) -> tuple[Cost, Cost, Cost]:
-        """Return time and cost of some stages: low, expected and high."""
+        """Return time and cost of some stages: low, expected and high, as if only these ran, in this order."""
         durations: tuple[Duration, ...] = (lambda each: each.low_s, lambda each: each.seconds, lambda each: each.high_s)
         low, mid, high = (cost_of(stages, self.setting.cluster, duration) for duration in durations)
         return low, mid, high
@@ -73,7 +75,10 @@ class Plan:
 
     @property
     def price_sources(self) -> list[str]:
-        """Return one line per group: price of a node and its source; for spot nodes also the price on demand."""
+        """Return one line per group of nodes: price of a node in USD per hour, and its source.
+
+        A group of spot nodes has two lines: the spot price and the price on demand.
+        """
         lines = []
         for group in self.setting.cluster.groups:
             if not group.machine_type:
@@ -88,12 +93,12 @@ class Plan:
 
     @property
     def model_stages(self) -> list[StageEstimate]:
-        """Return the stages that make models and vectors: train, merge and embed."""
+        """Return the stages that make models and vectors: all train, merge and embed stages, in order."""
         return [each for each in self.stages if each.stage in ("train", "merge", "embed")]
 
     @property
     def assumptions(self) -> list[str]:
-        """Return the assumptions of the figures, in addition to measured rates; one sentence each."""
+        """Return the assumptions of the figures, besides measured rates; one sentence each."""
         cluster = self.setting.cluster
         rated = {each.stage for each in self.stages if each.needs_gpus and not each.rate.is_measured}
         lines = [rates.describe_gpu_share(stage) for stage in sorted(rated)]
@@ -113,7 +118,7 @@ class Plan:
 
     @property
     def problems(self) -> list[str]:
-        """Return why stages cannot run (memory, options, size of the corpus), one sentence each."""
+        """Return why stages cannot run (memory, options, size of the corpus), one sentence each; empty if all can."""
         short = [f"{each.name} cannot run: {each.problem}" for each in self.stages if each.problem]
         short += [
             f"{each.stage} cannot be made of {self.setting.corpus.num_passages:,} passages: {each.what}, from {each.at:,.0f} on; take "
@@ -129,14 +134,17 @@ class Plan:
 
 
 def plan(run: RunConfig, options: PlanConfig) -> Plan:
-    """Estimate time, cost, memory and bytes of a run on a cluster.
+    """Estimate time, cost, memory and bytes of a run on a cluster, without starting it.
+
+    Stages that cannot run do not raise; see `Plan.problems`. No artifact is written.
 
     Args:
-        run: config of the run.
+        run: config of the run. Finished artifacts under its root give measured rates, but are planned as if not done.
         options: the cluster, prices and measured rates.
 
     Raises:
-        InputError: an option, the cluster or the price table cannot be used, or the corpus cannot be read.
+        InputError: an option, the cluster or the price table cannot be used, or the corpus cannot be read. With
+            `calibrate` also: this machine has another device than the cluster.
         ModelError: the size of a model is not known.
     """
     prices = read_prices(options.prices)

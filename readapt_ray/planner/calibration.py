@@ -58,12 +58,18 @@ def calibrate(
 ) -> Measured:
     """Measure the rates of embed and train on one GPU of this machine, or per CPU.
 
+    Each takes about five seconds, besides loading (and if needed downloading) its model. If torch sees no GPU, all CPU
+    threads are measured and the rate is divided by their number.
+
     Args:
         run: config of the run, with its models.
         configs: options of the stages by name: "embed" and "train".
         embed_tokens: mean tokens per passage in embedding.
         train_tokens: mean tokens per passage in training.
         device_name: name of this machine's device, from `check_device`.
+
+    Returns:
+        FLOP per second of one GPU or CPU, with its source, by ("embed", device_name) and ("train", device_name).
 
     Raises:
         ModelError: a model cannot be loaded.

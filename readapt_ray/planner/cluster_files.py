@@ -31,15 +31,18 @@ _KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind
 
 
 def read_cluster(uri: str, prices: PriceTable) -> Cluster:
-    """Read a cluster from its file, or describe this machine.
+    """Read the nodes of a cluster from the file that starts it, or describe this machine.
+
+    Groups have their largest size; groups of 0 nodes are left out.
 
     Args:
-        uri: path or URI of the file; `local` for this machine.
-        prices: table of machine types.
+        uri: path or URI of a Ray launcher file, a KubeRay manifest, a Slurm script or a list of nodes; `local` for this
+            machine.
+        prices: table of machine types and GPUs.
 
     Raises:
-        InputError: there is no such file, its kind is unknown, a value has a wrong type, or a machine is not in the
-            price table.
+        InputError: there is no such file, its kind is unknown, a value has a wrong type, a machine or GPU is not in the
+            price table, or no node has a CPU for tasks.
     """
     if uri == "local":
         return Cluster(name="local", groups=(_this_machine(prices),))
@@ -145,7 +148,7 @@ def _this_machine(prices: PriceTable) -> NodeGroup:
 
 
 def own_gpu(prices: PriceTable) -> str:
-    """Return the price table's name for this machine's kind of GPU; empty if it has no GPU.
+    """Return the price table's name for this machine's first GPU ("A100-80GB"); empty if torch sees no GPU.
 
     Raises:
         InputError: the table does not have this kind.

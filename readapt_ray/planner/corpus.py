@@ -37,7 +37,7 @@ _UNKNOWN_TOKENIZER_ERROR: Final = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """The size of a corpus."""
+    """The size of a corpus: counted, or estimated from a sample."""
 
     num_passages: int
     text_bytes: float
@@ -49,6 +49,7 @@ class Corpus:
     error: float
     """Relative error of the number of tokens: two standard errors of the mean; at least 0.3 without the tokenizers."""
     num_queries: int
+    """Queries that are searched: those with judgements. 0 if there are none or their number is unknown."""
     note: str
     """Says where the figures are from."""
     num_parts: int | None = 1
@@ -56,7 +57,7 @@ class Corpus:
 
     @property
     def num_pieces(self) -> int:
-        """Return the number of tasks that ingest reads the source with, if there are enough CPUs."""
+        """Return the number of tasks with which ingest reads the source, if there are enough CPUs; 1 if it is small."""
         total_bytes = self.num_passages * self.text_bytes
         if total_bytes < MIN_PARALLEL_BYTES:
             return 1
@@ -64,7 +65,7 @@ class Corpus:
         return pieces if self.num_parts is None else min(pieces, self.num_parts)
 
     def with_num_passages(self, num_passages: int) -> "Corpus":
-        """Return the same corpus with another number of passages."""
+        """Return a copy with another number of passages; means per passage and the number of queries stay the same."""
         return replace(self, num_passages=num_passages)
 
 
@@ -90,14 +91,19 @@ def measure_corpus(
 ) -> Corpus:
     """Count the passages of a corpus, and estimate its tokens from a sample.
 
+    Above 50,000 passages, the number is estimated from the share of the source that was read, unless ingest has counted
+    them. Of a published corpus in the catalog that is not ingested, the sizes in the catalog are used: nothing is read.
+
     Args:
         ingest: options of ingest; if its output is complete, that is read instead of the source.
-        pretrained, retriever: models whose tokenizers count tokens.
+        pretrained, retriever: models whose tokenizers count tokens. A tokenizer that is not on this machine is not
+            downloaded; then 4 bytes count as a token.
         encoding: templates and maximum length of the retriever.
         block_tokens: maximum length of a passage in training, in tokens.
         num_passages: use this number instead of counting; None to count.
-        num_queries: use this number instead of counting judged queries; None to count.
-        split: split of the judgements that are counted.
+        num_queries: use this number instead of counting judged queries; None to count. If they cannot be counted, the
+            corpus gets 0 queries.
+        split: split of the judgements that are counted, such as "test".
 
     Raises:
         InputError: the source cannot be read.
@@ -234,6 +240,11 @@ def _num_parts(source: Source) -> int | None:
 
 def encoding_of(retriever: str) -> Encoding:
     """Return the encoding of a retriever, from the catalog, else from its folder.
+
+    A hub model or URI outside the catalog is fetched with its weights if it is not on this machine.
+
+    Args:
+        retriever: catalog name, folder, URI or hub id.
 
     Raises:
         ModelError: the model cannot be found, or does not say its encoding.

@@ -23,6 +23,7 @@ class Cost:
     """Time and cost of several stages."""
 
     seconds: float
+    """Time until the last stage ends, with the minutes in which GPU nodes start."""
     usd: float
     waiting_usd: float
     """Part of `usd` that GPU nodes cost while they start or are idle."""
@@ -40,12 +41,12 @@ def rounds(stages: Sequence[StageEstimate]) -> list[list[StageEstimate]]:
 
 
 def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duration) -> Cost:
-    """Compute the time and cost of stages on a cluster.
+    """Compute the time and cost of stages on a cluster; autoscaled GPU nodes start when a stage needs them.
 
     Args:
         stages: estimates in the order in which they run.
         cluster: the cluster.
-        duration: which duration of each stage counts: low, expected or high.
+        duration: which duration of each stage counts, such as `lambda stage: stage.seconds`.
     """
     idle_s = cluster.idle_timeout_s
     total_s = working_s = waiting_s = 0.0  # working_s: seconds that all GPU nodes work; half of them count half
@@ -73,7 +74,10 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
 
 
 def stage_usd(stage: StageEstimate, cluster: Cluster) -> float:
-    """Return the cost in USD of the nodes that work while a stage runs, without nodes that start or are idle."""
+    """Return the cost in USD of one stage, for its expected time.
+
+    It counts the nodes that are always up, and the GPU nodes that the stage uses; not GPU nodes that start or are idle.
+    """
     autoscaled = cluster.autoscaled_usd_per_hour * _share_up(stage, cluster)
     gpu_s = _gpu_seconds(stage, lambda each: each.seconds)
     return (stage.seconds * cluster.always_up_usd_per_hour + gpu_s * autoscaled) / 3600

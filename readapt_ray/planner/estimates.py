@@ -25,12 +25,15 @@ class StageEstimate:
     unit: str
     """Unit of the work, see `rates.WORK_UNITS`."""
     workers: int
+    """Number that is shown before `device`: workers, or CPUs that work at the same time."""
     device: str
     """Kind of GPU that each worker uses, or `CPU`."""
     seconds: float
     """Expected time."""
     low_s: float
+    """Time if all goes well: the rates are as fast as their bounds allow."""
     high_s: float
+    """Time if all goes badly."""
     out_bytes: float
     """Size of its artifact."""
     rate: Rate
@@ -96,7 +99,10 @@ def timed(
     note: str = "",
     problem: str = "",
 ) -> StageEstimate:
-    """Estimate the time of a stage: fixed seconds + work / (units * rate), at least `floor_s`, + waiting.
+    """Return the estimate of a stage, with its time computed from work and rate.
+
+    seconds = fixed + max(work / (units * rate), floor_s) + waiting_s. The low and high times take half and twice the
+    fixed seconds, and the bounds of the rate and of the work for the rest.
 
     Args:
         name: folder of its artifact.
@@ -107,13 +113,13 @@ def timed(
         units: number of devices that work at the same time.
         workers: number of workers to show.
         device: kind of GPU, or `CPU`.
-        error: relative error of the work.
+        error: relative error of the work, such as 0.1.
         fixed_s: seconds in addition to the stage's `FIXED_S`, such as loading a model.
         floor_s: least seconds of the work.
         waiting_s: seconds that workers wait for the network.
-        needs: memory of one worker.
+        needs: memory of one worker; None if it is not estimated.
         note: remark for the table.
-        problem: why the stage would refuse to start.
+        problem: why the stage would refuse to start, besides memory; empty if it would start.
     """
     fixed = FIXED_S[stage] + fixed_s
     working = max(work / (units * rate.value), floor_s) + waiting_s
@@ -136,5 +142,5 @@ def timed(
 
 
 def cpu_rate(setting: Setting, stage: str) -> Rate:
-    """Return the rate of one CPU for a stage."""
+    """Return the rate of one CPU for a stage; for train and embed it is the rate in float32."""
     return setting.rates.rate_of(stage, CPU, 0, is_16_bit=False)

@@ -24,6 +24,7 @@ class Steps:
 
     num_steps: int
     num_workers: int
+    """Workers that have blocks to train on."""
     worker_tokens: float
     """Tokens per worker and step."""
     work_s: float
@@ -33,12 +34,12 @@ class Steps:
 
 
 def waiting_s(config: Any, shape: ModelShape, cluster: Cluster, steps: Steps) -> float:
-    """Estimate the seconds that workers wait for the network, over all steps.
+    """Estimate the seconds that workers wait for the network, over all steps; 0.0 if they are all on one node.
 
     Args:
         config: options of train.
         shape: shape of the model that is trained.
-        cluster: nodes and their network.
+        cluster: nodes and their network; the slowest network counts.
         steps: figures of the training run.
     """
     num_nodes = _num_nodes(cluster, steps.num_workers)

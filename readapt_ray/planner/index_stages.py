@@ -28,7 +28,12 @@ _QUERY_TOKENS: Final = 32.0
 
 
 def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
-    """Return the bytes in memory of each kind of index, with the run's options for it; doc_ids are not counted."""
+    """Return the bytes that an index of the whole corpus takes in memory, by kind of index; without doc_ids.
+
+    Args:
+        config: options of index (storage, refine and so on); its own kind is not used.
+        setting: corpus and dimension of the vectors.
+    """
     found = {}
     for kind in KINDS:
         storage = config.storage or default_storage(kind.name, setting.vector_dtype)
@@ -38,7 +43,15 @@ def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
 
 
 def index_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
-    """Estimate the stage index. Its tasks run on nodes that are up without GPU work; larger shards get more CPUs."""
+    """Estimate the stage index. Its tasks run on nodes that are up without GPU work; larger shards get more CPUs.
+
+    If no index fits the options (such as `memory_gb`), `problem` says why, and the rest is for default options.
+
+    Args:
+        config: options of index.
+        name: folder of its artifact under the root.
+        setting: corpus, cluster and rates of the plan.
+    """
     corpus, group, dimension = setting.corpus, setting.cluster.largest_always_up, setting.dimension
     problem = ""
     try:
@@ -69,7 +82,16 @@ def index_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
 
 
 def search_estimate(config: Any, name: str, setting: Setting) -> StageEstimate:
-    """Estimate the stage search: encode the queries, on GPUs if there are any, then compare or search vectors."""
+    """Estimate the stage search: encode the queries, then search vectors exactly or an index.
+
+    Queries are encoded on GPUs if there are any; else their encoding is part of the rate of search. Exact search over
+    vectors (the option `vectors`) also uses GPUs; an index is searched on CPUs.
+
+    Args:
+        config: options of search.
+        name: folder of its artifact under the root.
+        setting: corpus, cluster, models and rates of the plan.
+    """
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.retriever
     work = 2.0 * corpus.num_queries * corpus.num_passages * setting.dimension
     load_s = 2 * shape.num_parameters / LOAD_BYTES_PER_S

@@ -16,7 +16,10 @@ class _Columns(Config):
 
 
 def num_given(run: RunConfig | GeneralCollection) -> int | None:
-    """Return the number of judged queries in the files that a run names; None if these are not given or missing."""
+    """Return the number of judged queries in the files that a run names: its options `queries` and `qrels`.
+
+    None if one of them is not given or does not exist. Both files are read whole.
+    """
     if not run.queries or not run.qrels or not Location(run.queries).exists() or not Location(run.qrels).exists():
         return None
     columns: ColumnsOption = ()
@@ -26,7 +29,12 @@ def num_given(run: RunConfig | GeneralCollection) -> int | None:
 
 
 def num_ingested(corpus: Location, split: str) -> int | None:
-    """Return the number of judged queries in a split of an ingested corpus; None if it has no such judgements."""
+    """Return the number of judged queries in a split of an ingested corpus; None if it has no queries or no such split.
+
+    Args:
+        corpus: folder of the output of ingest.
+        split: name of the judgements, such as "test".
+    """
     queries, qrels = corpus / "queries", corpus / "qrels" / f"{split}.parquet"
     if not queries.exists() or not qrels.exists():
         return None
@@ -34,7 +42,10 @@ def num_ingested(corpus: Location, split: str) -> int | None:
 
 
 def num_in_source(source: Source, split: str) -> int | None:
-    """Return the number of judged queries in a split of a source; None if it has no such judgements."""
+    """Return the number of judged queries in a split of a source; bad rows are left out.
+
+    None if the source has no such split, or if it makes judgements while its passages are read.
+    """
     splits = source.qrels() if source.has_qrels and not source.labels_from_passages else {}
     if split not in splits:
         return None

@@ -41,6 +41,7 @@ class NodeGroup:
     machine_type: str = ""
     """A machine type of the price table; empty if the cluster's file has the price of its nodes."""
     is_spot: bool = False
+    """Whether its nodes are spot instances; `usd_per_hour` is then the spot price."""
     min_count: int | None = None
     """Number of nodes that are always up; None for all of them."""
     has_bfloat16_units: bool = False
@@ -54,7 +55,10 @@ class NodeGroup:
         return self.count if self.min_count is None or not self.gpus else min(self.count, self.min_count)
 
     def share_bytes(self, cpus: int) -> float:
-        """Return the bytes of memory per task, if tasks of `cpus` CPUs fill a node; Ray's object store is left out."""
+        """Return the bytes of memory per task, if tasks of `cpus` CPUs each fill a node.
+
+        30% of the node's memory is left out, for Ray's object store. A task with more CPUs than the node gets all.
+        """
         return self.memory_bytes * (1 - _OBJECT_STORE_SHARE) / max(1, self.cpus // cpus)
 
 
@@ -91,12 +95,12 @@ class Cluster:
 
     @property
     def num_nodes_with_cpus(self) -> int:
-        """Return the number of nodes that run tasks: all but a head with `num-cpus: 0`."""
+        """Return the number of nodes that run tasks: all but a head with `num-cpus: 0`; all nodes if none has CPUs."""
         return sum(group.count for group in self.groups if group.cpus) or self.num_nodes
 
     @property
     def usd_per_hour(self) -> float:
-        """Return the price of the whole cluster in USD per hour."""
+        """Return the price of the whole cluster, at its largest size, in USD per hour."""
         return sum(group.count * group.usd_per_hour for group in self.groups)
 
     @property
@@ -110,7 +114,7 @@ class Cluster:
         return any(group.is_spot for group in self.groups)
 
     def on_demand(self, prices: PriceTable) -> "Cluster":
-        """Return the same cluster without spot instances, at prices on demand."""
+        """Return a copy of the cluster whose spot nodes cost the price on demand; other groups keep their price."""
         groups = (
             replace(group, usd_per_hour=prices.machines[group.machine_type].on_demand, is_spot=False)
             if group.is_spot
@@ -125,28 +129,39 @@ class Cluster:
         return self.usd_per_hour - self.always_up_usd_per_hour
 
     def usd_per_hour_of(self, stage: str) -> float:
-        """Return the price in USD per hour of the nodes that are up while a stage runs."""
+        """Return the price in USD per hour of the nodes that are up while a stage runs.
+
+        These are all nodes for train, finetune, embed and tune; else only nodes that are always up.
+        """
         return self.always_up_usd_per_hour + (self.autoscaled_usd_per_hour if stage in _GPU_STAGES else 0.0)
 
     @property
     def gpu_groups(self) -> tuple[NodeGroup, ...]:
-        """Return the groups that have GPUs."""
+        """Return the groups that have GPUs, in the order of the cluster's file; empty without GPUs."""
         return tuple(group for group in self.groups if group.gpus and group.count)
 
     @property
     def largest(self) -> NodeGroup:
-        """Return the group whose nodes have the most memory, among groups that run tasks."""
+        """Return the group whose nodes have the most memory, among groups with CPUs (all groups, if none has CPUs)."""
         return max(self.groups, key=lambda group: (group.cpus > 0, group.memory_bytes))
 
     @property
     def largest_always_up(self) -> NodeGroup:
-        """Return the group whose nodes have the most memory, among groups that are up while no stage needs GPUs."""
+        """Return the group whose nodes have the most memory, among groups that are up while no stage needs GPUs.
+
+        If there is none, it is the same as `largest`.
+        """
         return max(
             self.groups, key=lambda group: (group.num_always_up * group.cpus > 0, group.cpus > 0, group.memory_bytes)
         )
 
     def computes_in_16_bits(self, dtype: str) -> bool:
-        """Return whether a model computes in bfloat16 or float16; `auto` does on GPUs, and on CPUs known to be fast."""
+        """Return whether a model computes in bfloat16 or float16 on this cluster.
+
+        Args:
+            dtype: option of a stage. `auto` does if the cluster has GPUs, or if all its CPUs are known to have bfloat16
+                units. Of the other types, all but float32 do.
+        """
         if dtype == "auto":
             return bool(self.num_gpus) or all(group.has_bfloat16_units for group in self.groups)
         return dtype != "float32"
@@ -154,9 +169,12 @@ class Cluster:
     def room(self, cpus: int, num_workers: int | None) -> tuple[float, str]:
         """Return the bytes of memory that a worker may use, and the name of the GPU or node group that limits them.
 
+        With GPUs it is the usable memory of the smallest GPU, and the arguments do not matter. Without, it is a
+        worker's share of a node of the largest group, without Ray's object store.
+
         Args:
             cpus: CPUs per worker.
-            num_workers: number of workers; None for as many as fit.
+            num_workers: number of workers, spread evenly over the nodes; None for as many as fit.
         """
         if self.gpu_groups:
             smallest = min(self.gpu_groups, key=lambda group: group.gpu_memory_bytes)

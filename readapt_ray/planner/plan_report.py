@@ -13,13 +13,16 @@ _SI = ("", "K", "M", "G", "T", "P", "E")
 
 
 def text(plan: Plan) -> str:
-    """Return the whole plan as text."""
+    """Format the whole plan as text for the terminal: stages, memory, sizes, other scales, limits and assumptions."""
     parts = [_heading(plan), _stages(plan), _memory(plan), _sizes(plan), _grid(plan), _limits(plan), _basis(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
 def values(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON values, in seconds, bytes and USD."""
+    """Return the plan as JSON values, in seconds, bytes and USD.
+
+    Stages, limits and problems are lists; `grid` has keys of text: number of passages, then number of GPUs or nodes.
+    """
     low, mid, high = plan.costs
     corpus, cluster = plan.setting.corpus, plan.setting.cluster
     return {
@@ -159,7 +162,7 @@ def _basis(plan: Plan) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds as text; as `progress.duration` below three days, then in days and years."""
+    """Format seconds as text: as `progress.duration` below three days, then "12.5 days"; from 1,000 days "3 years"."""
     days = seconds / 86_400
     if days < 3:
         return progress.duration(seconds)
@@ -172,7 +175,7 @@ def count(value: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Format bytes with a unit, in powers of 1,000."""
+    """Format bytes with a unit, in powers of 1,000: 950 B, 12.9 KB, 8.84 GB."""
     return f"{_scaled(num_bytes, _SI)}B" if num_bytes >= 999.5 else f"{num_bytes:.0f} B"
 
 

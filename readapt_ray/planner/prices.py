@@ -53,7 +53,7 @@ class Storage(Config):
 
 
 class PriceTable(Config):
-    """Machines, GPUs and their prices. `--prices FILE.yaml` replaces it."""
+    """Machines, GPUs and their prices. `--prices FILE.yaml` replaces the package's table as a whole."""
 
     source: str
     """Source and date of prices whose machine does not name one."""
@@ -67,7 +67,12 @@ class PriceTable(Config):
     """Prices of the object store."""
 
     def source_of(self, machine_type: str, *, spot: bool) -> str:
-        """Return the source and date of a machine type's price."""
+        """Return the source and date of a machine type's price; the table's `source` if the machine names none.
+
+        Args:
+            machine_type: a name in `machines`; others raise KeyError.
+            spot: the spot price, not the price on demand.
+        """
         machine = self.machines[machine_type]
         name = machine.spot_from if spot else machine.on_demand_from
         return self.sources.get(name, name) or self.source
@@ -87,9 +92,10 @@ def read_prices(uri: str | None) -> PriceTable:
 
 
 def read_mapping(location: Location, what: str) -> dict[str, Any]:
-    """Read the options of a YAML file.
+    """Read the options of a YAML file: a dict by name, not yet checked.
 
-    If it has several documents, read the first one whose `kind` begins with Ray, else the first.
+    If it has several documents, read the first one whose `kind` begins with Ray, else the first. Documents that are not
+    options by name (lists, texts) are ignored.
 
     Args:
         location: the file.

@@ -10,11 +10,11 @@ _SUFFIXES: Final = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
 
 
 def quantity(value: Any, where: str = "") -> float:
-    """Parse a Kubernetes quantity (4, 500m, 16Gi) to a number.
+    """Parse a Kubernetes quantity to a number: 4 is 4.0, 500m is 0.5, 16Gi is 16 * 2^30.
 
     Args:
-        value: the quantity.
-        where: its place, for the error message.
+        value: text or number, without a suffix or with m, k, M, G, T, Ki, Mi, Gi or Ti.
+        where: its place, for the error message; may be empty.
 
     Raises:
         InputError: the value is not a quantity.

@@ -51,8 +51,9 @@ class Limit:
 def scaled(cluster: Cluster, workers: int) -> Cluster:
     """Return the cluster with this many GPUs, or nodes if it has no GPU.
 
-    GPUs come in whole nodes of the first GPU group, or in equal parts of such nodes. Groups without GPUs stay. Without
-    GPUs, nodes are those of the largest group, and heads that take no tasks stay.
+    GPUs come in whole nodes of the first GPU group, or in equal parts of such nodes (12 GPUs of nodes with 8: three
+    halves of a node). Other GPU groups are left out; groups without GPUs stay. Without GPUs, nodes are those of the
+    largest group, and heads that take no tasks stay; other groups are left out.
     """
     if not cluster.gpu_groups:
         heads = (group for group in cluster.groups if not group.cpus)
@@ -73,7 +74,12 @@ def scaled(cluster: Cluster, workers: int) -> Cluster:
 
 
 def estimates(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[StageEstimate]:
-    """Estimate every stage of a run, without stages that have nothing to do."""
+    """Estimate every stage of a run, in order, without stages that have nothing to do.
+
+    Args:
+        steps: the steps of the run, with the folder of each one's artifact under the root.
+        setting: corpus, cluster, rates and models of the plan.
+    """
     found = []
     for position, (name, step) in enumerate(steps):
         estimate = stages.estimate_stage(step, name, setting)
@@ -85,14 +91,22 @@ def estimates(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Stage
 
 @dataclass(frozen=True)
 class Cell:
-    """Time and cost of a run with some number of passages on some number of workers."""
+    """Expected time and cost of a run with some number of passages on some number of workers."""
 
     seconds: float
     usd: float
 
 
 def grid(steps: Sequence[tuple[str, Step]], setting: Setting) -> dict[int, dict[int, Cell]]:
-    """Estimate the run for each number of PASSAGES on each number of WORKERS (GPUs, or nodes without GPUs)."""
+    """Estimate the run for each number of PASSAGES on each number of WORKERS (GPUs, or nodes without GPUs).
+
+    Args:
+        steps: as in `estimates`.
+        setting: the plan's own corpus and cluster, which are scaled.
+
+    Returns:
+        Expected time and cost, by number of passages, then by number of workers.
+    """
     return {size: {workers: _cell(steps, setting, size, workers) for workers in WORKERS} for size in PASSAGES}
 
 
@@ -104,7 +118,11 @@ def _cell(steps: Sequence[tuple[str, Step]], setting: Setting, num_passages: int
 
 
 def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
-    """Return what breaks as the corpus grows, in ascending order of passages."""
+    """Return what breaks as the corpus grows, in ascending order of passages.
+
+    Limits that the corpus has already passed are included; limits that no size reaches are left out. The arguments are
+    as in `estimates`.
+    """
     configs = by_stage(step for _, step in steps)
     train, corpus, cluster = configs["train"], setting.corpus, setting.cluster
     rate = setting.rates.rate_of("ingest", "CPU", 0, is_16_bit=False).value
@@ -182,7 +200,10 @@ def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
 
 
 def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
-    """Return why a larger cluster is no faster, in ascending order of workers."""
+    """Return why a larger cluster is no faster, in ascending order of workers (GPUs, or nodes without GPUs).
+
+    Numbers of workers are tried up to 1,000. The arguments are as in `estimates`.
+    """
     configs = by_stage(step for _, step in steps)
     many = scaled(setting.cluster, max(WORKERS))
     limits = [_batch_limit(configs["train"], setting, many)]

@@ -25,7 +25,10 @@ def is_slurm_script(text: str) -> bool:
 
 
 def nodes_of(text: str, where: str) -> dict[str, Any]:
-    """Return the nodes of a script in the format of a plain list of nodes (see `cluster_files.py`).
+    """Return the nodes of a script in the format of a plain list of nodes: `{"nodes": [GROUP]}` with one group.
+
+    Values of the #READAPT line win over the #SBATCH options. Without them, the network has 10 Gbit/s and nodes cost
+    nothing. Of a range of nodes (`--nodes=2-4`) the larger number counts.
 
     Args:
         text: the script.

@@ -28,10 +28,10 @@ _VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
 
 
 def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | None:
-    """Estimate one stage of a run; return None if it has nothing to do (no judged queries).
+    """Estimate one stage of a run; return None if it has nothing to do (it needs judged queries and there are none).
 
     Args:
-        step: the stage and its options.
+        step: the stage and its options. A stage of the general corpus is estimated with that corpus.
         name: folder of its artifact under the root.
         setting: corpus, cluster, rates and models of the plan.
     """
@@ -43,12 +43,12 @@ def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | N
 
 
 def ingest_workers(corpus: Corpus, cluster: Cluster) -> int:
-    """Return the number of CPUs that read the source at the same time."""
+    """Return the number of CPUs that read the source at the same time: one per piece, at most those always up."""
     return min(cluster.num_always_up_cpus, corpus.num_pieces)
 
 
 def embed_rows(config: Any, setting: Setting) -> int:
-    """Return the number of passages per data shard."""
+    """Return the number of passages per data shard: the option `rows_per_shard`, else the number that embed chooses."""
     corpus = setting.corpus
     text = TextSize(corpus.embed_tokens, corpus.text_bytes)
     on_gpus = bool(setting.cluster.num_gpus)
@@ -59,7 +59,15 @@ def embed_rows(config: Any, setting: Setting) -> int:
 
 
 def embed_workers(config: Any, setting: Setting) -> int:
-    """Return the number of embedding actors that have work; actors that share a GPU count as one."""
+    """Return the number of embedding actors that have work; actors that share a GPU count as one.
+
+    It is `num_workers` or as many as fit, at most one per GPU (without GPUs: as many as the CPUs allow), and at most
+    one per data shard.
+
+    Args:
+        config: options of embed.
+        setting: corpus, cluster and retriever of the plan.
+    """
     corpus, cluster, rows = setting.corpus, setting.cluster, embed_rows(config, setting)
     shards = math.ceil(corpus.num_passages / rows)
     asked, most = config.num_workers, max(1, cluster.num_cpus // (config.num_cpus_per_worker or 1))
@@ -70,14 +78,29 @@ def embed_workers(config: Any, setting: Setting) -> int:
 
 
 def train_workers(config: Any, cluster: Cluster) -> int:
-    """Return the number of Ray Train workers: the option's, else one per GPU, or one per node without GPUs."""
+    """Return the number of Ray Train workers of a training stage: `num_workers`, at most one per GPU.
+
+    If omitted: one per GPU, or without GPUs one per node with CPUs. Without GPUs `num_workers` is not limited.
+
+    Args:
+        config: options of train.
+        cluster: the cluster of the plan.
+    """
     if cluster.num_gpus:
         return int(min(config.num_workers or cluster.num_gpus, cluster.num_gpus))
     return int(config.num_workers or cluster.num_nodes_with_cpus)
 
 
 def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
-    """Return the batch size and number of workers that training will choose."""
+    """Return the batch size and number of workers that training will choose.
+
+    A `batch_size` other than auto is kept, and then so is the number of workers of `train_workers`.
+
+    Args:
+        config: options of train, with those of pack (mode, block_tokens).
+        corpus: size of the corpus.
+        cluster: the cluster of the plan.
+    """
     num_blocks = float(corpus.num_passages)
     if config.mode == "packed":
         num_blocks = corpus.num_passages * corpus.train_tokens / (config.block_tokens - corpus.train_tokens / 2)
@@ -93,7 +116,13 @@ def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
 
 
 def train_steps(config: Any, corpus: Corpus, step: StepSize) -> int:
-    """Return the number of optimizer steps over all epochs."""
+    """Return the number of optimizer steps over all epochs; each epoch has at least one.
+
+    Args:
+        config: options of train.
+        corpus: size of the corpus.
+        step: size of a step, from `train_step_size`.
+    """
     num_tokens = corpus.num_passages * corpus.train_tokens
     return max(1, math.ceil(num_tokens / step.num_tokens)) * int(config.num_epochs)
 

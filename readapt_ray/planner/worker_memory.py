@@ -47,13 +47,17 @@ class Memory:
         return self.needed <= self.available
 
     def arithmetic(self) -> str:
-        """Return the sum of the parts as text, in GB, with the memory that the worker has."""
+        """Format the sum of the parts: "weights 14.48 + process 0.60 = 15.08 GB of 72.00 GB (one H100)"."""
         terms = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items())
         return f"{terms} = {self.needed / 1e9:.2f} GB of {self.available / 1e9:.2f} GB ({self.where})"
 
 
 def train_adapter(config: Any, shape: ModelShape) -> "AdapterShape | None":
-    """Return the adapter that train would make; None if all weights are trained.
+    """Return the adapter that train would make; None if all weights are trained (`method` full).
+
+    Args:
+        config: options of train.
+        shape: shape of the pretrained model; its family decides the layers if `target_modules` is not set.
 
     Raises:
         ModelError: the options name no layers, and none are known for the model's family.
@@ -71,7 +75,10 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
         config: options of train.
         shape: shape of the pretrained model.
         cluster: the cluster of the plan.
-        num_workers: number of training workers.
+        num_workers: number of training workers, over all nodes.
+
+    Raises:
+        ModelError: as in `train_adapter`.
     """
     import torch
 
@@ -101,13 +108,19 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
 
 
 def gpu_share(config: Any, shape: ModelShape, cluster: Cluster) -> float:
-    """Return the fraction of a GPU that an embedding actor reserves; 0 without GPUs."""
+    """Return the fraction of a GPU that an embedding actor reserves; 0 without GPUs.
+
+    Args:
+        config: options of embed.
+        shape: shape of the retriever; several actors of a small model share a GPU.
+        cluster: the cluster of the plan.
+    """
     placement = Placement(None, None, config.num_gpus_per_worker, encoders_per_gpu(shape))
     return placement.gpu_share(cluster.num_cpus, cluster.num_gpus)
 
 
 def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
-    """Estimate the memory of an embedding actor: weights, the activations of a batch, the process.
+    """Estimate the memory of an embedding actor: weights (and packed copies), the activations of a batch, the process.
 
     Args:
         config: options of embed.
@@ -151,7 +164,7 @@ def _embed_advice(config: Any, gpu_share: float) -> str:
 
 
 def index_memory(shard_bytes: float, cpus: int, group: NodeGroup) -> Memory:
-    """Estimate the memory of an indexing task: its shard, and a second copy while it is written.
+    """Estimate the memory of an indexing task: its shard, a second copy while it is written, and the process.
 
     Args:
         shard_bytes: size of a stored shard.

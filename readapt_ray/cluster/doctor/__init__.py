@@ -28,8 +28,11 @@ class DoctorConfig(Config):
 def examine(config: DoctorConfig) -> Report:
     """Check this machine, or with `cluster` all nodes of a cluster; return the report.
 
+    Problems that are found are in the report; they do not raise.
+
     Raises:
         InputError: `gpus` is set without `cluster`, or READAPT_NUM_GPUS is not set.
+        PlacementError: with `cluster`: the nodes did not come up in time.
     """
     from readapt_ray.cluster.doctor import cluster, here
 

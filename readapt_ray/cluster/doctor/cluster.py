@@ -37,7 +37,11 @@ def check_cluster(root: str | None, models: tuple[str, ...], *, starts_gpus: boo
     Args:
         root: folder or URI of all artifacts; None to skip this check.
         models: models that every node must have or be able to fetch.
-        starts_gpus: start the GPU nodes that the autoscaler may add, and check them too.
+        starts_gpus: start the GPU nodes that the autoscaler may add (READAPT_NUM_GPUS), wait for them, and check them
+            too.
+
+    Raises:
+        PlacementError: the nodes did not come up in time, or have no CPU.
     """
     connection.connect(check_versions=False)
     report = Report()

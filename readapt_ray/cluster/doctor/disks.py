@@ -27,14 +27,24 @@ _LEAST_SHARED_BYTES = 1 * _GB
 
 
 def working_folders(ray_folder: str) -> list[Path]:
-    """Return the folders that stages write to on this machine: Ray's spill folder and the caches of models."""
+    """Return the folders that stages write to on this machine: Ray's spill folder and the caches of models.
+
+    They may not exist yet.
+
+    Args:
+        ray_folder: Ray's spill folder; empty for the system's temporary folder.
+    """
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [Path(ray_folder or tempfile.gettempdir()), environment.cache_folder(), Path(HF_HUB_CACHE)]
 
 
 def check_disks(folders: Sequence[Path]) -> Finding:
-    """Measure free space and write speed, once for each disk that holds one of the folders."""
+    """Measure free space and write speed, once for each disk that holds one of the folders.
+
+    Args:
+        folders: absolute paths; of one that does not exist, its nearest parent is checked.
+    """
     by_disk: dict[int, Path] = {}
     for folder in folders:
         there = existing(folder)
@@ -45,12 +55,16 @@ def check_disks(folders: Sequence[Path]) -> Finding:
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder, or its nearest parent that exists."""
+    """Return the folder if it exists, else its nearest parent that exists. The path must be absolute."""
     return next(each for each in (folder, *folder.parents) if each.is_dir())
 
 
 def check_disk(folder: Path) -> Finding:
-    """Measure free space and write speed of the disk that holds a folder."""
+    """Measure free space and write speed of the disk that holds a folder, which must exist.
+
+    Up to 64 MiB are written there and deleted. A folder that cannot be written is a problem that makes a run fail; a
+    speed below 50 MB/s only makes it slower.
+    """
     problems = space_problems(folder)
     free = shutil.disk_usage(folder).free
     shown = f"{free / _GB:,.0f} GB"
@@ -68,7 +82,10 @@ def check_disk(folder: Path) -> Finding:
 
 
 def space_problems(folder: Path) -> tuple[Problem, ...]:
-    """Return problems with the free space of the disk that holds a folder; empty if there is enough."""
+    """Return problems with the free space of the disk that holds a folder; empty if there is enough.
+
+    A run fails below 1 GB or on a disk that is over 95% full; below 20 GB it is a warning.
+    """
     usage = shutil.disk_usage(folder)
     if usage.free < _LEAST_FREE_BYTES or usage.used / usage.total > _MOST_USED:
         text = f"{folder} has {usage.free / _GB:.1f} of {usage.total / _GB:.1f} GB free, too little to work; {_ADVICE}"
@@ -91,7 +108,10 @@ def _bytes_per_s(folder: Path, num_bytes: int) -> float:
 
 
 def check_shared_memory(store_bytes: int, num_gpus: int) -> Finding:
-    """Check that shared memory is large enough for Ray's objects and NCCL's buffers.
+    """Check that shared memory (/dev/shm) is large enough for Ray's objects and NCCL's buffers.
+
+    Below 1 GB with several GPUs a run fails; below the size of the object store it is slower. Without /dev/shm nothing
+    is checked.
 
     Args:
         store_bytes: size of Ray's object store on this machine, in bytes; 0 without Ray.

@@ -25,6 +25,7 @@ class Finding:
     shown: str
     """Text of its cell in the table."""
     problems: tuple[Problem, ...] = ()
+    """Empty if all is well."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,19 @@ class Check:
 
 
 def failed(text: str) -> Finding:
-    """Return a finding with one problem that makes a run fail."""
+    """Return a finding with one problem that makes a run fail; its cell in the table is "fails".
+
+    Args:
+        text: what is wrong and, after a semicolon, what to do.
+    """
     return Finding("fails", (Problem(text),))
 
 
 def run_checks(checks: Sequence[Check], *, limit_s: float) -> dict[str, Finding]:
     """Run all checks in parallel threads; return the finding of each by its name.
 
-    A thread that hangs in a system call (a dead mount, a lost network) cannot be stopped, so it is left running.
+    A check that raises has a problem as its finding. A thread that hangs in a system call (a dead mount, a lost
+    network) cannot be stopped, so it is left running.
 
     Args:
         checks: checks with different names.

@@ -10,6 +10,9 @@ _BUSY_MIB = 1024
 def check_gpus(num_wanted: int | None) -> Finding:
     """Compare the GPUs that the driver, torch and Ray see.
 
+    A run fails if torch cannot use the wanted GPUs. GPUs that Ray does not use, or whose memory other processes use,
+    are warnings.
+
     Args:
         num_wanted: number of GPUs that Ray gives to workers on this machine; None without Ray: all installed GPUs.
     """

@@ -38,7 +38,10 @@ class Inspector:
         self._store: Any = None
 
     def examine(self, options: CheckOptions) -> dict[str, Finding]:
-        """Run the checks of this node; return their findings by column of the report."""
+        """Run the checks of this node; return their findings by column of the report.
+
+        The `ray_folder` of the options is replaced by this node's.
+        """
         import ray
 
         session = ray._private.worker._global_node.get_session_dir_path()
@@ -63,7 +66,10 @@ class Inspector:
         return host, int(self._listening.getsockname()[1])
 
     def unreachable(self, addresses: Sequence[Address], limit_s: float) -> list[int]:
-        """Connect to each address; return the indices of those that cannot be reached within `limit_s` seconds."""
+        """Connect to all addresses at the same time; return the indices of those not reached within `limit_s` seconds.
+
+        The list is ascending, and empty if all were reached.
+        """
         reached: set[int] = set()
 
         def connect(place: int) -> None:
@@ -81,7 +87,14 @@ class Inspector:
         return sorted(set(range(len(addresses))) - reached)
 
     def open_store(self, num_workers: int, limit_s: float) -> Address:
-        """Open the TCP store through which workers find each other; return its host and port."""
+        """Open the TCP store through which workers find each other; return its host and port.
+
+        The worker that opens it must stay alive until all workers have finished `all_reduce`.
+
+        Args:
+            num_workers: number of workers in the group.
+            limit_s: timeout of the store, in seconds.
+        """
         import ray
         import torch
 
@@ -94,8 +107,11 @@ class Inspector:
     def all_reduce(self, worker_rank: int, num_workers: int, meeting: Address, limit_s: float) -> Exchange:
         """Sum a tensor over all workers, as training sums gradients, and measure the bandwidth.
 
+        All workers must call it at the same time, once. It uses NCCL (256 MiB) where torch sees a GPU, else Gloo (8
+        MiB).
+
         Args:
-            worker_rank: rank of this worker.
+            worker_rank: rank of this worker, from 0; the worker that opened the store has rank 0.
             num_workers: number of workers in the group.
             meeting: address of the store, from `open_store`.
             limit_s: timeout of the group, in seconds.

@@ -46,7 +46,10 @@ class CheckOptions:
 
 
 def check_machine(options: CheckOptions) -> dict[str, Finding]:
-    """Run the checks of a machine; return their findings by column of the report."""
+    """Run the checks of a machine at the same time; return their findings by column of the report ("disk", "GPUs").
+
+    A check that raises or does not end within `limit_s` has a problem as its finding.
+    """
     return run_checks(_checks(options), limit_s=options.limit_s)
 
 
@@ -72,7 +75,10 @@ def _checks(options: CheckOptions) -> list[Check]:
 
 
 def check_packages() -> Finding:
-    """Check that the modules that the stages import are installed; on a head node, also the autoscaler's."""
+    """Check that the modules that the stages import are installed; nothing is imported.
+
+    On a head that `ray up` started, the module that the autoscaler needs for its cloud is checked too.
+    """
     missing = [module for module in software.PACKAGES if importlib.util.find_spec(module) is None]
     if missing:
         return failed(f"{', '.join(missing)} cannot be imported; install readapt-ray there with its dependencies")
@@ -93,10 +99,10 @@ def _provider_module() -> str | None:
 
 
 def check_models(models: tuple[str, ...], limit_s: float) -> Finding:
-    """Check that each model is on this machine, or can be fetched and fits on the disk.
+    """Check that each model is on this machine, or can be fetched and fits on the disk; nothing is fetched.
 
     Args:
-        models: MODELs by name.
+        models: catalog names, folders, URIs or hub ids.
         limit_s: seconds that all of this may take.
     """
     to_fetch: dict[Path, int] = defaultdict(int)

@@ -25,7 +25,11 @@ _CLOCK_ADVICE = "start chrony or ntpd there: heartbeats of leases and signatures
 def check_clock(inspector: Any) -> Finding:
     """Compare a node's clock with the driver's: warn from 2 s of difference, fail from 30 s (`leases.STALE_S`).
 
-    The difference is the smallest of three tries, without the time of the round trip.
+    The difference is the smallest of three tries, without the time of the round trip. A node that does not answer
+    within 2 s fails.
+
+    Args:
+        inspector: an `Inspector` actor on the node.
     """
     import ray
 
@@ -49,10 +53,16 @@ def check_clock(inspector: Any) -> Finding:
 def check_network(inspectors: Mapping[str, Any], gpu_workers: Mapping[str, Any]) -> dict[str, Finding]:
     """Connect every node with every other node, then measure an all-reduce over all workers.
 
+    If a connection fails, the all-reduce is left out. Workers that do not answer within 3 s take no part.
+
     Args:
         inspectors: one inspector per node, by the node's name.
         gpu_workers: one inspector per GPU, by GPU number and node. Empty on a cluster without GPUs: then `inspectors`
             are the workers.
+
+    Returns:
+        Findings by name: "connections" (with several nodes), "all-reduce" (with several workers, or a GPU), and "GPUs"
+        if some GPUs gave no worker.
     """
     found = {}
     if len(inspectors) > 1:

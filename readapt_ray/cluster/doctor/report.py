@@ -20,7 +20,7 @@ class Report:
     """Findings about all machines together, such as an all-reduce, by name of the check."""
 
     def add(self, machine: str, found: Mapping[str, Finding]) -> None:
-        """Add the findings of a machine."""
+        """Add the findings of a machine, by column; a later finding replaces an earlier one of the same column."""
         self.rows.setdefault(machine, {}).update(found)
 
     @property
@@ -29,7 +29,7 @@ class Report:
         return sum(problem.fails for _, problem in self._machines())
 
     def text(self) -> str:
-        """Return the table and the lines under it."""
+        """Format the table with a row per machine, the findings about all machines, and a line per problem."""
         lines = [self._table(), *(f"{name}: {finding.shown}" for name, finding in self.together.items())]
         for title, fails in (("Will fail:", True), ("Slower than it need be:", False)):
             found = [(where, problem.text) for (where, problem) in self._lines() if problem.fails is fails]

@@ -13,7 +13,11 @@ _CONTENT = b"readapt doctor\n"
 
 
 class Probe:
-    """A file that the driver writes into the root, and that every node should see."""
+    """A file that the driver writes into the root, and that every node should see.
+
+    Args:
+        root: folder of all artifacts.
+    """
 
     def __init__(self, root: Location) -> None:
         self.root = root
@@ -23,10 +27,10 @@ class Probe:
         """Name of the file; None until it is written."""
 
     def place(self) -> Finding:
-        """Check the root and write the file into it.
+        """Check the root and write the file into it, unless the check finds a problem; return the finding.
 
         Raises:
-            StorageError: the folder cannot be written.
+            StorageError: the disk is full, or the folder may not be written.
         """
         self._made = _missing_folders(self.root)
         finding = check_root(self.root, None)
@@ -36,7 +40,7 @@ class Probe:
         return finding
 
     def remove(self) -> None:
-        """Remove the file, and the folders that were created for it."""
+        """Remove the file if it was written, and the folders that were created for it if they are empty."""
         if self.name is not None:
             self._file.delete()
         for folder in self._made:
@@ -44,14 +48,16 @@ class Probe:
 
 
 def check_root(root: Location, probe_name: str | None) -> Finding:
-    """Check that a folder can be read and written, and that its disk has free space.
+    """Check that a folder can be read and written, and that its disk (of a local folder) has free space.
+
+    The folder need not exist.
 
     Args:
         root: folder or URI of all artifacts.
         probe_name: name of a file that the driver wrote there, to check that it is the same folder; None to skip that.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: the disk is full, or the folder may not be written.
     """
     started_s = time.monotonic()
     if probe_name is not None and not (root / probe_name).is_file():
@@ -69,12 +75,12 @@ def check_root(root: Location, probe_name: str | None) -> Finding:
 
 
 def why_unusable(root: Location) -> str:
-    """Write, read, list and delete a file in a folder; return what fails, or an empty text if nothing does.
+    """Test a folder by writing, reading, listing and deleting a file; return what is wrong, or an empty text.
 
     Folders that had to be created are removed again.
 
     Raises:
-        StorageError: the folder cannot be written.
+        StorageError: the disk is full, or the folder may not be written. Other errors of the filesystem are returned.
     """
     made = _missing_folders(root)
     file = root / f"{PROBE}{uuid.uuid4().hex}"
