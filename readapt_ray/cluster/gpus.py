@@ -3,6 +3,8 @@
 import subprocess
 from dataclasses import dataclass
 
+from readapt_ray.errors import PlacementError
+
 LEAST_DRIVER = {12: 525, 13: 580}
 """The oldest Linux driver for each major version of CUDA (NVIDIA, CUDA Toolkit Release Notes, Table 2)."""
 
@@ -27,13 +29,18 @@ def installed_gpus() -> list[Gpu]:
     CUDA_VISIBLE_DEVICES does not limit them.
 
     Raises:
-        subprocess.TimeoutExpired: nvidia-smi did not answer within 10 s.
+        PlacementError: nvidia-smi did not answer within 10 s.
     """
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWERS_S, check=False)
     except FileNotFoundError:
         return []
+    except subprocess.TimeoutExpired:
+        raise PlacementError(
+            f"nvidia-smi did not answer within {_ANSWERS_S:g} s, so the GPU driver of this machine hangs; restart the machine, "
+            f"or take it out of the cluster"
+        ) from None
     rows = [line.split(", ") for line in done.stdout.splitlines()] if done.returncode == 0 else []
     return [
         Gpu(name, driver, int(total) if total.isdecimal() else 0, int(used) if used.isdecimal() else 0)

@@ -241,7 +241,7 @@ def _num_parts(source: Source) -> int | None:
 def encoding_of(retriever: str) -> Encoding:
     """Return the encoding of a retriever, from the catalog, else from its folder.
 
-    A hub model or URI outside the catalog is fetched with its weights if it is not on this machine.
+    Of a hub model or URI outside the catalog, the files are fetched, without weights.
 
     Args:
         retriever: catalog name, folder, URI or hub id.
@@ -250,7 +250,7 @@ def encoding_of(retriever: str) -> Encoding:
         ModelError: the model cannot be found, or does not say its encoding.
     """
     row = models.find_row(retriever)
-    return row.encoding if row else models.open_model(retriever).encoding
+    return row.encoding if row else models.open_model(retriever, with_weights=False).encoding
 
 
 def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:
@@ -272,7 +272,7 @@ def _tokenizer(model: str) -> Any:
         try:
             is_here = models.own_folder(name) is not None or Location(name).is_folder()
             if is_here or retrievers.hub_id(name).startswith("builtin:"):
-                return models.open_model(name).tokenizer
+                return models.open_model(name, with_weights=False).tokenizer
             return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ModelError):
             continue

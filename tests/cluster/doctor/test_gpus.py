@@ -43,6 +43,16 @@ def test_gpus_that_all_agree_on(machine: Any) -> None:
         assert not found.problems
 
 
+def test_a_driver_that_hangs_is_said_and_not_waited_for(
+    machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(H100)
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr("readapt_ray.cluster.gpus._ANSWERS_S", 0.2)
+    with pytest.raises(PlacementError, match=r"nvidia-smi did not answer within 0.2 s, .* restart the machine"):
+        gpus.check_gpus(1)
+
+
 @pytest.mark.parametrize(
     ("says", "wanted", "text", "fails"),
     [
