@@ -65,16 +65,17 @@ def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -
     """
     local = models.open_model(folder.uri).folder
     card = (folder / CARD_NAME).read_text().replace(NAME_IN_CARD, repo_id)
-    address = with_retries(
+    address, is_private = with_retries(
         f"the model to {repo_id} on the hub",
         lambda: _commit(local, card, repo_id, is_public=is_public, fingerprint=fingerprint),
         verb="send",
         advice=_ADVICE,
     )
-    logger.info("merge: sent to %s (%s)", address, "public" if is_public else "private")
+    logger.info("merge: sent to %s (%s)", address, "private" if is_private else "public")
 
 
-def _commit(local: Path, card: str, repo_id: str, *, is_public: bool, fingerprint: str) -> str:
+def _commit(local: Path, card: str, repo_id: str, *, is_public: bool, fingerprint: str) -> tuple[str, bool]:
+    """Send the commit; return its address, and whether the repository is private."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
@@ -94,4 +95,4 @@ def _commit(local: Path, card: str, repo_id: str, *, is_public: bool, fingerprin
     stale = [name for name in sorted(names - sent.keys()) if _WEIGHTS.fullmatch(name)]
     operations += [CommitOperationDelete(name) for name in stale]
     message = f"Readapted retriever {fingerprint}"
-    return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
+    return str(api.create_commit(repo_id, operations, commit_message=message).commit_url), bool(there.private)

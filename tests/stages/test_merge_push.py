@@ -74,6 +74,13 @@ def test_a_second_push_sends_what_changed_and_removes_its_older_shards(tmp_path,
     assert "NOTES.md" in hub.files[ID]
 
 
+def test_public_leaves_a_private_repository_private_and_says_so(tmp_path, models, hub, capsys):
+    assert push(models, tmp_path / "one") == 0
+    capsys.readouterr()
+    assert push(models, tmp_path / "two", "--public", "--knowledge-scale", "0.25") == 0
+    assert hub.private == {ID: True} and "(private)" in capsys.readouterr().err
+
+
 def test_what_is_public_or_of_others_is_not_written(tmp_path, models, hub, capsys):
     assert push(models, tmp_path / "out", "--public") == 0
     assert hub.private == {ID: False}
