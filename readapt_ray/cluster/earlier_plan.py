@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Artifact
-from readapt_ray.cluster.digest_join import Changes, Joined, Matches, join_digests
+from readapt_ray.cluster.earlier_vectors import Changes, Joined, Matches, join_digests
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import counts_and_origins

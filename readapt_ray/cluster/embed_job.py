@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from readapt_ray import errors
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.cluster.digest_join import Matches
+from readapt_ray.cluster.earlier_vectors import Matches
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.storage import Location
 

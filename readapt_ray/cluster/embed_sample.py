@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from readapt_ray.artifacts import Workspace
 from readapt_ray.cluster import connection
 from readapt_ray.cluster.bounded_tasks import run_bounded
-from readapt_ray.cluster.digest_join import NUM_BINS, Joined, bin_bounds, join_digests
+from readapt_ray.cluster.earlier_vectors import NUM_BINS, Joined, bin_bounds, join_digests
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_runner import encode_shards

@@ -25,8 +25,8 @@ from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.catalog.shapes import ModelShape, shape_of
 from readapt_ray.cluster import connection, on_worker
-from readapt_ray.cluster.digest_join import Changes
 from readapt_ray.cluster.earlier_plan import plan_on_earlier, sources_of
+from readapt_ray.cluster.earlier_vectors import Changes
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype

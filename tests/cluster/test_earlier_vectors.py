@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from readapt_ray import dead_rows
-from readapt_ray.cluster import digest_join, shard_runner, shard_source
+from readapt_ray.cluster import earlier_vectors, shard_runner, shard_source
 from readapt_ray.cluster.earlier_plan import planned
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.placement import Placement
@@ -48,7 +48,7 @@ def embedded(
     shards = plan_shards(rows.counts, ROWS)
     if earlier is not None:
         before = opened(earlier / "out/vectors")
-        joined = digest_join.join_digests(rows, before, job.output / "join")
+        joined = earlier_vectors.join_digests(rows, before, job.output / "join")
         there = EarlierVectors(before, file_counts(Location(str(earlier / "out"))), {})
         shards, matches = planned(joined, ToRead(rows, before, frozenset()), there, {}, ROWS)
         job = replace(job, earlier=before, matches=matches, dimension=job.encoder.get("dimension", 32))

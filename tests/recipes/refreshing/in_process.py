@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 
-from readapt_ray.cluster import compaction, connection, digest_join, index_shards, on_worker, shard_runner
+from readapt_ray.cluster import compaction, connection, earlier_vectors, index_shards, on_worker, shard_runner
 from readapt_ray.cluster.parallel_ingest import ParallelIngest
 from readapt_ray.cluster.shard_encoder import ShardEncoder
 from readapt_ray.cluster.shard_source import ShardSource
@@ -21,12 +21,12 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "check_seen_by_all", lambda _: None)
     monkeypatch.setattr(on_worker, "this_node", lambda: "")
     monkeypatch.setattr(on_worker, "check_node", lambda: None)
-    monkeypatch.setattr(digest_join, "connect", connection.connect)
+    monkeypatch.setattr(earlier_vectors, "connect", connection.connect)
     monkeypatch.setattr(index, "task_cpus", lambda *_: 1)
     monkeypatch.setattr(shard_runner, "_results", _encoded)
     monkeypatch.setattr(ParallelIngest, "_place", lambda _: None)
     monkeypatch.setattr(ParallelIngest, "_tasks", _in_turn)
-    for module in (compaction, digest_join, index_shards):
+    for module in (compaction, earlier_vectors, index_shards):
         monkeypatch.setattr(module, "run_bounded", _one_by_one)
 
 

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from readapt_ray.cluster import digest_join
-from readapt_ray.cluster.digest_join import Changes, join_digests
+from readapt_ray.cluster import earlier_vectors
+from readapt_ray.cluster.earlier_vectors import Changes, join_digests
 from readapt_ray.records import content_hash
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.vector_files import write_stored
@@ -44,7 +44,7 @@ def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatc
     now = {key: before[key] for key in rng.permutation(sorted(before))[:200].tolist()}
     now |= dict.fromkeys(list(now)[:20], "another text") | {f"n{number}": f"new {number}" for number in range(30)}
     now["moved"] = before["d0001"]
-    monkeypatch.setattr(digest_join, "_CHUNK_ROWS", chunk_rows)
+    monkeypatch.setattr(earlier_vectors, "_CHUNK_ROWS", chunk_rows)
     passages = _passages(tmp_path / "now", now, with_digests=with_digests)
     joined = join_digests(passages, _vectors(tmp_path / "before", before), Location(str(tmp_path / "join")))
     assert joined.changes == Changes(num_unchanged=180, num_changed=20, num_new=31, num_deleted=100)
@@ -58,7 +58,7 @@ def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatc
     keeps_all = replace(joined.matches, ends=np.array([len(before)]), is_kept=np.array([True]))
     own = [before.get(doc_id) == text for doc_id, text in now.items()]
     assert keeps_all.without_kept_vector(30, 201).tolist() == [place for place, each in enumerate(own[30:]) if not each]
-    bounds = digest_join.bin_bounds(len(now))
+    bounds = earlier_vectors.bin_bounds(len(now))
     assert joined.num_to_encode.tolist() == [expected[a:b].count(-1) for a, b in itertools.pairwise(bounds.tolist())]
     assert joined.num_to_encode.sum() == 50
     if chunk_rows == 1000:
