@@ -3,7 +3,7 @@
 # adapter on the new passages only (`continued`), and train one on all passages (`anew`). Measured are the language-model loss of
 # withheld passages of both halves, and the search of the retriever RE-adapted with each, at scales (1.0, 0.5).
 set -euo pipefail
-name=$1 root=$WORK/$1 out=$WORK/$1/continuing
+root=$WORK/$1 out=$WORK/$1/continuing
 run() { "$PYTHON" -m readapt_ray "$@"; }
 [ -f "$out/withheld.json" ] || "$PYTHON" benchmarks/smollm/continuing.py split --source "$root/source" --output "$out"
 for part in old all; do run ingest --source "$out/$part" --output "$out/corpus-$part"; done

@@ -220,4 +220,4 @@ def test_everything_is_read_where_a_file_does_not_say_where_its_passages_are(tmp
     assert read(same, replace(earlier, origins={"v": origins["v"]})) == everything, "an older release wrote the other"
     assert read(same, replace(earlier, origins=origins | {"w": Origin((), "")})) == everything
     without_vector = known | {"w": {"num_left_out": 1}}
-    assert read(same, replace(earlier, known=without_vector)) == everything, "a passage is in no file"
+    assert read(same, replace(earlier, file_counts=without_vector)) == everything, "a passage is in no file"

@@ -236,8 +236,8 @@ def test_a_file_that_vanishes_changes_nothing(world, bridged, embedding, caplog)
     with caplog.at_level(logging.WARNING, "ray.serve"):
         follower.poll()
     assert moving.num_reembedded == 5 and not caplog.messages
-    real = follower._due
-    follower._due = lambda: ["part-00009.parquet", *real()]  # listed, and gone before it is read
+    real = follower._new_or_changed
+    follower._new_or_changed = lambda: ["part-00009.parquet", *real()]  # listed, and gone before it is read
     with caplog.at_level(logging.WARNING, "ray.serve"):
         follower.poll()
     assert "part-00009.parquet is gone" in caplog.text and moving.num_reembedded == 5
