@@ -111,16 +111,18 @@ def new_sample(
     check: Callable[[int], None],
     progress: Callable[[int, int], None],
 ) -> NDArray[np.float32]:
-    """Encode the passages of a sample with the new model, except those that an earlier run of the stage encoded.
+    """Encode a sample of passages with the new model, and return the vectors; a stopped run resumes.
 
-    New vectors are written to `target`, 512 per file; files there must be of the same sample and model.
+    Writes 512 vectors per file. A file that exists is not encoded again, and its model is not checked: the caller must
+    clear `target` if the sample or the model changed.
 
     Args:
-        doc_ids: doc_ids of the sample, always in the same order.
-        corpus: corpus with their texts.
+        doc_ids: doc_ids of the sample, in the same order in every run.
+        corpus: corpus with the texts of these passages.
         encoder: the new model.
         target: folder for the files of vectors.
-        check: called with the dimension of new vectors; raises an error if it does not fit.
+        check: called with the dimension of each new file's vectors, before the file is written; raises an error if it
+            does not fit. Not called if no file is missing.
         progress: called with the number of passages done, and of all passages.
 
     Returns:

@@ -49,7 +49,14 @@ def cores_per_process(num_processes: int) -> int:
 
 
 def describe_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
-    """Describe the nodes by their resources, such as `2 nodes with 8 CPU and 1 GPU`; `no node` if there are none."""
+    """Describe the nodes in one line, grouped by the resources of each node.
+
+    Such as `2 nodes with 8 CPU and 1 GPU, 1 node with 4 CPU`, where each of the 2 nodes has 8 CPU. A node with neither
+    CPU nor GPU is `with nothing for tasks`. Without nodes the text is `no node`.
+
+    Args:
+        nodes: nodes as `ray.nodes()` returns them; only `Resources` is read, so pass nodes that are alive.
+    """
     kinds = Counter(
         " and ".join(
             f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU") if node["Resources"].get(name)

@@ -66,7 +66,10 @@ class StepPoster:
             self._unposted = []
 
     def part(self, report: "PartReport") -> None:
-        """Take a report from inside a step; post at most one per second to the monitor."""
+        """Post the progress inside a step (micro-batches done so far) to the monitor.
+
+        A report less than one second after the last posted one is dropped. Nothing is written to files.
+        """
         if time.monotonic() - self._last_part_s > _POLL_S:
             self._last_part_s = time.monotonic()
             self._monitor.post_part.remote(dataclasses.asdict(report))

@@ -56,7 +56,10 @@ def compare(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> list[Comparison]:
-    """Compare every run with the first, by every measure. With one query only, no test or interval is computed.
+    """Compare every run with the first, by every measure.
+
+    Each comparison has a paired randomisation test and a bootstrap interval of the mean difference. p-values are also
+    corrected by Holm's procedure over the runs of a measure. With one query only, no test or interval is computed.
 
     Args:
         values: float64 [Q] by run and measure; all have the same queries in the same order.
@@ -66,7 +69,8 @@ def compare(
         seed: the same seed and values give the same result.
 
     Returns:
-        A comparison for each measure and each run after the first, in this order; none if there is one run only.
+        A comparison for each run after the first, by the first measure, then by the next measure; none if there is one
+        run only.
 
     Raises:
         InputError: the runs differ in their number of queries, or have none.
@@ -208,10 +212,14 @@ def combine(differences: Sequence[NDArray[np.float64]], *, seed: int = 0) -> Com
 
 
 def detectable_difference(differences: Sequence[NDArray[np.float64]]) -> float:
-    """Return the mean difference that a two-sided test at 5% finds with 80% power, by the normal approximation.
+    """Return the smallest mean difference that a two-sided test at 5% detects with 80% power (normal approximation).
+
+    With several sets of queries, it is that of the mean over the sets of each set's mean difference: sets count
+    equally, not queries.
 
     Args:
-        differences: float64 [Q] for each set of queries, Q at least 2. Only their variance matters, not their mean.
+        differences: float64 [Q] of differences per query, one array per set of queries, Q at least 2. Only their
+            variance matters, not their mean.
     """
     variances = [each.var(ddof=1) / len(each) for each in differences]
     return float((NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) * np.sqrt(sum(variances)) / len(differences))

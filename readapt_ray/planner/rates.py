@@ -86,7 +86,9 @@ FIXED_S: Final = {
 
 
 def describe_gpu_share(stage: str) -> str:
-    """Describe the share of a GPU's peak that a stage is planned with if nothing was measured.
+    """Describe the share of a GPU's peak that an unmeasured stage is planned with, and how far off it may be.
+
+    Such as `train at 35% of a GPU's peak, 1.3 times as fast to 2.5 times as slow`.
 
     Args:
         stage: train, embed or search; others raise KeyError.

@@ -191,13 +191,17 @@ class Encoder:
         return self._tokenizer.ids_and_losses(texts, kind, titles)
 
     def encode_ids(self, rows: Sequence[Tokens], domains: Sequence[DomainUse | None] | None = None) -> np.ndarray:
-        """Encode token ids, as `tokenize` returns them, to vectors: float32 [N, D].
+        """Encode rows of token ids, as `tokenize` returns them, to vectors.
 
-        If a batch does not fit the memory, the tokens per batch are halved, for later calls too.
+        Equal rows of the same domain are encoded once. If a batch does not fit the memory, the tokens per batch are
+        halved, for later calls too.
 
         Args:
             rows: the token ids of N texts.
             domains: the domain of each text, if the encoder has domains; None encodes with the retriever itself.
+
+        Returns:
+            float32 [N, D], in the order of the rows, of length 1 if the encoding normalizes.
 
         Raises:
             InputError: a row is empty.

@@ -31,7 +31,11 @@ class IdLookup:
 
     @classmethod
     def sort(cls, keys: NDArray[np.uint64]) -> "IdLookup":
-        """Build a lookup from keys (of `id_keys`); the value of a key is its position in `keys`."""
+        """Build a lookup that maps each key to its index in `keys`. Of a repeated key, the first index is found.
+
+        Args:
+            keys: uint64 [N], hashes of doc_ids from `id_keys`, in any order.
+        """
         order = np.argsort(keys, kind="stable")
         return cls(keys[order], order.astype(np.uint64))
 

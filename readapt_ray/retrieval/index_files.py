@@ -187,10 +187,19 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
 
 
 def read_id_table(folder: Location, record: ShardRecord, *, use_cache: bool = False) -> pa.Table:
-    """Read doc_id and content_hash of each vector of a shard, deleted ones too; arguments and errors as in `read_ids`.
+    """Read a table with the doc_id and content_hash of each vector of a shard, in the order of the vectors.
 
-    A doc_id is null if an older release deleted its vector; `deleted_rows` also knows the vectors that were deleted
-    since.
+    Deleted vectors have rows too. Their doc_id is null if an older release deleted them; otherwise find them by
+    `deleted_rows`.
+
+    Args:
+        folder: the `shards` folder.
+        record: entry of the shard in the manifest.
+        use_cache: copy the file from an object store to this node's cache first, for other processes and the next
+            start.
+
+    Raises:
+        CorruptFileError: the file is gone, or its checksum is wrong.
     """
     content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256, use_cache=use_cache)
     return pq.read_table(io.BytesIO(content))

@@ -268,9 +268,13 @@ def counts_and_origins(artifact: Location) -> tuple[dict[str, dict[str, int]], d
 
 
 def shared_files(artifact: Location) -> frozenset[str]:
-    """Return the names of files whose vectors were all taken from earlier ones, according to `shards.parquet`.
+    """Return the names of the vector files whose vectors were all copied from `previous`, so none was encoded.
 
-    Empty if it cannot be read.
+    `previous` is the earlier artifact that `readapt embed` was given. All passages of such a file are unchanged, so a
+    refresh samples unchanged passages from it. Read from `shards.parquet`; empty if that cannot be read.
+
+    Args:
+        artifact: output folder of embed.
     """
     return frozenset(
         name for name, figures in file_counts(artifact).items() if figures["num_copied"] == figures["num_rows"]

@@ -24,10 +24,10 @@ _FIELDS = ("text", "title", "task")
 def fill_query(encoding: Encoding, text: str) -> str:
     """Fill the query template of a retriever with a text; lower-case the result if the encoding says so.
 
-    Unlike a passage, it is not stripped.
+    The result is not stripped, unlike that of `fill_passage`. `{title}` is empty in a query.
 
     Raises:
-        InputError: the template cannot be used.
+        InputError: the template has a wrong brace, a field other than {text}, {title} and {task}, or no {text}.
     """
     filled = _fill(encoding.query_template, text=text, title="", task=encoding.task)
     return filled.lower() if encoding.lower_case else filled

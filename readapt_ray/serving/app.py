@@ -332,10 +332,10 @@ def check_version(name: str, config: VersionConfig) -> str:
 
 
 def check_probe(config: ServeConfig) -> None:
-    """Check that each index holds the vectors that `recall_probe` needs to measure recall; skipped if it is 0.
+    """Refuse approximate indexes from which `recall_probe` (unless it is 0) could not read back exact vectors.
 
     Raises:
-        InputError: an index holds only compressed vectors.
+        InputError: an approximate index of a version holds only compressed vectors. Exact indexes always pass.
         ArtifactMissingError: an index is not complete.
     """
     from readapt_ray.retrieval.vector_index import VectorIndex

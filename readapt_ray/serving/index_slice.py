@@ -277,7 +277,10 @@ class IndexSlice:
         return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
 
     def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Iterator[Hits | None]:
-        """Search by BM25, step by step: yield None after each block of texts, and the k best per text at the end.
+        """Search by BM25 in short steps: yield None after each step, and the k best passages per text at the end.
+
+        A step is one block of texts (up to 16 texts and 4,096 characters) in one shard. Between two steps the caller
+        can run other searches, or stop. Passages without any word of a text are never found.
 
         Raises:
             InputError: the filter names a column that does not exist, or values that this column cannot hold.

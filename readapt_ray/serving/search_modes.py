@@ -35,15 +35,15 @@ def check_mode(mode: Mode, backend: Backend) -> None:
 
 
 def word_queries(query: str | Sequence[str], *, truncate: bool, max_inputs: int) -> list[str]:
-    """Return the texts of a request whose words are searched for, cut to the maximum length.
+    """Return the texts of a request for a search by words (BM25); each has at most 32,768 characters.
 
     Args:
         query: a query or a list of queries.
-        truncate: cut queries that are too long, instead of refusing them.
+        truncate: cut longer queries, instead of refusing them.
         max_inputs: maximum number of queries.
 
     Raises:
-        RequestError: a text is empty or too long, or there are too many.
+        RequestError: a text is empty or (without `truncate`) too long, or there are too many.
     """
     texts = [query] if isinstance(query, str) else list(query)
     if len(texts) > max_inputs:

@@ -76,10 +76,12 @@ def check_server(config: ServeConfig, running: Set[str]) -> None:
 
 
 def served_gateway() -> "tuple[GatewaySetup, GatewayConfig]":
-    """Return the fixed options of the running gateway, and its state: what it serves now.
+    """Ask the running gateway for its fixed options and its state (what it serves now).
+
+    A gateway must be running: call `check_server` first.
 
     Raises:
-        InputError: the gateway does not answer within a minute.
+        InputError: the gateway does not answer within a minute, or its answer is an error.
     """
     setup, state = _answer(GATEWAY_DEPLOYMENT, GATEWAY_APP, "setup")
     return setup, state

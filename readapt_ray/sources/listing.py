@@ -92,9 +92,15 @@ def listed(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, 
 def count_not_read(
     found: Iterable[DataFile], files: Iterable[DataFile], hidden: tuple[str, ...] = HIDDEN
 ) -> dict[str, tuple[int, str]]:
-    """Count the files in `found` that are not in `files`: (number, label of the first) by suffix.
+    """Count, by suffix, the files in `found` that are not in `files`: (number, label of the first one).
 
-    Hidden files are counted together, under a key that says so.
+    A suffix of compression does not count: a.json.gz is `.json`. Hidden files are counted together, under a key that
+    says so.
+
+    Args:
+        found: all files of a folder.
+        files: those that are read.
+        hidden: first characters of the names of hidden files and folders.
     """
     read = {file.label for file in files}
     kinds: dict[str, list[str]] = collections.defaultdict(list)

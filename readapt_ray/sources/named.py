@@ -109,7 +109,10 @@ class NamedSource(Source):
                 )
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Return the judgements of the collection, under the split in its name ("test" if the name has none)."""
+        """Return the judgements of the collection, under the split in its name ("test" if the name has none).
+
+        Empty if the collection has no judgements. The iterator can be read once.
+        """
         if not self.has_qrels:
             return {}
         split = next((part for part in reversed(self._name.split("/")) if part in _SPLITS), "test")

@@ -107,7 +107,13 @@ class TableSource(Source):
             self.fraction_read = before / total
 
     def fingerprint(self) -> str:
-        """Hash the content of the files (on an object store, their sizes and times), and set `contents`."""
+        """Return a hash of the content of all files, and set `contents`: the digests of each file, by its label.
+
+        On an object store, sizes and modification times are hashed instead of the content.
+
+        Raises:
+            CorpusError: a file is damaged or missing.
+        """
         self.contents = contents_of(self._files)
         return fingerprint(self.contents)
 

@@ -102,16 +102,18 @@ class EmbedConfig(RetrieverOptions, StageConfig):
 def embed(config: EmbedConfig) -> Artifact:
     """Encode the passages of a corpus into vectors, in numbered data shards.
 
-    With `previous`, vectors of unchanged passages are reused and only new or changed ones are encoded. With `sample`,
-    only a part is encoded, into OUTPUT-sample, to estimate a full run. A stopped run resumes; does nothing if the
-    output is complete and of the same options and inputs.
+    With `previous`, vectors of unchanged passages are copied from it, and only new or changed passages are encoded.
+    With `sample`, only some passages are encoded, into OUTPUT-sample, to estimate the time of a full run. If `previous`
+    cannot be copied from (another model or `vector_dtype`), a sample measures how many of the 10 nearest passages stay
+    the same, and logs it. A stopped run resumes; does nothing if the output is complete and of the same options and
+    inputs.
 
     Raises:
         ArtifactMissingError: the corpus is no output of `readapt ingest`, or `previous` no output of `readapt embed`.
         CorpusError: the corpus is empty, lacks a column, holds a file twice, or was altered during the run; or more
             passages than `max_left_out` have no usable vector.
-        FingerprintMismatchError: `previous` was made by another model, or has another `vector_dtype`; a sample compares
-            with it instead.
+        FingerprintMismatchError: `previous` was made by another model, or has another `vector_dtype`; not with
+            `sample`.
         ModelError: the retriever is not a model, or cannot be used with its encoding.
         CorruptFileError: a file of the corpus was cut short or altered, or is missing.
         PlacementError: the cluster does not have the CPUs or GPUs that the actors need.

@@ -85,7 +85,10 @@ class FilesTarget:
         """Do nothing: there is no index."""
 
     def count(self) -> int:
-        """Return the number of rows in all files, from their footers."""
+        """Count the rows in the Parquet files that exports wrote to the folder, from their footers.
+
+        Other files in the folder do not count.
+        """
         total = 0
         for file in self._files():
             with file.open_input() as stream, pq.ParquetFile(stream) as opened:

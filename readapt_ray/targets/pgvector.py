@@ -79,7 +79,10 @@ class PgvectorTarget:
         return dict(values) if isinstance(values, dict) and "export" in values else {}
 
     def create(self, layout: Layout, record: Record) -> None:
-        """Create the table with its record in one transaction, and the extension `vector` if the database lacks it."""
+        """Create the table with its record, and the extension `vector` if it is missing, in one transaction.
+
+        The table must not exist: `record` returned None, or it was dropped. The index is built by `finish`.
+        """
         kind = self._psycopg.sql.SQL(f"{self._kind(layout)}({layout.dimension})")
         self._run("CREATE EXTENSION IF NOT EXISTS vector")
         self._run(

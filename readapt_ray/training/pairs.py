@@ -92,9 +92,10 @@ class PairReader:
         self.data_order = DataOrder(num_units=table.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
     def steps(self, first_step: int) -> Iterator[np.ndarray]:
-        """Yield the numbers of all workers' pairs, an int64 array per step, for every step from `first_step` on.
+        """Yield the row numbers of the pairs of each step, from step `first_step` to the last step of the last epoch.
 
-        A pair's number is its row in the files. Steps count from 0 over all epochs.
+        Each array is the batch of one step over all workers, int64 [batch_size], in training order; the last one of an
+        epoch may be shorter. The numbers are rows of the files. Steps count from 0 over all epochs.
         """
         data_order = self.data_order
         for step in range(first_step, data_order.num_steps):

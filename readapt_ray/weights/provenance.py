@@ -55,14 +55,14 @@ class MergeInput:
 
 @contextlib.contextmanager
 def hashed_in_background(models: Sequence[tuple[str, OpenModel]]) -> Iterator[Callable[[], list[MergeInput]]]:
-    """Hash the files of models in threads while the `with` block runs; an error in the block stops the hashing.
+    """Hash the files of models in threads while the `with` block runs; the end of the block stops the hashing.
 
     Args:
         models: role and model of each input.
 
     Yields:
-        A function that waits for the hashes and returns one `MergeInput` per model, in their order. Call it inside the
-        block; it raises the error of a file that cannot be read.
+        A function that waits for the hashes and returns one `MergeInput` per model, in their order. Call it only inside
+        the block: after it, hashes may be of half-read files. It raises the error of a file that cannot be read.
     """
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:

@@ -99,11 +99,14 @@ def _provider_module() -> str | None:
 
 
 def check_models(models: tuple[str, ...], limit_s: float) -> Finding:
-    """Check that each model is on this machine, or can be fetched and fits on the disk; nothing is fetched.
+    """Check that each model is on this machine, or can be fetched and fits on the disk. Nothing is fetched.
+
+    A model that is missing, is not found in time, or does not fit becomes a problem of the finding; nothing is raised.
+    Pickled weights and GGUF files of a local model are converted.
 
     Args:
         models: catalog names, folders, URIs or hub ids.
-        limit_s: seconds that all of this may take.
+        limit_s: seconds for the search for all models together.
     """
     to_fetch: dict[Path, int] = defaultdict(int)
 

@@ -48,13 +48,16 @@ class Probe:
 
 
 def check_root(root: Location, probe_name: str | None) -> Finding:
-    """Check that a folder can be read and written, and that its disk (of a local folder) has free space.
+    """Check that a folder can be written, read and listed, and that the disk of a local folder has free space.
 
-    The folder need not exist.
+    A small file is written, read and deleted; folders that are made for it are removed again, so the folder need not
+    exist. All other failures than the errors below, also low space and a missing probe, are problems of the returned
+    finding.
 
     Args:
         root: folder or URI of all artifacts.
-        probe_name: name of a file that the driver wrote there, to check that it is the same folder; None to skip that.
+        probe_name: name of a file that the driver wrote there, to check that this node sees the same folder; None to
+            skip that.
 
     Raises:
         StorageError: the disk is full, or the folder may not be written.

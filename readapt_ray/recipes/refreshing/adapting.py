@@ -110,8 +110,15 @@ def compared(new: NDArray[np.float64], kept: NDArray[np.float64]) -> AdapterLoss
 def command_to_adapt(root: Location, there: Sequence[Generation]) -> str:
     """Return the command that trains the adapter further, on passages that are new since its retriever was first used.
 
-    If the corpus of that generation was removed, the oldest one left counts. The text is empty if the adapter is missing or
-    there is no earlier corpus.
+    The passages are compared with the corpus of the first of the latest generations that all use the present retriever.
+    If `readapt clean` removed it, with the oldest of these that is left.
+
+    Args:
+        root: folder of all artifacts.
+        there: all generations, oldest first, at least one; the last one is the present one.
+
+    Returns:
+        A command for a shell. Empty if the adapter is missing, or the corpus did not change since then.
     """
     present, since = there[-1], there[-1]
     for each in reversed(there):
