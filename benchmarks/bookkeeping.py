@@ -111,7 +111,7 @@ def made_texts(first: int, number: int) -> dict[str, Any]:
 
 
 def by_driver(stage: str, work: Path, size: int) -> dict[str, Any]:
-    """Measure a stage in a process of its own, and the same command again when there is nothing left to do."""
+    """Run a stage in a new process and measure it, then measure the same command again, which has nothing left to do."""
     folder = work / str(size)
     if not _attempt_path(folder, stage).is_file():
         shutil.rmtree(folder / stage, ignore_errors=True)
@@ -161,7 +161,7 @@ def measured(stage: str, folder: Path) -> dict[str, Any]:
 
 
 class Usage:
-    """What a stage has used so far, attempts that were killed included.
+    """Time and memory that a stage has used so far, including its attempts that were killed.
 
     Args:
         path: a file that keeps it from one attempt to the next.

@@ -77,7 +77,7 @@ class Manifest:
     details: dict[str, Any]
     """Other facts that the stage records, by name."""
     seconds: float
-    """How long the work took, over all processes that did a part of it."""
+    """Elapsed seconds, summed over all attempts of a stage that was resumed."""
     created: str
     """When it was completed (UTC, ISO 8601)."""
     versions: dict[str, str]

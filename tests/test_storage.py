@@ -130,3 +130,10 @@ def test_an_empty_path_is_refused_and_does_not_mean_the_root_of_the_disk(
     assert cli.main(arguments) == InputError.exit_code
     assert "a path is empty, as one from a variable that is not set" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_the_size_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"abc")
+    assert Location(str(tmp_path / "there")).size_bytes() == 3
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        Location(str(tmp_path / "missing")).size_bytes()

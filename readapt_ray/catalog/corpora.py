@@ -59,7 +59,7 @@ class Corpus(Config):
     hub_id: str
     """Id of its data set on the Hugging Face hub."""
     source: str = _BEIR
-    """Where these facts were read."""
+    """Source of these facts."""
 
 
 def _row(name: str, title: str, num_passages: int, num_judged_queries: int, task: str, **changes: object) -> Corpus:

@@ -40,7 +40,7 @@ class Encoding(Config):
     lower_case: bool = False
     """Whether text is lower-cased before it is tokenised (a sentence-transformers setting)."""
     dimensions: int | None = Field(default=None, ge=1)
-    """How many of the first numbers of a vector are kept, before it is normalised; by default all."""
+    """Number of leading dimensions to keep before normalising; by default all."""
 
 
 def read_encoding(uri: str) -> Encoding:

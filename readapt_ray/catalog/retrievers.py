@@ -30,7 +30,7 @@ class Retriever(Config):
     objective: Objective = "causal_lm"
     """Objective with which its pretrained model is trained on unlabelled text."""
     source: str
-    """Where these facts were read."""
+    """Source of these facts."""
 
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

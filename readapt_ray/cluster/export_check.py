@@ -27,7 +27,7 @@ TOP_K = 10
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a database's ten best results agree with exact search."""
+    """Agreement of a database's ten best results with exact search."""
 
     num_queries: int
     """Queries that were asked."""

@@ -121,6 +121,20 @@ def test_a_model_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             check_reachable(f"s3://{object_store.BUCKET}/none")
 
 
+def test_a_plan_reads_the_encoding_of_a_model_in_a_store_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from readapt_ray.planner.corpus import encoding_of
+
+    monkeypatch.setenv("READAPT_CACHE", str(tmp_path / "cache"))
+    folder = factories.write_contract(factories.tiny_encoder(tmp_path / "model"), pooling="cls")
+    with object_store.running() as store:
+        for file in folder.iterdir():
+            store.client.upload_file(str(file), object_store.BUCKET, f"planned/{file.name}")
+        assert encoding_of(f"s3://{object_store.BUCKET}/planned").pooling == "cls"
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_a_folder_that_is_no_model_leaves_a_catalog_name_to_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

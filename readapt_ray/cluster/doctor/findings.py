@@ -13,9 +13,9 @@ class Problem:
     """A problem that a check found."""
 
     text: str
-    """What is wrong and, after a semicolon, what to do."""
+    """The problem and, after a semicolon, the advice."""
     fails: bool = True
-    """Whether a run will fail because of it; if False, a run is only slower."""
+    """Whether the problem makes a run fail; if False, the run is only slower."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Check:
     look: Callable[[], Finding]
     """Runs the check; an error that it raises becomes a problem."""
     advice_on_timeout: str
-    """What the user should do if the check does not end in time."""
+    """Advice for the user if the check does not end in time."""
 
 
 def failed(text: str) -> Finding:
