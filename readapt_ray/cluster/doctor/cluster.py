@@ -100,9 +100,12 @@ def _check_nodes(root: str | None, models: tuple[str, ...], report: Report) -> N
             for at in range(_gpus(node))
         }
         actors += gpu_workers.values()
-        for worker in (gpu_workers or inspectors).values():
-            worker.load_torch.remote()
+        loading = {name: worker.load_torch.remote() for name, worker in (gpu_workers or inspectors).items()}
         answering = _examine(inspectors, usable, options, report)
+        # An actor that imports torch answers late, and the time of its answer is compared with the driver's.
+        nodes.answers({name: loading[name] for name in answering if name in loading}, timeout_s=STARTS_S)
+        for name, inspector in answering.items():
+            report.add(name, {"clock": check_clock(inspector)})
         report.together.update(check_network(answering, gpu_workers))
     finally:
         for actor in actors:
@@ -175,5 +178,5 @@ def _examine(inspectors: Mapping[str, Any], up: Nodes, options: CheckOptions, re
             report.add(name, {"checks": _silent(said)})
         else:
             answering[name] = inspectors[name]
-            report.add(name, {**said, "clock": check_clock(inspectors[name])})
+            report.add(name, said)
     return answering
