@@ -3,7 +3,7 @@
     python benchmarks/bookkeeping.py --work DIR --sizes 100000,1000000,10000000
 
 The forward pass is a stub: an encoder of one layer, 16 wide, with a vocabulary of 384. Passages are in Parquet files;
-each has eight words and a number. Each stage is a process of its own that starts Ray, as a job does. Reported are the peak
+each has four words and a number. Each stage is a process of its own that starts Ray, as a job does. Reported are the peak
 memory of the driver, of Ray's head (GCS and raylet) and of Ray's largest worker; the seconds of the stage without Ray's
 start; the CPU seconds of the driver and of all Ray processes, which other work on the machine hardly changes; and the
 seconds of the same command when there is nothing left to do. "worse than linear" is the CPU time per passage divided by
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 STAGES = ("ingest", "pack", "embed", "index", "search")
 _ROWS_PER_FILE = 500_000
-_NUM_QUERIES = 1000
+_NUM_QUERIES = 200
 _BATCH_TOKENS = 32768
 _HEAD = ("gcs_server", "raylet")
 _SAMPLE_S = 0.5
@@ -98,11 +98,11 @@ def make_inputs(folder: Path, size: int) -> None:
 def made_texts(first: int, number: int) -> dict[str, Any]:
     """Ids and distinct texts."""
     words = pa.array(
-        ["array", "shape", "thread", "lock", "file", "write", "read", "index", "number", "string", "value", "list"]
+        ["array", "shape", "thread", "lock", "file", "write", "read", "index", "number", "queue", "path", "node"]
     )
     random = np.random.default_rng(first)
     numbers = pa.array(range(first, first + number)).cast(pa.string())
-    columns = [words.take(pa.array(random.integers(0, len(words), number))) for _ in range(8)]
+    columns = [words.take(pa.array(random.integers(0, len(words), number))) for _ in range(4)]
     return {
         "_id": numbers,
         "title": pa.array([""] * number),
