@@ -8,6 +8,7 @@ A folder of such files can be read too, such as that of an ingest artifact. Text
 like the ids of passages (`cleaning.clean_id`), so that they match.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -72,7 +73,7 @@ def read_qrels(uri: str, columns: Sequence[str] = ()) -> list[Qrel]:
                 f"{uri!r} has judgements of {len(splits)} splits; give one: {location}/{{{','.join(splits)}}}"
             )
         location = location / splits[0]
-    return _all_good(iter_qrels(location, ColumnChoice.parse(columns, ())), uri, "judgement")
+    return _all_good(iter_qrels(location, choice=ColumnChoice.parse(columns, ())), uri, "judgement")
 
 
 def read_doc_ids(uri: str) -> frozenset[str]:
@@ -163,26 +164,27 @@ def _query(place: str, query_id: object, text: object) -> Query | BadRow:
         return BadRow(place, "missing_id")
     if not isinstance(text, str):
         return BadRow(place, text_fault(text), "" if is_absent(text) else shown(text))
-    if not is_unicode(text):
+    if not (is_unicode(text) and is_unicode(identifier)):
         return BadRow(place, "not_utf8")
     cleaned = clean_text(text).replace("\n", " ")
     return Query(identifier, cleaned) if cleaned else BadRow(place, "empty_text")
 
 
-def iter_qrels(location: Location, choice: ColumnChoice | None = None) -> Iterator[Qrel | BadRow]:
-    """Yield the judgements of a file or folder, and a bad row for each row that is not a judgement.
+def iter_qrels(*locations: Location, choice: ColumnChoice | None = None) -> Iterator[Qrel | BadRow]:
+    """Yield the judgements of files or folders, and a bad row for each row that is not a judgement.
 
     A repeated judgement is left out. If it has another relevance, it is a bad row.
 
     Args:
-        location: a file, or a folder of tables.
+        locations: files, or folders of tables, of one split, in their order.
         choice: columns that the user gave; None means well-known names.
 
     Raises:
         CorpusError: for the same reasons as `iter_queries`.
     """
     seen: dict[tuple[str | None, str | None], int] = {}
-    for row in label_rows(location, QRELS, choice or ColumnChoice()):
+    rows = (label_rows(each, QRELS, choice or ColumnChoice()) for each in locations)
+    for row in itertools.chain.from_iterable(rows):
         if isinstance(row, BadRow):
             yield row
             continue
@@ -190,6 +192,8 @@ def iter_qrels(location: Location, choice: ColumnChoice | None = None) -> Iterat
         pair, relevance = (_identifier(query_id), _identifier(doc_id)), _whole_number(value)
         if pair[0] is None or pair[1] is None:
             yield BadRow(place, "missing_id")
+        elif not (is_unicode(pair[0]) and is_unicode(pair[1])):
+            yield BadRow(place, "not_utf8")
         elif relevance is None:
             yield BadRow(place, "bad_relevance", shown(value))
         elif pair not in seen:
@@ -210,7 +214,7 @@ def _whole_number(value: object) -> int | None:
         number = float(value)
     except ValueError:
         return None
-    return int(number) if number.is_integer() else None
+    return int(number) if number.is_integer() and abs(number) < 1 << 63 else None
 
 
 def _all_good(records: Iterable[_Record | BadRow], uri: str, what: str) -> list[_Record]:

@@ -168,7 +168,7 @@ class LabelledTableSource(TableSource):
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
         """Return the judgements by split, one file per split."""
-        return {split: iter_qrels(file, self.options.columns) for split, file in self._qrels.items()}
+        return {split: iter_qrels(file, choice=self.options.columns) for split, file in self._qrels.items()}
 
     def fingerprint(self) -> str:
         """Hash the content of passages, queries and judgements. `contents` is set for the passages."""
