@@ -31,6 +31,7 @@ from readapt_ray.sources.label_tables import (
 from readapt_ray.sources.lines import Line, plain_name, read_lines
 from readapt_ray.sources.listing import data_files
 from readapt_ray.sources.source import REASONS, BadRow
+from readapt_ray.sources.tables import Values
 from readapt_ray.storage import Location
 
 _Record = TypeVar("_Record", Query, Qrel)
@@ -182,24 +183,41 @@ def iter_qrels(*locations: Location, choice: ColumnChoice | None = None) -> Iter
     Raises:
         CorpusError: for the same reasons as `iter_queries`.
     """
-    seen: dict[tuple[str | None, str | None], int] = {}
     rows = (label_rows(each, QRELS, choice or ColumnChoice()) for each in locations)
-    for row in itertools.chain.from_iterable(rows):
-        if isinstance(row, BadRow):
-            yield row
+    yield from without_repeats(map(_qrel, itertools.chain.from_iterable(rows)))
+
+
+def _qrel(row: Values | BadRow) -> tuple[str, Qrel] | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    place, (query_id, doc_id, value) = row
+    pair, relevance = (_identifier(query_id), _identifier(doc_id)), _whole_number(value)
+    if pair[0] is None or pair[1] is None:
+        return BadRow(place, "missing_id")
+    if not (is_unicode(pair[0]) and is_unicode(pair[1])):
+        return BadRow(place, "not_utf8")
+    if relevance is None:
+        return BadRow(place, "bad_relevance", shown(value))
+    return place, Qrel(pair[0], pair[1], relevance)
+
+
+def without_repeats(judgements: Iterable[tuple[str, Qrel] | BadRow]) -> Iterator[Qrel | BadRow]:
+    """Yield each judgement once, and a bad row for one that gives an earlier query and passage another relevance.
+
+    Args:
+        judgements: judgements with their places, or bad rows, which are yielded unchanged.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    for each in judgements:
+        if isinstance(each, BadRow):
+            yield each
             continue
-        place, (query_id, doc_id, value) = row
-        pair, relevance = (_identifier(query_id), _identifier(doc_id)), _whole_number(value)
-        if pair[0] is None or pair[1] is None:
-            yield BadRow(place, "missing_id")
-        elif not (is_unicode(pair[0]) and is_unicode(pair[1])):
-            yield BadRow(place, "not_utf8")
-        elif relevance is None:
-            yield BadRow(place, "bad_relevance", shown(value))
-        elif pair not in seen:
-            seen[pair] = relevance
-            yield Qrel(pair[0], pair[1], relevance)
-        elif seen[pair] != relevance:
+        place, qrel = each
+        pair = qrel.query_id, qrel.doc_id
+        if pair not in seen:
+            seen[pair] = qrel.relevance
+            yield qrel
+        elif seen[pair] != qrel.relevance:
             yield BadRow(place, "conflicting_judgement")
 
 

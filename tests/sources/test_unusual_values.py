@@ -25,7 +25,7 @@ HALF_PAIR = "\\ud800"  # JSON allows half of a surrogate pair, and UTF-8 does no
         ([r'1,"he said, \"hi\""'], ['he said, "hi"']),
         ([r'1,"\"hi\""', r'2,"a \"b\", c"'], ['"hi"', 'a "b", c']),
         ([r'1,"5\" wide', 'and long"', '2,"plain"'], ['5" wide\nand long', "plain"]),
-        ([r'1,"5\" or 6\"', r'or \"7\"', 'long"', "2,x"], ['5" or 6"\nor "7"\nlong', "x"]),
+        ([r'1,"5\" or 6\"', r"or \"7\"", 'long"', "2,x"], ['5" or 6"\nor "7"\nlong', "x"]),
         ([r'1,"in C:\",2'.replace(",2", ""), '2,"a ""b"" in C:\\"'], ["in C:\\", 'a "b" in C:\\']),
         ([r'1,"G\""odel, ""hi""', 'and ""so""', 'on"', "2,x"], ['G\\"odel, "hi"\nand "so"\non', "x"]),
     ],
@@ -46,7 +46,7 @@ def test_a_stray_quote_among_backslashes_is_text_and_costs_no_other_row(tmp_path
 @pytest.mark.parametrize("behind", ['\n[{"id": "2", "text": "y"}]', " {}", "]", "x" * (3 << 20)])
 def test_text_behind_a_json_array_is_refused_and_not_lost(tmp_path, behind):
     (tmp_path / "c.json").write_text('[{"id": "1", "text": "x"}]' + behind)
-    with pytest.raises(CorpusError, match="after the end of its array there is more text, line [12], column"):
+    with pytest.raises(CorpusError, match=r"after the end of its array there is more text, line [12], column"):
         passages(tmp_path / "c.json")
 
 
@@ -139,7 +139,6 @@ def test_front_matter_that_yaml_cannot_read_is_taken_line_by_line(value):
 
 
 def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
-    with open(os.fsencode(tmp_path) + b"/\xff.txt", "w") as file:
-        file.write("text")
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("text")
     with pytest.raises(InputError, match=r"xff.txt' is not UTF-8; rename it"):
         passages(tmp_path)
