@@ -142,3 +142,19 @@ def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("text")
     with pytest.raises(InputError, match=r"xff.txt' is not UTF-8; rename it"):
         passages(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.txt", "c.csv"])
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_a_file_that_changes_while_one_process_reads_it_is_refused(tmp_path, name, in_folder):
+    contents = {"c.jsonl": '{"id": "1", "text": "x"}\n' * 3, "c.txt": "x\n\n" * 3, "c.csv": "id,text\n1,x\n2,y\n"}
+    (tmp_path / name).write_text(contents[name])
+    source = opened(tmp_path if in_folder else tmp_path / name)
+    source.fingerprint()
+    rows = source.rows()
+    next(rows)
+    (tmp_path / name).write_text(contents[name] + "\n")
+    with pytest.raises(CorpusError, match=rf"{name} changed while it was read; wait until nobody writes it"):
+        list(rows)
+    (tmp_path / f"other-{name}").write_text(contents[name])
+    assert list(opened(tmp_path).rows())
