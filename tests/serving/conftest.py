@@ -27,7 +27,7 @@ from readapt_ray.retrieval.index_shard import build_shard
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.query_maps import QueryMap
 from readapt_ray.retrieval.vector_index import VectorIndex
-from readapt_ray.serving import guard, readiness
+from readapt_ray.serving import guard, readiness, room, server
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
@@ -302,11 +302,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def started(config: ServeConfig) -> str:
+    """The URL of a server on Ray Serve; a busy machine may take its time to start it, and to free what ended before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_SETTLED_S", 300.0)
+        patch.setattr(server, "_ANSWER_TIMEOUT_S", 600.0)
+        return serve(config, blocking=False)
+
+
 @pytest.fixture(scope="module")
 def served(ray_session, world) -> Iterator[httpx.Client]:
     """An HTTP client of a server on Ray Serve, which is gone after the module: it holds CPUs that other tests want."""
-    url = serve(world.config(name="tiny", index_actors=2, max_body_bytes=200_000), blocking=False)
-    with httpx.Client(base_url=url, timeout=60) as client:
+    url = started(world.config(name="tiny", index_actors=2, max_body_bytes=200_000))
+    with httpx.Client(base_url=url, timeout=300) as client:
         yield client
     stop()
 
@@ -318,9 +326,9 @@ def serving_at(versions: dict[str, LocalVersion], **options) -> Iterator[str]:
 
     async def run() -> None:
         async with local_server(versions, **options) as local:
-            server = uvicorn.Server(uvicorn.Config(local.app, log_level="error", lifespan="off"))
-            stopped.append(server)
-            await server.serve(sockets=[listening])
+            web = uvicorn.Server(uvicorn.Config(local.app, log_level="error", lifespan="off"))
+            stopped.append(web)
+            await web.serve(sockets=[listening])
 
     thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
     thread.start()
