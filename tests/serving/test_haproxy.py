@@ -150,9 +150,10 @@ def test_it_comes_back_after_its_death_and_answers_nothing_wrong_meanwhile():
             haproxy.watch("127.0.0.1", ports[1])
             process.kill()
             process.wait()
-            asked.wait_for(200, since_s=time.monotonic())  # Ray, which would start another, does not run here
+            while (standby := haproxy._STANDBYS[0]._process) is None:  # Ray does not run here, and starts none
+                time.sleep(0.02)
+            asked.wait_for(200, since_s=time.monotonic())
         # Half a minute later Ray starts another, which has no routes at first.
-        standby = haproxy._STANDBYS[0]._process
         with started(found, written(found, ports, routes=""), control=True):
             asked.wait_for(200, since_s=time.monotonic())
         with started(found, written(found, ports), control=True):
