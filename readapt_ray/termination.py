@@ -56,6 +56,8 @@ class _Stop:
     """Whether the time limit of cleanup has started."""
     pipe: int | None = None
     """File descriptor to which Python writes the number of each signal it receives."""
+    is_dropping: bool = False
+    """Whether Python is dropping an interrupt now: another one would be dropped with it."""
 
 
 _stop = _Stop()
@@ -178,7 +180,7 @@ def _limit_cleanup(give_up: Callable[[], None], is_ray_gone: Callable[[], bool] 
 
 
 def _send_again(dropped: "UnraisableHookArgs") -> None:
-    """If Python dropped an interrupt, send its signal again after 50 ms, when the main thread has left `__del__`."""
+    """If Python dropped an interrupt, send its signal again after 50 ms, when the main thread has left this function."""
     stop = dropped.exc_value
     is_rays = isinstance(stop, SystemExit) and is_from_sigterm(stop)
     if not (isinstance(stop, KeyboardInterrupt) or is_rays):
@@ -186,6 +188,16 @@ def _send_again(dropped: "UnraisableHookArgs") -> None:
         return
     _stop.first_s = None
     number = signal.SIGTERM if is_rays or isinstance(stop, Terminated) else signal.SIGINT
-    again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
-    again.daemon = True
-    again.start()
+    _stop.is_dropping = True
+    try:
+        threading.Thread(target=_send_once_dropped, args=(number,), daemon=True).start()
+    finally:
+        _stop.is_dropping = False
+
+
+def _send_once_dropped(number: int) -> None:
+    """Send a signal to this process. On a busy machine the main thread may need longer than 50 ms to get ready for it."""
+    time.sleep(_AGAIN_S)
+    while _stop.is_dropping:
+        time.sleep(_AGAIN_S)
+    os.kill(os.getpid(), number)

@@ -68,11 +68,18 @@ def ray_session(pytestconfig: pytest.Config) -> Iterator[None]:
     import ray
 
     from readapt_ray.cluster import connection
+    from readapt_ray.errors import WorkerError
     from readapt_ray.serving import haproxy
 
     os.environ["READAPT_NUM_CPUS"] = "2"
     with haproxy.preferred("127.0.0.1", timeout_s=60):
-        connection.connect()
+        for tries_left in reversed(range(4)):  # each gives up after twice 30 s, which is Ray's own limit
+            try:
+                connection.connect()
+                break
+            except WorkerError:
+                if not tries_left:
+                    raise
     pytestconfig.stash[lanes.RAY_RUNS] = True
     yield
     ray.shutdown()

@@ -53,7 +53,7 @@ def test_fish_completes_commands_and_options(capsys: pytest.CaptureFixture[str],
 
     def completed(words: str) -> list[str]:
         code = f"source {tmp_path / 'script'}; complete -C '{words}'"
-        out = subprocess.run([fish, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+        out = subprocess.run([fish, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
         return [line.split("\t")[0] for line in out.splitlines()]
 
     assert completed("readapt qu") == ["quickstart"]
@@ -87,7 +87,7 @@ def _read_until(terminal: int, mark: str) -> str:
     """What a terminal shows up to the end of the line that begins with a mark."""
     said = ""
     while "\n" not in said.partition(mark)[2]:
-        assert select.select([terminal], [], [], 30)[0], said
+        assert select.select([terminal], [], [], 300)[0], said
         said += os.read(terminal, 4096).decode().replace("\r", "")
     return said
 

@@ -67,7 +67,7 @@ def test_opening_a_model_and_saving_an_adapter_import_only_what_they_need(tmp_pa
     factories.write_contract(factories.dora_adapter(tmp_path / "adapter", base))
     code = OPENS_AND_SAVES.replace("{compiler}", repr(COMPILER))
     command = [sys.executable, "-c", code, *map(str, (base, tmp_path / "adapter", tmp_path / "saved")), *NEVER_NEEDED]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=200, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=600, check=True)
     modules, is_as_before, shape, opening, saving, is_on, num_frozen = json.loads(done.stdout.splitlines()[-1])
     assert (modules, opening, saving) == ([], [], [])
     assert is_as_before and is_on

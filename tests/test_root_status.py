@@ -13,6 +13,14 @@ from readapt_ray import cli, leases, root_status
 from readapt_ray.storage import Location
 from tests import factories
 
+NOW_S = 1_800_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No time goes by between a heartbeat and a look at it."""
+    monkeypatch.setattr(time, "time", lambda: NOW_S)
+
 
 def building(folder: Path, **changes: Any) -> None:
     """A heartbeat of this process, half an hour into its work, changed as asked."""

@@ -47,7 +47,7 @@ def used_elsewhere(name: str) -> Iterator[Path]:
     try:
         yield Path(process.stdout.readline().strip())
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
 
 
 def used_before(name: str, *, seconds_ago: int) -> Path:

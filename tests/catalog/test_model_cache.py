@@ -111,7 +111,7 @@ def test_processes_of_a_node_fetch_each_file_once(uri: str, tmp_path: Path) -> N
     )
     command = [sys.executable, "-c", program, uri]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(3)]
-    fetched = "".join(process.communicate(timeout=60)[0] for process in processes).split()
+    fetched = "".join(process.communicate(timeout=300)[0] for process in processes).split()
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert sorted(fetched) == sorted(path.name for path in (tmp_path / "model").iterdir())
 

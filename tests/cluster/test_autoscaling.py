@@ -164,7 +164,6 @@ def _chooses_a_type(model: OpenModel, folder: Path) -> object:
     return encoding_dtype.encoding_dtype(config, "auto")
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "work", [_encodes_queries, _searches_vectors, _measures_losses, _writes_queries, _chooses_a_type]
 )

@@ -48,7 +48,7 @@ def streamed(stream: BlockStream, num_workers: int) -> list[list[Share]]:
     iterators = [each[stream.name] for each in stream.configure(world_size=num_workers)]
     workers = [Consumer.options(num_cpus=2 / num_workers).remote() for _ in iterators]
     try:
-        return ray.get([worker.read.remote(each) for worker, each in zip(workers, iterators, strict=True)], timeout=120)
+        return ray.get([worker.read.remote(each) for worker, each in zip(workers, iterators, strict=True)], timeout=600)
     finally:
         for worker in workers:
             ray.kill(worker)

@@ -80,7 +80,7 @@ def test_a_start_that_fails_leaves_no_process(error: str, said: str) -> None:
     code = FAILING.format(error=error)
     repository = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True, cwd=repository
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True, cwd=repository
     )
     assert done.stdout.strip() == said
 

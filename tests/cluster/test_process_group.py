@@ -94,7 +94,6 @@ class Work:
 
 
 @pytest.mark.parametrize("moment", ["forming", pytest.param("launching", marks=pytest.mark.slow)])
-@pytest.mark.timeout(150)
 def test_workers_lost_while_they_start_are_started_again(ray_session, tmp_path, monkeypatch, moment) -> None:
     markers = {each: tmp_path / each for each in ("forming", "launching")}
     for each in markers.keys() - {moment}:

@@ -262,7 +262,7 @@ def test_a_browser_shows_the_page_and_runs_nothing(tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=True,
     ).stdout
     title = re.search(r"<title>(.*?)</title>", shown, re.S)[1]

@@ -483,7 +483,7 @@ class Stages:
         self.events.append(("begin", name))
         self.began[name].set()
         if name in self.waits:
-            assert self.began[self.waits[name]].wait(20), f"{name} and {self.waits[name]} do not run at once"
+            assert self.began[self.waits[name]].wait(300), f"{name} and {self.waits[name]} do not run at once"
         if name == self._broken:
             raise ModelError("broken")
         time.sleep(self.seconds.get(name, 0.0))

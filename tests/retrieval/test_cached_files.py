@@ -144,13 +144,13 @@ def test_what_a_killed_process_left_is_loaded_again(
     def busy(method: str, path: str) -> bool:
         if method == "GET" and path.endswith(".faiss"):
             under_way.set()
-            over.wait(30)
+            over.wait(300)
         return False
 
     store.busy = busy
     file, sha256 = folder / "00000.faiss", records[0].index_sha256
     process = subprocess.Popen([sys.executable, "-c", NEAR, file.uri, sha256], stdin=subprocess.PIPE, cwd=REPOSITORY)
-    assert under_way.wait(30)
+    assert under_way.wait(300)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     over.set()

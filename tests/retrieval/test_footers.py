@@ -14,7 +14,7 @@ def test_what_waits_for_storage_waits_together() -> None:
     together = threading.Barrier(8)
 
     def wait(number: int) -> int:
-        together.wait(timeout=10)
+        together.wait(timeout=120)
         return number
 
     assert map_in_threads(wait, range(8)) == list(range(8))

@@ -88,7 +88,7 @@ def test_a_copy_that_is_not_whole_is_made_again(tmp_path, cache, name, how):
 def _open_and_stop_half_way(corpus: str, began: str) -> None:
     def stop(*_: object) -> None:
         Path(began).touch()
-        time.sleep(60)
+        time.sleep(3600)
 
     passage_store.np.save = stop
     PassageStore.open(corpus)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-_START_S = 90.0
+_START_S = 300.0
 
 
 class Page:
@@ -32,7 +32,7 @@ class Page:
         number = next(self._numbers)
         self._socket.send(json.dumps({"id": number, "method": method, "params": given}))
         while True:
-            message = json.loads(self._socket.recv(timeout=60))
+            message = json.loads(self._socket.recv(timeout=300))
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
@@ -52,7 +52,7 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 60.0) -> None:
+    def wait_for(self, expression: str, seconds: float = 300.0) -> None:
         deadline_s = time.monotonic() + seconds
         while not self.value(expression):
             assert time.monotonic() < deadline_s, f"never true: {expression}; {self.value('document.body.innerText')}"
@@ -83,13 +83,13 @@ def chromium(folder: Path) -> Iterator[Page]:
     process = subprocess.Popen([binary, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port = _port(folder / "DevToolsActivePort", process)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=60) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=300) as answer:
             [target] = [each for each in json.load(answer) if each["type"] == "page"]
-        with sync_client.connect(target["webSocketDebuggerUrl"], max_size=None, open_timeout=60) as socket:
+        with sync_client.connect(target["webSocketDebuggerUrl"], max_size=None, open_timeout=300) as socket:
             yield Page(socket)
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(300)
 
 
 def _port(file: Path, process: subprocess.Popen[bytes]) -> int:

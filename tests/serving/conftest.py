@@ -1,9 +1,9 @@
 import asyncio
 import contextlib
 import hashlib
+import socket
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from readapt_ray.retrieval.index_shard import build_shard
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.query_maps import QueryMap
 from readapt_ray.retrieval.vector_index import VectorIndex
+from readapt_ray.serving import guard, readiness, room, server
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
@@ -142,12 +143,14 @@ def bridged(world: World) -> Bridge:
 
 @dataclass
 class LocalVersion:
-    """A version in this process, which a test can slow down, break, and ask what it was given."""
+    """A version in this process, which a test can slow down, hold up, break, and ask what it was given."""
 
     info: VersionInfo
     encoder: Encoder
     slices: dict[str, IndexSlice | MovingSlice]
     delay_s: float = 0.0
+    gate: asyncio.Event | None = None
+    """It encodes nothing before this is set; None: it need not wait."""
     encoded: list[list[Sequence[int]]] = field(default_factory=list)
     broken: str = ""
 
@@ -182,6 +185,8 @@ class LocalVersion:
     async def encode(self, rows):
         self.encoded.append(rows)
         await asyncio.sleep(self.delay_s)
+        if self.gate is not None:
+            await self.gate.wait()
         if self.broken:
             raise RuntimeError(self.broken)
         return await asyncio.to_thread(self.encoder.encode_ids, rows)
@@ -222,13 +227,20 @@ class Local:
         return httpx.AsyncClient(transport=transport, base_url=options.pop("url", "http://localhost"), **options)
 
 
+async def until(condition: Callable[[], object]) -> None:
+    """Return once a condition is true."""
+    async with asyncio.timeout(300):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
 LIMITS = {
     "batch_wait_s": 0.0,
     "max_requests": 1000,
     "max_queued_tokens": 1 << 20,
     "max_body_bytes": 200_000,
     "max_inputs": 2048,
-    "timeout_s": 30.0,
+    "timeout_s": 300.0,
 }
 
 
@@ -274,6 +286,13 @@ async def local_server(
 
 
 @pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine a check may take long, and a client may be slow to send the rest of a body."""
+    monkeypatch.setattr(readiness, "_CHECK_S", 300.0)
+    monkeypatch.setattr(guard, "_IDLE_S", 300.0)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny models gain nothing from threads, and lose much on a busy machine."""
     before = torch.get_num_threads()
@@ -283,11 +302,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def started(config: ServeConfig) -> str:
+    """The URL of a server on Ray Serve; a busy machine may take its time to start it, and to free what ended before."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_SETTLED_S", 300.0)
+        patch.setattr(server, "_ANSWER_TIMEOUT_S", 600.0)
+        return serve(config, blocking=False)
+
+
 @pytest.fixture(scope="module")
 def served(ray_session, world) -> Iterator[httpx.Client]:
     """An HTTP client of a server on Ray Serve, which is gone after the module: it holds CPUs that other tests want."""
-    url = serve(world.config(name="tiny", index_actors=2, max_body_bytes=200_000), blocking=False)
-    with httpx.Client(base_url=url, timeout=60) as client:
+    url = started(world.config(name="tiny", index_actors=2, max_body_bytes=200_000))
+    with httpx.Client(base_url=url, timeout=300) as client:
         yield client
     stop()
 
@@ -295,26 +322,18 @@ def served(ray_session, world) -> Iterator[httpx.Client]:
 @contextlib.contextmanager
 def serving_at(versions: dict[str, LocalVersion], **options) -> Iterator[str]:
     """The URL of a `Local` server on a real port, in a thread of this process."""
-    port, stopped = free_port(), []
+    listening, stopped = socket.create_server(("127.0.0.1", 0)), []
 
     async def run() -> None:
         async with local_server(versions, **options) as local:
-            settings = uvicorn.Config(local.app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
-            server = uvicorn.Server(settings)
-            stopped.append(server)
-            await server.serve()
+            web = uvicorn.Server(uvicorn.Config(local.app, log_level="error", lifespan="off"))
+            stopped.append(web)
+            await web.serve(sockets=[listening])
 
     thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
     thread.start()
-    url = f"http://127.0.0.1:{port}"
-    deadline_s = time.monotonic() + 60
-    while True:
-        try:
-            httpx.get(f"{url}/healthz", timeout=60)
-            break
-        except httpx.TransportError:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.05)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    httpx.get(f"{url}/healthz", timeout=300)  # the socket listens already, so this waits for the server
     yield url
     stopped[0].should_exit = True
-    thread.join(30)
+    thread.join(300)

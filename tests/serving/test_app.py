@@ -65,7 +65,9 @@ def test_the_fingerprint_of_a_version_is_known_before_it_is_served(served, world
     model, *_ = served.get("/v1/models").json()["data"]
     assert (model["id"], model["num_vectors"]) == ("tiny", 40)
     assert model["fingerprint"] == check_version("tiny", world.config())
-    ready = served.get("/readyz").json()
+    deadline_s = time.monotonic() + 300
+    while not (ready := served.get("/readyz").json())["ready"] and time.monotonic() < deadline_s:
+        time.sleep(0.5)  # on a busy machine a check may take over 3 s
     assert ready["versions"]["tiny"]["ready"] is True
 
 
@@ -92,7 +94,7 @@ def test_a_slice_of_the_index_asks_for_the_memory_that_it_takes(ray_session, wor
 def test_metrics_of_all_processes_and_a_line_in_the_log(served):
     number = served.post("/v1/search", json={"query": "array"}, headers={"x-request-id": "known-number"})
     assert number.headers["x-request-id"] == "known-number"
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 300
     wanted = ('path="/v1/search"', "ray_readapt_batch_budget_total", "ray_readapt_search_seconds_count")
     page = ""
     while not all(each in page for each in wanted) and time.monotonic() < deadline_s:

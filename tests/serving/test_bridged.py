@@ -13,10 +13,10 @@ from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.serving.app import check_version, version_spec
 from readapt_ray.serving.options import VersionConfig
-from readapt_ray.serving.server import serve, stop
+from readapt_ray.serving.server import stop
 from readapt_ray.serving.workers import EncoderReplica
 from tests.factories import small_corpus
-from tests.serving.conftest import LocalVersion
+from tests.serving.conftest import LocalVersion, started
 from tests.serving.test_routes import EMBEDDINGS, TEXTS, ask, post
 
 
@@ -85,9 +85,9 @@ def test_passages_are_not_encoded_by_a_version_for_queries(world):
 
 def test_a_server_answers_with_old_passages_for_bridged_queries(world, bridged, ray_session):
     values = {"name": "new", **_config(world).model_dump(exclude_defaults=True)}
-    url = serve(world.config(**values), blocking=False)
+    url = started(world.config(**values))
     try:
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=300) as client:
             data = client.post("/v1/search", json={"query": TEXTS, "top_k": 5}).json()["data"]
     finally:
         stop()

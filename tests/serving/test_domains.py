@@ -12,6 +12,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, WeightMismatchError
 from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.serving.batching import Batcher
 from readapt_ray.serving.domain_app import domain_records
 from readapt_ray.serving.domains import DomainBackend, DomainRow, DomainUnavailableError
 from readapt_ray.serving.keys import read_keys
@@ -23,7 +24,7 @@ from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.weights.domain_sources import read_domains
 from tests import factories
 from tests.chaos.nodes import free_port
-from tests.serving.conftest import local_server
+from tests.serving.conftest import local_server, until
 
 TEXTS = ["the lock of a thread", "a node of the graph", "read and write the file"]
 NAMES = ("legal", "med", "tax")
@@ -90,6 +91,19 @@ class SharedInProcess:
         return 0.001
 
 
+@pytest.fixture
+def submitted(monkeypatch):
+    """The rows of each request that came to the queue of an encoder."""
+    given, submit = [], Batcher.submit
+
+    async def noted(self, rows, **named):
+        given.append(rows)
+        return await submit(self, rows, **named)
+
+    monkeypatch.setattr(Batcher, "submit", noted)
+    return given
+
+
 def backends(shared, folder, names=NAMES):
     records = read_domains({name: str(folder / name) for name in names})
     return {each.source.name: DomainBackend(shared, each.source) for each in records}
@@ -105,18 +119,20 @@ async def embed(client, model, texts=TEXTS, **more):
     return answer.status_code, np.array([each["embedding"] for each in body["data"]]) if "data" in body else body
 
 
-def test_requests_of_several_domains_share_a_batch_and_get_the_merged_models_vectors(folder):
+def test_requests_of_several_domains_share_a_batch_and_get_the_merged_models_vectors(folder, submitted):
     async def run():
         shared = SharedInProcess(folder)
         async with local_server(backends(shared, folder)) as local, local.client() as client:
             for name in NAMES:
                 await embed(client, name)
             shared.gate.clear()
+            submitted.clear()
+            num_batches = len(shared.batches)
             first = asyncio.create_task(embed(client, "legal", TEXTS[:1]))
-            await asyncio.sleep(0.2)  # the encoder is busy now, and the rest gathers
+            await until(lambda: len(shared.batches) > num_batches)  # the encoder is busy now, and the rest gathers
             asked = [embed(client, name + suffix) for name in NAMES for suffix in ("", "-passage")]
             waiting = [asyncio.create_task(each) for each in asked]
-            await asyncio.sleep(0.5)
+            await until(lambda: len(submitted) == 1 + len(waiting))
             shared.gate.set()
             answers = [await each for each in (first, *waiting)]
             assert shared.batches[-1] == set(NAMES)
@@ -220,7 +236,7 @@ def test_a_copy_of_factors_that_is_gone_fails_alone(folder, tmp_path):
     asyncio.run(run())
 
 
-def test_a_domain_that_is_removed_answers_the_requests_that_wait(folder, tmp_path):
+def test_a_domain_that_is_removed_answers_the_requests_that_wait(folder, tmp_path, submitted):
     gone = tmp_path / "gone"
     shutil.copytree(folder / "tax", gone)
 
@@ -231,8 +247,9 @@ def test_a_domain_that_is_removed_answers_the_requests_that_wait(folder, tmp_pat
         async with local_server(made | removed) as local, local.client() as client:
             await embed(client, "gone")
             shared.gate.clear()
+            submitted.clear()
             waiting = [asyncio.create_task(embed(client, name)) for name in ("gone", "legal", "gone")]
-            await asyncio.sleep(0.3)
+            await until(lambda: len(submitted) == len(waiting))
             await local.service.set_state(made, Routing(default="legal"))
             shutil.rmtree(gone)
             shared.gate.set()
@@ -302,9 +319,7 @@ def test_a_flood_of_one_domain_takes_no_place_of_another(folder):
                 await embed(client, name)
             shared.gate.clear()
             flood = [asyncio.create_task(embed(client, "legal", TEXTS[0])) for _ in range(200)]
-            async with asyncio.timeout(60):
-                while sum(each.done() for each in flood) < 180:  # refused; half of the places are taken
-                    await asyncio.sleep(0.01)
+            await until(lambda: sum(each.done() for each in flood) >= 180)  # refused; half of the places are taken
             others = [asyncio.create_task(embed(client, name)) for name in ("med", "tax") * 5]
             await asyncio.sleep(0.3)
             shared.gate.set()
@@ -319,6 +334,7 @@ def test_a_flood_of_one_domain_takes_no_place_of_another(folder):
 def test_a_domain_that_fails_can_be_asked_again_later(folder, tmp_path, monkeypatch):
     late = tmp_path / "late"
     shutil.copytree(folder / "tax", late)
+    monkeypatch.setattr("readapt_ray.serving.resident_domains.FAILED_FOR_S", 3600.0)
 
     async def run():
         shared = SharedInProcess(folder)

@@ -26,7 +26,6 @@ def _of_state(error: dict) -> bool:
     return error["code"] in told or error["param"] in fields or "no column" in error["message"] or is_whole_number
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=str)
 def test_no_request_is_a_failure_of_the_server(url, mode):
     asked = collections.Counter()

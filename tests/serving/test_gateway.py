@@ -68,10 +68,10 @@ def test_a_version_that_is_down_holds_up_no_other_and_is_added_once_it_is_up(rep
         await asyncio.sleep(0.2)
         assert not start.done()  # nothing is up
         is_up["readapt-a"].set()
-        await asyncio.wait_for(start, 5)
+        await asyncio.wait_for(start, 300)
         assert replica.served == [(["a"], ["b"])]
         is_up["readapt-b"].set()
-        await asyncio.wait_for(replica._completing, 5)
+        await asyncio.wait_for(replica._completing, 300)
         assert replica.served[-1] == (["a", "b"], [])
         # Another state ends the wait for this one.
         is_up["readapt-b"].clear()

@@ -187,7 +187,7 @@ def test_recall_of_split_documents_is_probed_while_they_move(moving, embedding):
             server.service._telemetry.probed = lambda *values: probed.append(values)
             for _ in _states(embedding, moving):
                 assert (await client.post(SEARCH, json={"query": "array", "top_k": 9})).status_code == 200
-                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
+                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 300)
 
     asyncio.run(run())
     assert len(probed) == 5 and all(name == "new" and found == due > 0 for name, found, due in probed)
@@ -210,7 +210,7 @@ def test_a_moving_version_is_compared_with_the_real_one_by_documents(moving, emb
                     (await client.post(SEARCH, json={"query": TEXTS, "top_k": 4} | asked)).json()
                     for asked in ({}, {"model": shadow})
                 ]
-                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
+                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 300)
                 assert [each["model"] for each in answers] == [default, shadow]
                 mine, its = ([{hit["doc_id"] for hit in each["hits"]} for each in one["data"]] for one in answers)
                 due = [(default, shadow, len(one & other), 4) for one, other in zip(mine, its, strict=True)]
@@ -236,7 +236,7 @@ def test_a_shadow_that_finds_another_passage_of_the_same_document_agrees(split_w
             server.service._telemetry.compared = lambda *values: compared.append(values)
             body = {"query": TEXTS, "top_k": 7}
             answers = [(await client.post(SEARCH, json=body | each)).json() for each in ({}, {"model": "new"})]
-            await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
+            await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 300)
             return answers
 
     base, new = asyncio.run(run())

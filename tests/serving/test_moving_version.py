@@ -270,14 +270,14 @@ def test_a_follower_ends_once_all_have_moved(world, bridged, embedding, monkeypa
     follower.start()
     (thread,) = set(threading.enumerate()) - before
     embedding.write(0, range(40))
-    thread.join(30)
+    thread.join(300)
     assert not thread.is_alive() and moving.num_reembedded == 25
     stopped = _follower(_slices(world, bridged)[1], Embedding(world, embedding.folder / "none"))
     before = set(threading.enumerate())
     stopped.start()
     (thread,) = set(threading.enumerate()) - before
     stopped.stop()
-    thread.join(30)
+    thread.join(300)
     assert not thread.is_alive()
 
 
@@ -448,7 +448,7 @@ def test_recall_is_probed_while_passages_move(moving_version, embedding, monkeyp
             server.service._telemetry.probed = lambda *values: probed.append(values)
             for number, rows in enumerate((range(20), range(20, 40))):
                 assert (await client.post(SEARCH, json={"query": "array", "top_k": 9})).status_code == 200
-                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
+                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 300)
                 embedding.write(number, rows)
                 _take(moving_version, embedding)
 

@@ -7,20 +7,31 @@ import pytest
 from readapt_ray.serving import guard as guard_module
 from readapt_ray.serving import hit_texts, readiness, search_service, shadow_and_probe
 from readapt_ray.serving.versions import Routing
-from tests.serving.conftest import LocalVersion, local_server
+from tests.serving.conftest import LocalVersion, local_server, until
 
 EMBEDDINGS, SEARCH = "/v1/embeddings", "/v1/search"
 
 
 def test_one_check_answers_all_who_ask_whether_the_server_is_ready(fresh, monkeypatch):
-    fresh.delay_s = 0.05
+    asked, result = [], readiness.CachedCall.result
+
+    async def counted(self):
+        asked.append(self)
+        return await result(self)
+
+    monkeypatch.setattr(readiness.CachedCall, "result", counted)
+    monkeypatch.setattr(readiness, "_RECENT_S", 1000.0)
 
     async def run():
         async with local_server({"tiny": fresh}) as server, server.client() as client:
 
             async def statuses(number):
-                answers = await asyncio.gather(*(client.get("/readyz") for _ in range(number)))
-                return {answer.status_code for answer in answers}
+                asked.clear()
+                fresh.gate = asyncio.Event()
+                answers = [asyncio.create_task(client.get("/readyz")) for _ in range(number)]
+                await until(lambda: len(asked) == number)  # the check is not over before all have asked
+                fresh.gate.set()
+                return {(await answer).status_code for answer in answers}
 
             assert await statuses(50) == {200}
             assert await statuses(1) == {200}
@@ -39,6 +50,8 @@ def test_one_check_answers_all_who_ask_whether_the_server_is_ready(fresh, monkey
 
 
 def test_metrics_are_gathered_once_for_all_who_ask(monkeypatch):
+    monkeypatch.setattr(readiness, "_RECENT_S", 1000.0)
+
     async def run():
         asked = []
 
@@ -86,26 +99,39 @@ class SlowClient:
 
     async def status(self) -> int:
         """Of the answer; 0 where there is none."""
-        await asyncio.wait_for(self._task, 10)
+        await asyncio.wait_for(self._task, 300)
         return self._sent[0]["status"] if self._sent else 0
 
 
-def test_a_body_that_does_not_come_takes_nobodys_place(version):
+def test_a_body_that_does_not_come_takes_nobodys_place(version, monkeypatch):
+    monkeypatch.setattr(guard_module, "_IDLE_S", 3600.0)
+
     async def run():
-        async with local_server({"tiny": version}, max_requests=2, timeout_s=0.3) as server, server.client() as client:
+        async with (
+            local_server({"tiny": version}, max_requests=2, timeout_s=600.0) as server,
+            server.client() as client,
+        ):
             slow = [SlowClient(server.app) for _ in range(2)]
             for each in slow:
                 each.gives(b'{"input"')
-            await asyncio.sleep(0.05)
+            await until(lambda: server.app._buffered_bytes == 2 * len(b'{"input"'))
             assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
             more = [SlowClient(server.app) for _ in range(33)]
             assert await more[-1].status() == 429
             assert (await client.get("/healthz")).status_code == 200
+            pass_time(700.0)
             assert [await each.status() for each in (*slow, *more[:-1])] == [408] * 34
             assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
             assert server.app._buffered_bytes == 0
 
     asyncio.run(run())
+
+
+def pass_time(seconds):
+    """Let seconds go by on the clock of the event loop."""
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    loop.time = lambda: time() + seconds
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/healthz"), ("POST", "/docs"), ("GET", "/v1/models")])
@@ -133,17 +159,18 @@ def test_a_body_that_stops_is_given_up(version, monkeypatch):
     asyncio.run(run())
 
 
-def test_an_answer_that_nobody_reads_gives_its_place_back(version, monkeypatch):
+def test_an_answer_that_nobody_reads_gives_its_place_back(fresh, monkeypatch):
     monkeypatch.setattr(guard_module, "_SEND_S", 0.2)
 
     async def run():
-        async with local_server({"tiny": version}, max_requests=1) as server, server.client() as client:
+        async with local_server({"tiny": fresh}, max_requests=1) as server, server.client() as client:
+            fresh.gate = asyncio.Event()
             deaf = SlowClient(server.app, reads=False)
             deaf.gives(b'{"input": "a"}', is_last=True)
-            while not server.app._under_way:
-                await asyncio.sleep(0)
+            await until(lambda: server.app._under_way)
             assert (await client.get("/healthz")).status_code == 200
             assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 429
+            fresh.gate.set()
             assert await deaf.status() == 0
             assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
 
@@ -157,7 +184,7 @@ def test_bodies_together_are_bounded_and_one_alone_is_not(version, monkeypatch):
         async with local_server({"tiny": version}) as server, server.client() as client:
             first = SlowClient(server.app)
             first.gives(b" " * 90)
-            await asyncio.sleep(0.05)
+            await until(lambda: server.app._buffered_bytes == 90)
             refused = await client.post(EMBEDDINGS, json={"input": "array " * 10})
             assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_bytes")
             assert int(refused.headers["retry-after"]) >= 1
@@ -188,8 +215,8 @@ def test_shadow_searches_do_not_pile_up(fresh, world):
         async with local_server(versions, routing=routing) as server, server.client() as client:
             for _ in range(20):
                 assert (await client.post(SEARCH, json={"query": "array"})).status_code == 200
-            await asyncio.sleep(0.1)
-            assert len(begun) == len(server.service.side_searches.tasks) == shadow_and_probe._MAX_SEARCHES
+            await until(lambda: len(begun) == shadow_and_probe._MAX_SEARCHES)
+            assert len(server.service.side_searches.tasks) == shadow_and_probe._MAX_SEARCHES
             over.set()
             await asyncio.gather(*server.service.side_searches.tasks)
             await client.post(SEARCH, json={"query": "array"})
@@ -241,26 +268,26 @@ def test_what_cannot_be_done_in_time_is_refused_at_once(world):
 
     async def run():
         slow = LocalVersion.load(world, batch_tokens=100)
-        slow.delay_s = 0.2
-        async with local_server({"tiny": slow}, timeout_s=4.0) as server, server.client() as client:
+        slow.delay_s = 2.0
+        async with local_server({"tiny": slow}, timeout_s=40.0) as server, server.client() as client:
             assert (await client.post(EMBEDDINGS, json={"input": ["array"] * 20})).status_code == 200
             refused = await client.post(EMBEDDINGS, json={"input": ["array"] * 2000})
             error = refused.json()["error"]
             assert (refused.status_code, error["code"]) == (413, "request_too_large")
             fitting = int(error["message"].split("send at most ")[1].split(" such")[0])
             assert "higher --timeout-s" in error["message"]
+            slow.delay_s = 0.0
             assert (await client.post(EMBEDDINGS, json={"input": ["array"] * (fitting // 2)})).status_code == 200
 
     asyncio.run(run())
 
 
 def test_a_server_that_stops_ends_what_is_under_way_and_takes_nothing_new(fresh):
-    fresh.delay_s = 0.5
-
     async def run():
         async with local_server({"tiny": fresh}) as server, server.client() as client:
+            fresh.gate = asyncio.Event()
             running = asyncio.create_task(client.post(EMBEDDINGS, json={"input": "first"}))
-            await asyncio.sleep(0.1)
+            await until(lambda: fresh.encoded)
             assert server.app.stop_accepting() == 1
             new, ready, alive = (
                 await client.post(EMBEDDINGS, json={"input": "second"}),
@@ -269,6 +296,7 @@ def test_a_server_that_stops_ends_what_is_under_way_and_takes_nothing_new(fresh)
             )
             assert (new.status_code, new.headers["retry-after"], new.json()["error"]["code"]) == (503, "1", "stopping")
             assert (ready.status_code, alive.status_code) == (503, 200)
+            fresh.gate.set()
             assert (await running).status_code == 200
             assert server.app.stop_accepting() == 0
 
@@ -276,12 +304,11 @@ def test_a_server_that_stops_ends_what_is_under_way_and_takes_nothing_new(fresh)
 
 
 def test_what_is_not_done_when_a_server_gives_up_is_told_to_come_back(fresh):
-    fresh.delay_s = 5.0
-
     async def run():
         async with local_server({"tiny": fresh}) as server, server.client() as client:
+            fresh.gate = asyncio.Event()
             running = asyncio.create_task(client.post(EMBEDDINGS, json={"input": "first"}))
-            await asyncio.sleep(0.1)
+            await until(lambda: fresh.encoded)
             assert server.app.stop_accepting(give_up=True) == 1
             answer = await running
             assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +106,18 @@ def test_the_kind_of_an_error_follows_its_status():
 
 def test_a_signal_ends_the_wait_and_leaves_the_handlers_as_they_were():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+    def send(number):
+        while signal.getsignal(number) in before:
+            time.sleep(0.01)  # the handlers of before would end this process
+        time.sleep(0.2)
+        os.kill(os.getpid(), number)
+
     for each in (signal.SIGINT, signal.SIGTERM):
-        timer = threading.Timer(0.2, os.kill, (os.getpid(), each))
-        timer.start()
+        sender = threading.Thread(target=send, args=(each,), daemon=True)
+        sender.start()
         server._wait_for_signal()
-        timer.join()
+        sender.join()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 

@@ -11,7 +11,7 @@ from readapt_ray.serving import telemetry
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.versions import Found, Routing
-from tests.serving.conftest import LocalVersion, local_server
+from tests.serving.conftest import LocalVersion, local_server, until
 
 TEXTS = ["array shape", "lock a thread", "write the file"]
 EMBEDDINGS, SEARCH = "/v1/embeddings", "/v1/search"
@@ -54,10 +54,10 @@ def test_the_default_changes_between_two_requests_and_none_fails(fresh, world):
                     answers.append(answer.json())
 
             clients = [asyncio.create_task(ask_on()) for _ in range(8)]
-            await asyncio.sleep(0.1)
+            await until(lambda: answers)
             await server.service.set_state({"base": base, "adapted": fresh}, Routing(default="adapted"))
             changed.set()
-            await asyncio.wait_for(asyncio.gather(*clients), 20)
+            await asyncio.wait_for(asyncio.gather(*clients), 300)
             return answers
 
     answers = asyncio.run(run())
@@ -78,7 +78,7 @@ def test_a_shadow_searches_along_and_is_compared(fresh, world):
             server.service._telemetry.compared = lambda *values: compared.append(values)
             answer = await client.post(SEARCH, json={"query": TEXTS, "top_k": 10, "with_text": False})
             assert answer.json()["model"] == "base"
-            await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
+            await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 300)
             named = await client.post(SEARCH, json={"query": TEXTS, "model": "adapted", "with_text": False})
             return answer.json()["data"], named.json()["data"]
 
@@ -108,7 +108,7 @@ def test_what_the_index_misses_is_probed(fresh, world):
             fresh.search = missing_its_best
             for body in ({"query": "array", "top_k": 4}, {"query": "array", "doc_id_prefix": "d"}):
                 assert (await client.post(SEARCH, json=body)).status_code == 200
-                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
+                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 300)
             return searched
 
     searched = asyncio.run(run())
@@ -141,7 +141,7 @@ def test_the_recall_of_an_exact_index_is_one_to_the_last_digit(fresh, monkeypatc
             monkeypatch.setattr(server.service, "_telemetry", measured)
             for text in TEXTS:
                 await client.post(SEARCH, json={"query": text, "with_text": False})
-                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
+                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 300)
 
     asyncio.run(run())
     assert totals["readapt_recall_found", ""] == totals["readapt_recall_due", ""] == 10 * len(TEXTS)

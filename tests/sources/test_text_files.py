@@ -95,7 +95,7 @@ def test_many_files_come_in_order_and_a_bad_one_is_met_in_its_place(tmp_path):
 def test_files_are_read_at_the_same_time(tmp_path, monkeypatch):
     for number in range(20):
         (tmp_path / f"{number:02}.txt").write_text("text")
-    together = threading.Barrier(8, timeout=10)
+    together = threading.Barrier(8, timeout=120)
 
     def read(location, label, *, max_bytes):
         if label < "08.txt":

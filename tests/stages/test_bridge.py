@@ -31,7 +31,6 @@ from readapt_ray.stages.search import SearchConfig, search
 from tests import factories
 
 NUM_PASSAGES = 640
-pytestmark = pytest.mark.timeout(400)
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import model_shape
 from readapt_ray.cluster import on_worker, shard_runner
 from readapt_ray.cluster.placement import Placement
+from readapt_ray.cluster.shard_encoder import ShardEncoder
 from readapt_ray.errors import (
     ArtifactConflictError,
     ArtifactMissingError,
@@ -219,10 +220,22 @@ def test_a_killed_driver_is_gone_on_from(world, ray_session):
     assert artifact.manifest.counts["num_vectors"] == NUM_PASSAGES
 
 
+class UntilKilled(ShardEncoder):
+    """Writes five files, and no more until an actor was killed."""
+
+    def __call__(self, shard):
+        folder = self._job.vectors.local_path
+        mark = folder.parent.with_name("an-actor-was-killed")
+        while len(list(folder.glob("part-*.parquet"))) >= 5 and not mark.exists():
+            time.sleep(0.02)
+        return super().__call__(shard)
+
+
 def test_a_killed_actor_is_started_again(world, ray_session, caplog, monkeypatch):
     """With relative names too, which mean something else in the folder that the workers run in."""
     root, passages = world
     monkeypatch.chdir(root)
+    monkeypatch.setattr(shard_runner, "ShardEncoder", UntilKilled)
     killed = []
 
     def kill() -> None:
@@ -232,6 +245,7 @@ def test_a_killed_actor_is_started_again(world, ray_session, caplog, monkeypatch
             if process.name().startswith("ray::MapWorker"):
                 process.kill()
                 killed.append(process.pid)
+        (root / "an-actor-was-killed").touch()
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()

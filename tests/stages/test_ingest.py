@@ -282,13 +282,27 @@ def _command(source, output, rows_per_file):
     return [sys.executable, "-c", _SCRIPT, str(source), str(output), str(rows_per_file)]
 
 
+_WITHOUT_AN_END = """
+import time
+from readapt_ray.sources.parts import PartWriter
+write, written = PartWriter._write, []
+def until_the_middle(*given):
+    written.append(given)
+    if len(written) > 60: time.sleep(3600)
+    write(*given)
+PartWriter._write = until_the_middle
+"""
+
+
 def test_killed_and_run_again_gives_what_an_undisturbed_run_gives(tmp_path):
     source = _made(tmp_path / "c.jsonl", 60_000)
     _run(source, tmp_path / "whole", rows_per_file=500)
-    with subprocess.Popen(_command(source, tmp_path / "out", 500), stdout=subprocess.DEVNULL) as process:
+    python, option, script, *arguments = _command(source, tmp_path / "out", 500)
+    command = [python, option, _WITHOUT_AN_END + script, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         waited_for = tmp_path / "out" / "passages" / "part-00003.parquet"
-        deadline = time.monotonic() + 60
-        while not waited_for.exists() and time.monotonic() < deadline:
+        while not waited_for.exists():
+            assert process.poll() is None
             time.sleep(0.002)
         os.kill(process.pid, signal.SIGKILL)
     assert read_manifest(str(tmp_path / "out")) is None

@@ -128,7 +128,7 @@ def test_a_tokenizer_is_loaded_once_per_process(base: Path, corpus: Path, monkey
 
 def test_footers_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(8), num_files=4)
-    all_are_open = threading.Barrier(4, timeout=30)
+    all_are_open = threading.Barrier(4, timeout=120)
     real = pq.ParquetFile
 
     def opened(stream: Any) -> pq.ParquetFile:

@@ -103,7 +103,6 @@ def test_embed_with_it_makes_the_vectors_of_its_passages_model(world, ray_sessio
         embed(EmbedConfig.parse(values | {"retriever": str(root / "of-moved"), "output": str(root / "x")}))
 
 
-@pytest.mark.timeout(400)
 def test_finetune_for_queries_alone_keeps_the_passages(world, ray_session):
     root, *_ = world
     values = {"model": str(root / "retriever"), "corpus": str(root / "corpus"), "output": str(root / "tuned")}

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from readapt_ray.stages.finetune import FinetuneConfig, finetune
 from readapt_ray.stages.pack import PackConfig, pack
 from readapt_ray.stages.train import TrainConfig, check_pretrained, train
 from readapt_ray.storage import Location
+from readapt_ray.training.checkpoints import CheckpointWriter
 from tests import factories
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -201,9 +204,26 @@ def worker_processes() -> set[int]:
     return found
 
 
+def work_until_killed(job: dict[str, Any]) -> None:
+    """Go no further than to the first checkpoint, until a worker was killed."""
+    from readapt_ray.stages.train import _work
+
+    save, mark = CheckpointWriter.save, Location(job["output"]).local_path.with_name("killed")
+
+    def saved(writer: CheckpointWriter, *given: Any) -> None:
+        save(writer, *given)
+        writer.wait()
+        while not mark.exists():
+            time.sleep(0.02)
+
+    CheckpointWriter.save = saved  # type: ignore[method-assign]
+    _work(job)
+
+
 @contextlib.contextmanager
 def one_worker_killed(checkpoints: Path) -> Iterator[set[int]]:
     """Kill a worker once the first checkpoint is there; yield the processes that are started after it."""
+    mark = checkpoints.parent.with_name("killed")
     left_over = worker_processes()
     killed: set[int] = set()
     started_again: set[int] = set()
@@ -217,14 +237,17 @@ def one_worker_killed(checkpoints: Path) -> Iterator[set[int]]:
                 os.kill(victim, signal.SIGKILL)
                 killed.add(victim)
                 left_over.update(own)
+                mark.touch()
             elif killed:
                 started_again.update(own)
 
     killer = threading.Thread(target=kill_one_and_watch, daemon=True)
     killer.start()
-    yield started_again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[train.__module__], "_work", work_until_killed)
+        yield started_again
     done.set()
-    killer.join(timeout=5)
+    killer.join()
     assert killed
 
 

@@ -58,7 +58,7 @@ def test_a_killed_export_goes_on_where_it_stopped(place: Place, tmp_path: Path) 
     worlds.write(tmp_path, ROWS)
     script = Path(__file__).with_name("killed_export.py")
     command = [sys.executable, str(script), str(tmp_path), place.uri, "3"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     before = ledgers(tmp_path)
     assert list(before) == ["part-00000.parquet", "part-00001.parquet"]

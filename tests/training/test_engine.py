@@ -133,7 +133,7 @@ def load_whole_and_partitioned(folder: Path, device: str, dtype: torch.dtype, ob
 def in_a_process(work: Callable[..., None], *given: Any) -> None:
     process = CONTEXT.Process(target=work, args=given)
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=600)
     assert process.exitcode == 0
 
 

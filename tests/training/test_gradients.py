@@ -95,7 +95,7 @@ def trained(folder: Path, num_workers: int, zero_stage: int, method: str) -> dic
     for each in workers:
         each.start()
     for each in workers:
-        each.join(timeout=200)
+        each.join(timeout=600)
     assert [each.exitcode for each in workers] == [0] * num_workers
     found: dict[str, Any] = torch.load(folder / "found.pt")
     return found

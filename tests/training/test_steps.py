@@ -18,7 +18,6 @@ from tests import factories
 from tests.training import attempt as attempts
 from tests.training.attempt import Attempt
 
-pytestmark = pytest.mark.timeout(400)
 NUM_PASSAGES = 150
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.attempt"])
@@ -33,7 +32,7 @@ def run(folder: Path, base: Path, attempt: Attempt) -> list[int | None]:
     for each in workers:
         each.start()
     for each in workers:
-        each.join(timeout=300)
+        each.join(timeout=600)
     return [each.exitcode for each in workers]
 
 

@@ -44,7 +44,7 @@ def test_an_error_beside_it_ends_the_hashing(tmp_path, monkeypatch):
     started = time.monotonic()
     with pytest.raises(ValueError, match="beside"), hashed_in_background([("pretrained", open_model(str(folder)))]):
         raise ValueError("beside")
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 150
 
 
 def test_a_file_larger_than_a_chunk(tmp_path, monkeypatch):

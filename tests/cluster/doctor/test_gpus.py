@@ -25,6 +25,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         program.write_text("#!/bin/sh\ncat <<EOF\n" + "\n".join(rows) + "\nEOF\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setattr("readapt_ray.cluster.gpus._ANSWERS_S", 300.0)
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: works and cuda is not None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(rows) if count is None else count)
@@ -47,7 +48,7 @@ def test_a_driver_that_hangs_is_said_and_not_waited_for(
     machine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(H100)
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexec sleep 3600\n")
     monkeypatch.setattr("readapt_ray.cluster.gpus._ANSWERS_S", 0.2)
     with pytest.raises(PlacementError, match=r"nvidia-smi did not answer within 0.2 s, .* restart the machine"):
         gpus.check_gpus(1)

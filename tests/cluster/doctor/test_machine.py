@@ -1,6 +1,7 @@
 """Disks, shared memory, the root and models of one machine."""
 
 import errno
+import functools
 import importlib.util
 import shutil
 import threading
@@ -12,10 +13,10 @@ import pytest
 
 from readapt_ray import cli
 from readapt_ray.cluster import software
-from readapt_ray.cluster.doctor import disks, machine
+from readapt_ray.cluster.doctor import disks, here, machine
 from readapt_ray.cluster.doctor.machine import CheckOptions, check_machine
 from readapt_ray.cluster.doctor.root import Probe, check_root
-from readapt_ray.errors import StorageError
+from readapt_ray.errors import ModelError, StorageError
 from readapt_ray.storage import Location
 from tests import factories, object_store, small_disk
 
@@ -107,11 +108,20 @@ def test_a_root_on_an_object_store_and_a_bucket_that_is_not_there() -> None:
 
 def test_models_that_are_here_missing_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = factories.tiny_decoder(tmp_path / "base")
-    found = machine.check_models((str(base), "quickstart-retriever"), 10.0)
+    found = machine.check_models((str(base), "quickstart-retriever"), 300.0)
     assert found == machine.Finding("2 of 2")
     hang = threading.Event()
-    reach = machine.check_reachable
-    monkeypatch.setattr(machine, "check_reachable", lambda name: hang.wait() if name == "a/b" else reach(name))
+    with pytest.raises(ModelError) as missing:
+        machine.check_reachable("no-such-model")
+
+    def reach(name: str) -> int:
+        if name == "a/b":
+            hang.wait()
+        if name == "no-such-model":
+            raise missing.value
+        return 0
+
+    monkeypatch.setattr(machine, "check_reachable", reach)
     found = machine.check_models(("quickstart-retriever", "no-such-model", "a/b"), 3.0)
     assert found.shown == "1 of 3"
     said = [problem.text for problem in found.problems]
@@ -122,7 +132,7 @@ def test_models_that_are_here_missing_or_hang(tmp_path: Path, monkeypatch: pytes
 def test_models_for_which_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "check_reachable", lambda name: 15 * GB)
     usage(monkeypatch, total=1000 * GB, free=20 * GB)
-    (problem,) = machine.check_models(("a/b", "c/d"), 5.0).problems
+    (problem,) = machine.check_models(("a/b", "c/d"), 300.0).problems
     assert "models to fetch take 30.0 GB and" in problem.text and "20.0 GB free; free some" in problem.text
 
 
@@ -145,7 +155,7 @@ def test_a_head_that_lacks_what_its_autoscaler_imports(monkeypatch: pytest.Monke
 
 
 def test_all_checks_of_a_machine_by_their_columns(tmp_path: Path) -> None:
-    options = CheckOptions(root=str(tmp_path), models=("quickstart-retriever",), limit_s=60.0)
+    options = CheckOptions(root=str(tmp_path), models=("quickstart-retriever",), limit_s=300.0)
     found = check_machine(options)
     assert list(found) == ["packages", "GPUs", "shared memory", "disk", "root", "models"]
 
@@ -161,6 +171,7 @@ def test_the_command_takes_root_and_models_of_a_run_and_ends_with_1_if_something
     tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, retriever: str, code: int
 ) -> None:
     usage(monkeypatch, total=1000 * GB, free=900 * GB)
+    monkeypatch.setattr(here, "CheckOptions", functools.partial(CheckOptions, limit_s=300.0))
     assert cli.main(["doctor", "--config", str(run_file(tmp_path, retriever))]) == code
     said = capsys.readouterr()
     assert f"{2 - code} of 2" in said.out
