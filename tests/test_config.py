@@ -253,7 +253,10 @@ def test_options_that_would_do_nothing_are_refused(
         ("--num-replicas 4 --max-replicas 2", "--max-replicas = 2 is less than --num-replicas = 4; raise it"),
         ("--max-index-replicas 2 --index-replicas 3", "--max-index-replicas = 2 is less than --index-replicas = 3"),
         ("--max-domain-bytes 5", "--base, --knowledge-scale and --max-domain-bytes are for --domains; give these"),
-        ("--update --write-config f", "--update changes a running server, and --write-config starts none; leave one out"),
+        (
+            "--update --write-config f",
+            "--update changes a running server, and --write-config starts none; leave one out",
+        ),
     ],
 )
 def test_options_of_a_server_that_would_do_nothing_are_refused(
@@ -264,11 +267,15 @@ def test_options_of_a_server_that_would_do_nothing_are_refused(
 
 
 def test_the_name_of_one_version_is_not_given_beside_several() -> None:
-    with pytest.raises(InputError, match="name is of the only version, and versions have names of their own; leave one"):
+    with pytest.raises(
+        InputError, match="name is of the only version, and versions have names of their own; leave one"
+    ):
         ServeConfig.parse({"versions": {"a": {"retriever": "r"}}, "name": "b"})
 
 
-@pytest.mark.parametrize(("option", "value", "allowed"), [("num_passages", 0, "1 or more"), ("num_queries", -1, "0 or")])
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"), [("num_passages", 0, "1 or more"), ("num_queries", -1, "0 or")]
+)
 def test_a_plan_is_of_a_number_that_can_be(option: str, value: int, allowed: str) -> None:
     with pytest.raises(InputError, match=f"{option} = {value}: must be {allowed}"):
         PlanConfig.parse({"cluster": "local", option: value})
