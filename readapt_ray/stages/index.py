@@ -109,12 +109,13 @@ class IndexConfig(StageConfig):
     @model_validator(mode="after")
     def _refuse_replaced_options(self) -> Self:
         """Refuse options that a factory, the kind auto or the kind flat leaves without effect."""
+        why, idle = "", list[str]()
         if self.factory is not None:
-            why, idle = "{factory}, which is used unchanged", ("storage", "refine", "code_bytes", "memory_gb")
+            why, idle = "{factory}, which is used unchanged", ["storage", "refine", "code_bytes", "memory_gb"]
         elif self.kind == "auto":
-            why, idle = "{kind} = 'auto', which chooses it", ("storage", "depth")
-        else:
-            why, idle = "{kind} = 'flat', which compares every vector", ("depth",) * (self.kind == "flat")
+            why, idle = "{kind} = 'auto', which chooses it", ["storage", "depth"]
+        elif self.kind == "flat":
+            why, idle = "{kind} = 'flat', which compares every vector", ["depth"]
         for name in idle:
             if getattr(self, name) != type(self).model_fields[name].get_default():
                 raise OptionError(f"{{{name}}} does nothing with {why}; leave one out")
