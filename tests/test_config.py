@@ -1,6 +1,7 @@
 """What configs take: lists in one text, whichever way they come in."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -260,8 +261,9 @@ def test_options_that_would_do_nothing_are_refused(
     ],
 )
 def test_options_of_a_server_that_would_do_nothing_are_refused(
-    options: str, said: str, capsys: pytest.CaptureFixture[str]
+    options: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["serve", "--retriever", "r", *options.split()]) == 2
     assert said in capsys.readouterr().err
 
