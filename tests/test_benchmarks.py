@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").rglob("*.py"))
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 
 def taken(tree: ast.AST) -> dict[str, Any]:
@@ -28,6 +29,20 @@ def taken(tree: ast.AST) -> dict[str, Any]:
             ours = [each for each in node.names if each.name.split(".")[0] == "readapt_ray"]
             found |= {each.asname or each.name: importlib.import_module(each.name) for each in ours}
     return found
+
+
+PAGES = [file.read_text() for part in ("benchmarks", "readapt_ray") for file in (ROOT / part).rglob("README.md")]
+RESULTS = sorted((ROOT / "benchmarks/results").iterdir())
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda file: file.name)
+def test_each_result_is_shown_on_a_page_and_can_be_measured_again(result: Path) -> None:
+    shown = [text for text in PAGES if f"results/{result.name})" in text]
+    assert shown, f"no page links to {result.name}"
+    name = "gpu_{options.part}.json" if result.name.startswith("gpu_") else result.name
+    scripts = [file for file in BENCHMARKS if f"results/{name}" in file.read_text()]
+    commands = [text for text in shown if f"--output benchmarks/results/{result.name}" in text.replace("\n", " ")]
+    assert scripts or commands or result.suffix == ".md", f"no script writes {result.name}"
 
 
 @pytest.mark.parametrize("file", BENCHMARKS, ids=lambda file: file.name)

@@ -1,6 +1,7 @@
 """What configs take: lists in one text, whichever way they come in."""
 
 import re
+from pathlib import Path
 
 import pytest
 import yaml
@@ -197,6 +198,31 @@ def test_help_shows_no_empty_default(command: str, capsys: pytest.CaptureFixture
         ("index", "--vectors v --code-bytes 8", "--code-bytes does nothing with --kind = 'flat', only with ivf-pq"),
         ("index", "--vectors v --kind hnsw --no-refine", "only with ivf-pq or rabitq; leave one out"),
         ("index", "--vectors v --memory-gb 3", "--memory-gb does nothing with --kind = 'flat', only with auto"),
+        (
+            "index",
+            "--vectors v --kind auto --storage int8",
+            "--storage does nothing with --kind = 'auto', which chooses it; leave one out",
+        ),
+        (
+            "index",
+            "--vectors v --kind auto --depth 8",
+            "--depth does nothing with --kind = 'auto', which chooses it; leave one out",
+        ),
+        (
+            "index",
+            "--vectors v --depth 8",
+            "--depth does nothing with --kind = 'flat', which compares every vector; leave one out",
+        ),
+        (
+            "index",
+            "--vectors v --factory IVF9,Flat --storage int8",
+            "--storage does nothing with --factory, which is used unchanged; leave one out",
+        ),
+        (
+            "index",
+            "--vectors v --factory IVF9,PQ8 --kind ivf-pq --code-bytes 4",
+            "--code-bytes does nothing with --factory, which is used unchanged; leave one out",
+        ),
         ("merge", "--num-cpus-per-worker 2 --bundle b", "--num-cpus-per-worker does nothing without --num-workers"),
         (
             "compare",
@@ -220,6 +246,41 @@ def test_options_that_would_do_nothing_are_refused(
 ) -> None:
     assert cli.main([command, *options.split(), "--output", "o"]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--num-replicas 4 --max-replicas 2", "--max-replicas = 2 is less than --num-replicas = 4; raise it"),
+        ("--max-index-replicas 2 --index-replicas 3", "--max-index-replicas = 2 is less than --index-replicas = 3"),
+        ("--max-domain-bytes 5", "--base, --knowledge-scale and --max-domain-bytes are for --domains; give these"),
+        (
+            "--update --write-config f",
+            "--update changes a running server, and --write-config starts none; leave one out",
+        ),
+    ],
+)
+def test_options_of_a_server_that_would_do_nothing_are_refused(
+    options: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["serve", "--retriever", "r", *options.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_name_of_one_version_is_not_given_beside_several() -> None:
+    with pytest.raises(
+        InputError, match="name is of the only version, and versions have names of their own; leave one"
+    ):
+        ServeConfig.parse({"versions": {"a": {"retriever": "r"}}, "name": "b"})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"), [("num_passages", 0, "1 or more"), ("num_queries", -1, "0 or")]
+)
+def test_a_plan_is_of_a_number_that_can_be(option: str, value: int, allowed: str) -> None:
+    with pytest.raises(InputError, match=f"{option} = {value}: must be {allowed}"):
+        PlanConfig.parse({"cluster": "local", option: value})
 
 
 @pytest.mark.parametrize("options", ["overlap: 0", "split_tokens: 64\ntokenizer: m\noverlap: 8", "tokenizer:"])

@@ -9,6 +9,8 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
+
 from readapt_ray.catalog.shapes import longest_text, model_shape, pretrained_shape
 from readapt_ray.config import Config
 from readapt_ray.planner import calibration, cluster_files, estimates, index_stages, judged, rates, scaling
@@ -36,9 +38,9 @@ class PlanConfig(Config):
     calibrate: bool = False
     """Measure for a few seconds on this machine how fast the run's models embed and train, and plan with these rates.
     Use it on a node of the cluster, or on a machine with the same GPU. Missing models are downloaded."""
-    num_passages: int | None = None
+    num_passages: int | None = Field(default=None, ge=1)
     """Number of passages of the corpus. Give it if you have only a part of the corpus."""
-    num_queries: int | None = None
+    num_queries: int | None = Field(default=None, ge=0)
     """Number of queries to evaluate with. Give it if you do not have the queries yet."""
 
 

@@ -2,6 +2,7 @@
 
 import ipaddress
 import itertools
+import math
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -109,6 +110,17 @@ class VersionConfig(Config):
     """GPUs that Ray reserves per index process; 0.25 puts four on one GPU. Above 0 the vectors of a flat index (float32
     or float16) are held and searched in the GPU's memory. With 0 the CPU searches."""
 
+    @model_validator(mode="after")
+    def _maximum_is_over_minimum(self) -> Self:
+        for most, least in (("max_replicas", "num_replicas"), ("max_index_replicas", "index_replicas")):
+            if (getattr(self, most) or math.inf) < getattr(self, least):
+                raise OptionError(
+                    f"{{{most}}} = {{most}} is less than {{{least}}} = {{least}}; raise it",
+                    most=getattr(self, most),
+                    least=getattr(self, least),
+                )
+        return self
+
     def processes(self) -> dict[str, Any]:
         """Return the options of the processes: their number, threads, CPUs and GPUs, but not what they serve."""
         served = {"retriever", "index", "bridge", "new_vectors", "corpus", "encoding", "dtype"}
@@ -141,6 +153,7 @@ class DomainIndexConfig(VersionConfig):
     """Number of encoder processes; none belongs to the index."""
 
 
+_DOMAIN_BYTES = 1 << 30
 _SPARE_BUNDLES = 8
 """Maximum number of domains in `bundles`: a replica that restarts reads the retriever from any that still exists."""
 
@@ -167,7 +180,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     the output of `readapt merge --factors`, all with the same retriever. Give it instead of `retriever`. Options of a
     domain follow it, as in `legal=FACTORS,index=INDEX,corpus=CORPUS,knowledge_scale=0`; in the file they are
     `name: {factors: ..., index: ...}`. At scale 0 the index must have the retriever's own vectors."""
-    max_domain_bytes: int = Field(default=1 << 30, ge=1)
+    max_domain_bytes: int = Field(default=_DOMAIN_BYTES, ge=1)
     """Memory for the factors of all domains, in bytes, in each encoder process. When it is full, the factors that were
     not used for longest are dropped, and read again when they are needed."""
     default: str = ""
@@ -250,8 +263,12 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             raise OptionError("give a {retriever}, or several {versions} with one each, or {domains}")
         if self.domains:
             self._check_domains()
-        elif self.base or self.knowledge_scale:
-            raise OptionError("{base} and {knowledge_scale} are for {domains}; give these")
+        elif self.base or self.knowledge_scale or self.max_domain_bytes != _DOMAIN_BYTES:
+            raise OptionError("{base}, {knowledge_scale} and {max_domain_bytes} are for {domains}; give these")
+        if self.versions and self.name:
+            raise OptionError("{name} is of the only version, and {versions} have names of their own; leave one out")
+        if self.update and self.write_config:
+            raise OptionError("{update} changes a running server, and {write_config} starts none; leave one out")
         self._check_names()
         self.routing().check(self.names())
         return self

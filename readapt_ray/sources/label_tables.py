@@ -191,7 +191,7 @@ def trec_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> I
         fields = line.text.split("\t") if "\t" in line.text else line.text.split()
         if not order:
             width = len(fields)
-            if first_of(_QREL_FIELDS["query_id"], fields):
+            if first_of((*choice.of(kind.fields).get("query_id", ()), *_QREL_FIELDS["query_id"]), fields):
                 order = [fields.index(name) for name in _picked(fields, label, kind, choice)]
                 continue
             order = _trec_order(width, label)

@@ -15,11 +15,11 @@ written. The driver holds a line per file of vectors.
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce, read_manifest
 from readapt_ray.cluster import on_worker
@@ -39,7 +39,7 @@ from readapt_ray.cluster.index_shards import (
     write_recall_queries,
 )
 from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
-from readapt_ray.config import StageConfig, UsedWith
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.retrieval.index_kinds import (
@@ -105,6 +105,21 @@ class IndexConfig(StageConfig):
         "refine": ("kind", ("ivf-pq", "rabitq")),
         "memory_gb": ("kind", ("auto",)),
     }
+
+    @model_validator(mode="after")
+    def _refuse_replaced_options(self) -> Self:
+        """Refuse options that a factory, the kind auto or the kind flat leaves without effect."""
+        why, idle = "", list[str]()
+        if self.factory is not None:
+            why, idle = "{factory}, which is used unchanged", ["storage", "refine", "code_bytes", "memory_gb"]
+        elif self.kind == "auto":
+            why, idle = "{kind} = 'auto', which chooses it", ["storage", "depth"]
+        elif self.kind == "flat":
+            why, idle = "{kind} = 'flat', which compares every vector", ["depth"]
+        for name in idle:
+            if getattr(self, name) != type(self).model_fields[name].get_default():
+                raise OptionError(f"{{{name}}} does nothing with {why}; leave one out")
+        return self
 
 
 def index(config: IndexConfig) -> Artifact:

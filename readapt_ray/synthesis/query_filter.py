@@ -52,7 +52,7 @@ REASONS = {
     "copied": "copied from the passage",
     "script": "in another script than the passage",
     "of_passage": "about 'the passage' or 'the text'",
-    "repeated": "the same query as for another passage",
+    "repeated": "the same as another query",
     "not_found": "did not find their passage",
 }
 """Reasons why an answer gives no query, each with the words that are shown with the count of such answers."""

@@ -126,6 +126,25 @@ def test_runs_are_as_deep_as_the_measures_and_without_self_hits_where_the_corpus
     assert [(each.top_k, each.drop_self_hits) for each in searches] == [(200, drops)] * 2
 
 
+def test_queries_of_other_columns_are_searched_measured_and_so_many_timed(
+    pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "asked.tsv").write_text("topic\twording\nq1\tone thing\nq2\tanother\nq3\ta third\n")
+    (tmp_path / "judged.tsv").write_text("topic\tpaper\tgrade\nq1\td00001\t1\n")
+    columns = ("query_id=topic", "query=wording", "doc_id=paper", "relevance=grade")
+    files = {"queries": str(tmp_path / "asked.tsv"), "qrels": str(tmp_path / "judged.tsv")}
+    asked = config(pieces, **files, columns=",".join(columns), num_timed_queries=2)
+    plan = Plan(asked, open_artifact(f"{pieces}/corpus", "ingest"))
+    first, *others = plan.candidates()
+    for step in (first.search, *(each.search for each in others), plan.evaluate([first, *others])):
+        given: Any = step.config
+        assert (given.columns, given.queries, given.qrels) == (columns, files["queries"], files["qrels"])
+    timed: list[str] = []
+    monkeypatch.setattr(compare, "_costs_of_vectors", lambda _, texts: timed.extend(texts) or {})
+    compare._costs(asked, first, plan.queries, [])
+    assert timed == ["one thing", "another"]
+
+
 def known_as_tiny(monkeypatch: pytest.MonkeyPatch, pieces: Path, folder: str) -> None:
     """Give the catalog a row `tiny` whose model comes with the package."""
     row = retrievers.retriever("repllama").model_copy(

@@ -77,6 +77,16 @@ def test_qrels_of_every_table(tmp_path, names, columns):
         assert read_qrels(str(file), columns) == QRELS, file.name
 
 
+@pytest.mark.parametrize("suffix", ["txt", "qrels", "trec", "tsv"])
+@pytest.mark.parametrize("between", ["\t", " "])
+def test_the_header_of_a_trec_file_is_known_by_the_columns_that_are_given(tmp_path, suffix, between):
+    columns = ("query_id=topic", "doc_id=paper", "relevance=grade")
+    rows = [["paper", "topic", "grade"], *([each.doc_id, each.query_id, str(each.relevance)] for each in QRELS)]
+    file = tmp_path / f"judged.{suffix}"
+    file.write_text("".join(f"{between.join(row)}\n" for row in rows))
+    assert read_qrels(str(file), columns) == QRELS
+
+
 def test_a_column_that_one_file_lacks_is_told(tmp_path, caplog):
     (tmp_path / "q.csv").write_text("id,words\nq1,one thing\nq2,another\n")
     with caplog.at_level("INFO"):

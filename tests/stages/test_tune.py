@@ -3,6 +3,8 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +67,55 @@ def test_only_queries_with_a_relevant_passage_are_taken_and_no_more_than_wanted(
     factories.ingest_artifact(tmp_path / "one" / "corpus", passages, queries[:1], qrels[:1])
     with pytest.raises(InputError, match=r"has 1 query with a relevant passage .* at least 2 are needed"):
         tune._judged_sample(judged(tmp_path / "one"), corpus)
+
+
+def test_judgements_are_read_from_the_columns_that_are_given(tmp_path: Path) -> None:
+    passages = factories.small_corpus(30)
+    queries, qrels = factories.small_queries(passages, 4)
+    corpus = factories.ingest_artifact(tmp_path / "corpus", passages)
+    rows = ["topic\tpaper\tgrade", *(f"{each.query_id}\t{each.doc_id}\t{each.relevance}" for each in qrels)]
+    (tmp_path / "judged.tsv").write_text("\n".join(rows) + "\n")
+    lines = ["topic\twording", *(f"{each.query_id}\t{each.text}" for each in queries)]
+    (tmp_path / "asked.tsv").write_text("\n".join(lines) + "\n")
+    files = {"queries": str(tmp_path / "asked.tsv"), "qrels": str(tmp_path / "judged.tsv")}
+    columns = "query_id=topic,query=wording,doc_id=paper,relevance=grade"
+    sample = tune._judged_sample(config(tmp_path, **files, columns=columns), corpus)
+    assert [query.text for query in sample.queries] == [query.text for query in queries]
+    assert sample.judgements == {each.query_id: {each.doc_id: each.relevance} for each in qrels}
+
+
+def test_the_pairs_that_are_tried_are_of_the_given_scales_and_refinements(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passages = factories.small_corpus(30)
+    corpus = factories.ingest_artifact(tmp_path / "corpus", passages, *factories.small_queries(passages, 8))
+    tried: list[list[tuple[float, float]]] = []
+
+    class Scoring:
+        seconds: dict[str, float] = {}  # noqa: RUF012
+
+        def __init__(self, num_workers: int, job: object, sample: scale_scoring.Sample, _: object) -> None:
+            assert num_workers == 3
+            self.values: dict[tuple[float, float], dict[str, float]] = {}
+            self.query_ids = [query.query_id for query in sample.queries]
+
+        def score(self, pairs: list[tuple[float, float]]) -> None:
+            tried.append(pairs)
+            self.values |= {pair: dict.fromkeys(self.query_ids, sum(pair)) for pair in pairs}
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr(tune, "ScaleScoring", Scoring)
+    scales = {"readapter_scales": "0.5,1", "knowledge_scales": "0,2", "num_refinements": 2, "num_workers": 3}
+    workspace = Workspace(Location(str(tmp_path / "out")), "", ProgressReporter("tune"))
+    job: Any = SimpleNamespace(layers=())
+    tune._tune(judged(tmp_path, **scales, max_queries=4), corpus, job, workspace, split=None)
+    coarse, finer, finest = tried
+    assert set(coarse) == {(0.5, 0.0), (0.5, 2.0), (1.0, 0.0), (1.0, 2.0)}
+    assert set(finer) == {(1.0, 1.0), (0.75, 1.0), (0.75, 2.0)}
+    assert set(finest) == {(1.0, 1.5), (0.875, 1.5), (0.875, 2.0)}
+    assert workspace.details["best"]["knowledge_scale"] == 2.0
+    assert workspace.counts["num_queries"] == 4
 
 
 def test_pseudo_queries_are_found_by_their_passage_alone(tmp_path: Path) -> None:

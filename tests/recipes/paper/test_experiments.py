@@ -186,6 +186,26 @@ def test_every_option_of_pack_reaches_pack_and_train(tiny: Path, monkeypatch: py
     assert options.items() <= made["train"].items()
 
 
+def test_the_scales_are_those_that_are_given_where_a_variant_names_none(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged: list[tuple[float, float]] = []
+
+    def stage(name: str, _: dict[str, Any], **wired: Any) -> SimpleNamespace:
+        if name == "merge":
+            merged.append((wired["readapter_scale"], wired["knowledge_scale"]))
+        return SimpleNamespace(uri=wired["output"])
+
+    given = config(tiny, readapter_scale=0.75, knowledge_scale=0.25, corpora=["nfcorpus"])
+    reproduction = Reproduction(given)
+    monkeypatch.setattr(reproduction, "_make", stage)
+    for variant in (variants_of("table1")[1], *variants_of("baselines")):
+        if variant.name in ("readapted", "readapter 0.5", "knowledge alone"):
+            reproduction._model(reproduction.collections["nfcorpus"], variant, 0)
+    assert merged[0] == (0.75, 0.25)
+    assert {(0.5, 0.0), (0.0, 1.0)} <= set(merged)
+
+
 def test_the_papers_gains_agree_with_its_scores() -> None:
     for retriever in ("repllama", "e5-mistral"):
         rows = [paper_scores(retriever, row.name) for row in corpora.CORPORA]
