@@ -99,7 +99,7 @@ def test_a_launcher_never_has_more_workers_than_the_whole_cluster_may(
         ({"kind": "Deployment"}, "does not describe a cluster; give a file of `ray up`"),
         (
             {"cluster_name": "x", "provider": {"type": "azure"}},
-            "provider type 'azure'; only aws and gcp can be read; .* nodes: ",
+            "provider type 'azure'; only aws and gcp can be read; .* `nodes: ",
         ),
         ({"nodes": [{"name": "a", "machine": "m99.huge"}]}, "no machine 'm99.huge'; it has "),
         ({"nodes": [{"name": "a", "cpus": 2, "memory_gb": 4, "gpu": "H1000", "gpus": 1}]}, "GPU 'H1000'"),
