@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A run on a Slurm cluster: sbatch clusters/slurm.sh --config jobs/e5-mistral.yaml --root /shared/run
-# One Ray node a Slurm node, a token for this allocation only, and the pipeline on the first node. The root must lie on a disk
-# that all nodes see, or in an object store. Cut off at the time limit, the same sbatch resumes where it stopped.
+# A run on a Slurm cluster:
+#   sbatch clusters/slurm.sh --config jobs/e5-mistral.yaml --set source=/shared/corpus.jsonl --root /shared/run
+# It starts Ray on each node, with a token for this allocation only, and the pipeline on the first node. The root must be on a
+# disk that all nodes see, or in an object store. If the time limit ends the run, the same sbatch resumes it.
 #SBATCH --job-name=readapt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -336,6 +336,13 @@ def _known_at(config_class: type[Config], path: Sequence[Any]) -> list[str]:
     return sorted(config_class.model_fields)
 
 
+def _what_it_is(config_class: type[Config], option: str) -> str:
+    """Return the first sentence of an option's help in parentheses; empty text for an option of a nested config."""
+    field = config_class.model_fields.get(option)
+    sentence = " ".join(((field and field.description) or "").split()).partition(". ")[0].rstrip(".")
+    return f" ({sentence})" if sentence else ""
+
+
 def _describe(problem: Any, config_class: type[Config], flags: bool) -> _Problem:
     known = _known_at(config_class, problem["loc"])
     # for a value of several possible types, pydantic adds the type that it tried to the path: leave it out
@@ -347,7 +354,8 @@ def _describe(problem: Any, config_class: type[Config], flags: bool) -> _Problem
         hint = meant(path.rpartition(".")[2], known) or "the options are " + ", ".join(known)
         return _Problem("", f"unknown option {path!r}; {hint}")
     if kind == "missing":
-        return _Problem("", f"option {flag(path) if flags else repr(path)} is required and was not given")
+        named = f"option {flag(path) if flags else repr(path)}"
+        return _Problem("", f"{named} is required and was not given{_what_it_is(config_class, path)}")
     option = f"{flag(path) if flags else path} = {json.dumps(problem['input'], default=str)}: " if path else ""
     cause = context.get("error")
     if not path and flags and isinstance(cause, OptionError):

@@ -159,6 +159,14 @@ def test_no_message_shows_the_words_of_the_validator(config_class: type[Config])
                 assert "\n" not in str(error)
 
 
+def test_a_missing_option_is_explained_as_its_help_explains_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--config", "jobs/e5-mistral.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert "readapt plan: option --cluster is required and was not given (The cluster: a file of `ray up`, a " in said
+    with pytest.raises(InputError, match=r"'output' is required and was not given \(Folder[^.]*\); .*'corpus'"):
+        PackConfig.parse({"pretrained": "m"})
+
+
 def test_what_is_allowed_is_said() -> None:
     with pytest.raises(InputError, match='--mode = "foo": must be one of passage, packed'):
         PackConfig.parse({"pretrained": "p", "corpus": "c", "output": "o", "mode": "foo"}, flags=True)

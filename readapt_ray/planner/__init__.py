@@ -29,7 +29,8 @@ class PlanConfig(Config):
     """Options of `readapt plan`, in addition to those of the run."""
 
     cluster: str
-    """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a Slurm script, a list of nodes, or `local`."""
+    """The cluster: a file of `ray up`, a KubeRay manifest, a Slurm script, `local` for this machine, or a YAML file such as
+    `nodes: [{name: a, count: 2, cpus: 16, memory_gb: 200, gpu: H100, gpus: 1, usd_per_hour: 3}]`."""
     prices: str | None = None
     """YAML file of machines, GPUs and prices. If omitted, the table of this package."""
     measured: tuple[str, ...] = ()

@@ -27,7 +27,13 @@ _PLACEHOLDER: Final = re.compile(r"\b(?:ACCOUNT|PROJECT|REGISTRY|BUCKET)\b")
 _GB: Final = 1_000_000_000
 _RAY_MAX_WORKERS: Final = 2
 """Ray's default for max_workers in a launcher file."""
-_KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), a Slurm script, or a list of nodes"
+_NODES = (
+    "a YAML file such as `nodes: [{name: a, count: 2, cpus: 16, memory_gb: 200, gpu: H100, gpus: 1, usd_per_hour: 3}]`"
+)
+_KINDS = (
+    "a file of `ray up` (with cluster_name and provider), a KubeRay manifest (kind: RayCluster, RayJob or RayService), a "
+    f"Slurm script, {_NODES}, or `local` for this machine"
+)
 
 
 def read_cluster(uri: str, prices: PriceTable) -> Cluster:
@@ -55,7 +61,7 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
     elif str(values.get("kind", "")) in ("RayCluster", "RayJob", "RayService"):
         groups = _kuberay(values, prices, uri)
     else:
-        raise InputError(f"{uri!r} is of no kind of cluster that is known; give {_KINDS}, or `local` for this machine")
+        raise InputError(f"{uri!r} does not describe a cluster; give {_KINDS}")
     groups = tuple(group for group in groups if group.count)
     if not groups:
         raise InputError(f"{uri!r} has no node: all its groups count 0")
@@ -274,7 +280,7 @@ def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[N
     provider = str(_section(values, "provider", where).get("type", ""))
     if provider not in ("aws", "gcp"):
         raise InputError(
-            f"{where}: provider type {provider!r}; known are aws and gcp: write other clusters as {_KINDS}"
+            f"{where}: provider type {provider!r}; only aws and gcp can be read; for another cluster give {_NODES}"
         )
     head, types = values.get("head_node_type"), _section(values, "available_node_types", where)
     if head not in types:

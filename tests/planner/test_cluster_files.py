@@ -1,11 +1,14 @@
 """What clusters have, by each kind of file that describes one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from readapt_ray.errors import InputError
+from readapt_ray.planner import PlanConfig
 from readapt_ray.planner.cluster_files import read_cluster
 from readapt_ray.planner.prices import read_prices
 from tests.planner.plans import CLUSTER, PRICES, launcher, write
@@ -93,8 +96,11 @@ def test_a_launcher_never_has_more_workers_than_the_whole_cluster_may(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "Deployment"}, "of no kind of cluster that is known"),
-        ({"cluster_name": "x", "provider": {"type": "azure"}}, "provider type 'azure'; known are aws and gcp"),
+        ({"kind": "Deployment"}, "does not describe a cluster; give a file of `ray up`"),
+        (
+            {"cluster_name": "x", "provider": {"type": "azure"}},
+            "provider type 'azure'; only aws and gcp can be read; .* `nodes: ",
+        ),
         ({"nodes": [{"name": "a", "machine": "m99.huge"}]}, "no machine 'm99.huge'; it has "),
         ({"nodes": [{"name": "a", "cpus": 2, "memory_gb": 4, "gpu": "H1000", "gpus": 1}]}, "GPU 'H1000'"),
         ({"nodes": [{"name": "a"}]}, "neither its machine nor its cpus"),
@@ -126,6 +132,16 @@ def test_a_launcher_never_has_more_workers_than_the_whole_cluster_may(
 def test_what_is_no_cluster_is_refused_by_name(tmp_path: Path, values: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_cluster(write(tmp_path, values), PRICES)
+
+
+def test_the_list_of_nodes_that_help_and_errors_show_is_a_cluster(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as refused:
+        read_cluster(write(tmp_path, {"kind": "Deployment"}), PRICES)
+    for text in (str(refused.value), PlanConfig.model_fields["cluster"].description or ""):
+        shown = re.search(r"`(nodes: [^`]+)`", " ".join(text.split()))
+        assert shown, text
+        (group,) = read_cluster(write(tmp_path, yaml.safe_load(shown[1]), "shown.yaml"), PRICES).groups
+        assert (group.count, group.cpus, group.gpu, group.gpus, group.usd_per_hour) == (2, 16, "H100", 1, 3)
 
 
 def test_every_file_in_clusters_is_a_cluster_or_says_what_to_give() -> None:

@@ -21,7 +21,7 @@ from readapt_ray.training import dora, memory
 from readapt_ray.training.dora import AdapterShape
 from readapt_ray.training.memory import num_trained
 from tests import factories
-from tests.planner.plans import PRICES, make_plan, write
+from tests.planner.plans import PRICES, REPOSITORY, make_plan, write
 from tests.retrieval.devices import OnCuda
 
 
@@ -153,6 +153,22 @@ def test_a_plan_says_with_which_base_dtype_a_7b_model_fits_on_a_gpu(gigabytes: i
         chosen = {"base_dtype": {24: "auto", 16: "int8", 12: "nf4"}[gigabytes], "gradient_checkpointing": True}
         config = TrainConfig(pretrained="m", corpus="c", output="o", **chosen)
         assert worker_memory.train_memory(config, shape, cluster, 1).fits
+
+
+def test_the_gigabytes_that_the_page_of_jobs_shows_are_those_of_the_plan() -> None:
+    shape = pretrained_shape("mistralai/Mistral-7B-v0.1")
+    needed = {}
+    for base_dtype in ("none", "auto", "int8", "fp8", "nf4"):
+        options = {} if base_dtype == "none" else {"base_dtype": base_dtype, "gradient_checkpointing": True}
+        config = TrainConfig(pretrained="m", corpus="c", output="o", **options)
+        assert config.micro_batch_tokens == 4096
+        needed[base_dtype] = worker_memory.train_memory(config, shape, gpu_cluster(80e9), 1).needed / 1e9
+    text = " ".join((REPOSITORY / "jobs" / "README.md").read_text().split())
+    assert f"with 4,096 tokens per pass needs {needed['none']:.0f} GB." in text
+    assert f"With `--gradient-checkpointing` it needs {needed['auto']:.1f} GB;" in text
+    for base_dtype in ("int8", "fp8"):
+        assert f"with `--base-dtype int8` or `fp8` in addition {needed[base_dtype]:.1f} GB," in text
+    assert f"or with nf4 {needed['nf4']:.1f} GB." in text
 
 
 def gpu_cluster(gpu_memory_bytes: float) -> machines.Cluster:

@@ -162,6 +162,12 @@ def test_of_this_machine_it_is_known(monkeypatch: pytest.MonkeyPatch, has_units:
     assert read_cluster("local", PRICES).computes_in_16_bits("auto") is has_units
 
 
+def test_one_step_and_one_block_are_written_in_the_singular(run_file: Path) -> None:
+    sections = {"train": {"block_tokens": 64, "batch_size": 1}}
+    assert stage(make_plan(run_file, sections, num_passages=1), "train").note.startswith("1 step of 1 block;")
+    assert " steps of 1 block;" in stage(make_plan(run_file, sections), "train").note
+
+
 def test_limits_come_in_the_order_in_which_they_are_met(run_file: Path) -> None:
     found = make_plan(run_file, num_passages=1_000_000)
     for limits in (found.passage_limits, found.worker_limits):
