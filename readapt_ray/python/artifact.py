@@ -10,7 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from readapt_ray import artifacts, dead_rows
 from readapt_ray.errors import InputError
@@ -90,7 +92,8 @@ class Artifact(artifacts.Artifact):
             return pa.Table.from_pylist([each._asdict() for each in scored])
         if stage == "tune":
             return pa.Table.from_pylist(json.loads((self.location / "tune.json").read_text())["grid"])
-        return pa.concat_tables(map(dead_rows.read_table, self._row_files()), promote_options="default")
+        read = _live_ids if stage == "index" else dead_rows.read_table
+        return pa.concat_tables(map(read, self._row_files()), promote_options="default")
 
     def to_pandas(self) -> "pd.DataFrame":
         """Return all rows as a pandas DataFrame, in memory; see `to_arrow`.
@@ -136,6 +139,16 @@ class Artifact(artifacts.Artifact):
         if stage == "merge":
             raise InputError(f"{self.uri!r} is a model, which has no rows; encode with ra.Encoder({self.uri!r})")
         raise InputError(f"the output of {stage} has no rows of its own; read the files in {self.uri!r}")
+
+
+def _live_ids(file: Location) -> pa.Table:
+    """Read the doc_ids of an index shard without its deleted vectors, whose row numbers are in a file beside it."""
+    table, dead = dead_rows.read_table(file), file.sibling(f"{file.name.removesuffix('.ids.parquet')}.dead")
+    if dead.is_file():
+        lives = np.ones(table.num_rows, bool)
+        lives[dead_rows.read_row_numbers(dead)] = False
+        table = table.filter(pa.array(lives))
+    return table.filter(pc.is_valid(table["doc_id"]))  # older releases removed the doc_ids instead
 
 
 def _live_rows(uris: pa.Table) -> pa.Table:

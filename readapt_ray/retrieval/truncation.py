@@ -16,7 +16,7 @@ _WARNED_SHARE = 0.05
 
 
 def truncation(
-    *, num_texts: int, num_truncated: int, num_tokens: int, num_lost: int, max_tokens: int
+    *, num_texts: int, num_truncated: int, num_tokens: int, num_lost: int, max_tokens: int, num_copied: int = 0
 ) -> dict[str, Any]:
     """Return a record of truncation for the manifest.
 
@@ -26,9 +26,11 @@ def truncation(
         num_tokens: tokens that were kept.
         num_lost: tokens that were cut off.
         max_tokens: the maximum length of a text in tokens.
+        num_copied: vectors that were copied from earlier ones, whose texts are not counted.
 
     Returns:
-        `num_texts`, `num_truncated`, `num_lost_tokens`, `lost_share` (lost of all tokens, 0 to 1) and `max_tokens`.
+        `num_texts`, `num_truncated`, `num_lost_tokens`, `lost_share` (lost of all tokens, 0 to 1) and `max_tokens`; and
+        `num_copied` unless it is 0.
     """
     share = num_lost / max(1, num_tokens + num_lost)
     return {
@@ -37,22 +39,26 @@ def truncation(
         "num_lost_tokens": num_lost,
         "lost_share": round(share, 4),
         "max_tokens": max_tokens,
+        **({"num_copied": num_copied} if num_copied else {}),
     }
 
 
 def sentence(found: Mapping[str, Any]) -> str:
     """Describe truncation: "12 of 300 passages truncated to 512 tokens, 3.4% of the tokens lost".
 
-    If nothing was truncated: "no passage is longer than 512 tokens".
+    If nothing was truncated: "no passage is longer than 512 tokens". If vectors were copied, it says that their passages
+    are not counted.
 
     Args:
         found: a record of `truncation`.
     """
+    copied = found.get("num_copied", 0)
+    behind = f" ({amount(copied, 'copied vectors')} not counted)" if copied else ""
     if not found["num_truncated"]:
-        return f"no passage is longer than {found['max_tokens']:,} tokens"
+        return f"no {'new ' if copied else ''}passage is longer than {found['max_tokens']:,} tokens{behind}"
     return (
-        f"{found['num_truncated']:,} of {amount(found['num_texts'], 'passages')} truncated to {found['max_tokens']:,} tokens, "
-        f"{100 * found['lost_share']:.1f}% of the tokens lost"
+        f"{found['num_truncated']:,} of {amount(found['num_texts'], 'new passages' if copied else 'passages')} truncated to "
+        f"{found['max_tokens']:,} tokens, {100 * found['lost_share']:.1f}% of the tokens lost{behind}"
     )
 
 

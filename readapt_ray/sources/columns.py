@@ -236,11 +236,14 @@ def _plain(name: str) -> str:
 def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, is_sample: bool = False) -> Columns:
     """Choose the columns for doc_id, title, text and kept values. Without a title column, `title` is empty.
 
+    If only the first rows are known, later ones may have a title: then the column `title` is chosen.
+
     Args:
         found: column names of the file.
         label: name of the file in errors.
         choice: columns that the user gave. For fields that it lacks, well-known names are tried.
-        is_sample: whether `found` comes only from the first rows. Then a kept column with a given type may be missing.
+        is_sample: whether `found` comes only from the first rows. Then a kept column with a given type, and the title,
+            may be missing.
 
     Raises:
         CorpusError: there is no id or text column, or a given column is missing. The message lists the columns found.
@@ -255,6 +258,8 @@ def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, i
         column = first_of(names, [name for name in found if name not in taken])
         if column is None and what:
             missing.append(f"no {what} column ({' or '.join(names)})")
+        if column is None and field == "title" and is_sample and field not in taken:
+            column = field
         chosen[field] = () if column is None else (column,)
     if missing:
         options = ",".join(f"{field}=COLUMN" for field in ("doc_id", "text") if not chosen[field])

@@ -126,7 +126,8 @@ class TableSource(Source):
 def _described(layout: Layout) -> dict[str, Any]:
     """Return which columns are read and which are not. Log it unless only columns with usual names are there."""
     columns = layout.columns
-    used = dict(zip(FIELDS, ([columns.doc_id], list(columns.title), list(columns.text)), strict=True))
+    titles = [name for name in columns.title if name in layout.found]
+    used = dict(zip(FIELDS, ([columns.doc_id], titles, list(columns.text)), strict=True))
     not_read = [name for name in layout.found if name not in columns.names]
     if not_read or any(set(names) - _USUAL for names in used.values()):
         logger.info(

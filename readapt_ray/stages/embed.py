@@ -351,6 +351,7 @@ def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:
         num_tokens=int(tokens),
         num_lost=int(total["num_lost"]),
         max_tokens=job.encoding.max_passage_tokens,
+        num_copied=int(work["num_copied"]),
     )
     if not positions:
         logger.info("embed: nothing was left to encode; %s vectors copied", f"{work['num_copied']:,}")

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import readapt_ray as ra
+from readapt_ray.dead_rows import write_row_numbers
 from readapt_ray.evaluation.runs import write_run
 from readapt_ray.records import ScoredDoc
 from readapt_ray.storage import Location
@@ -75,7 +77,6 @@ def test_logs_runs_measures_ids_and_grids_are_tables(tmp_path: Path) -> None:
     for stage, name in (
         ("synthesize", "queries/part-00000.parquet"),
         ("evaluate", "per_query.parquet"),
-        ("index", "shards/00000.ids.parquet"),
         ("pack", "blocks/part-0.parquet"),
         ("embed", "vectors/part-0.parquet"),
     ):
@@ -83,6 +84,17 @@ def test_logs_runs_measures_ids_and_grids_are_tables(tmp_path: Path) -> None:
     write_run(str(tmp_path / "a.trec"), [ScoredDoc("q", "d", 0.5)], tag="a")
     run = made(tmp_path / "a.trec", "search")
     assert run.to_arrow().to_pylist() == [{"query_id": "q", "doc_id": "d", "score": 0.5}]
+
+
+def test_the_rows_of_an_index_are_the_ids_that_searches_find(tmp_path: Path) -> None:
+    shards = tmp_path / "index" / "shards"
+    shards.mkdir(parents=True)
+    pq.write_table(pa.table({"doc_id": ["a", "b", "c"], "content_hash": [b"1", b"2", b"3"]}), shards / "0.ids.parquet")
+    pq.write_table(pa.table({"doc_id": ["b", None], "content_hash": [b"4", b"5"]}), shards / "1.ids.parquet")
+    write_row_numbers(Location(str(shards / "0.dead")), np.array([1]))
+    found = made(tmp_path / "index", "index").to_arrow()
+    assert found["doc_id"].to_pylist() == ["a", "c", "b"]
+    assert found["content_hash"].to_pylist() == [b"1", b"3", b"4"]
 
 
 def test_a_model_has_no_rows_and_a_store_no_path(tmp_path: Path, corpus: ra.Artifact) -> None:

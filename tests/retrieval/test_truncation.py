@@ -18,3 +18,12 @@ def test_more_than_five_percent_is_a_warning_that_says_what_to_do(num_lost, is_w
     warn_of_loss("embed", _found(num_lost), "raise max_passage_tokens")
     assert [record.levelname for record in caplog.records] == ["WARNING"] * is_warned
     assert all(message.endswith("tokens lost; raise max_passage_tokens") for message in caplog.messages)
+
+
+def test_copied_vectors_are_said_not_to_count() -> None:
+    found = truncation(num_texts=1, num_truncated=0, num_tokens=9, num_lost=0, max_tokens=512, num_copied=2000)
+    assert sentence(found) == "no new passage is longer than 512 tokens (2,000 copied vectors not counted)"
+    found = truncation(num_texts=4, num_truncated=1, num_tokens=90, num_lost=10, max_tokens=512, num_copied=1)
+    due = "1 of 4 new passages truncated to 512 tokens, 10.0% of the tokens lost (1 copied vector not counted)"
+    assert sentence(found) == due
+    assert "num_copied" not in truncation(num_texts=1, num_truncated=0, num_tokens=9, num_lost=0, max_tokens=512)

@@ -1,6 +1,7 @@
 """Values and files that no well-behaved tool writes, and that corpora have nevertheless."""
 
 import datetime
+import json
 import os
 
 import pyarrow as pa
@@ -158,3 +159,15 @@ def test_a_file_that_changes_while_one_process_reads_it_is_refused(tmp_path, nam
         list(rows)
     (tmp_path / f"other-{name}").write_text(contents[name])
     assert list(opened(tmp_path).rows())
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_title_that_only_late_rows_have_is_read(tmp_path, kind):
+    rows = [{"id": str(number), "text": "x"} for number in range(150)] + [{"id": "t", "title": "T", "text": "y"}]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / f"c.{kind}").write_text("\n".join(lines))
+    found = passages(tmp_path / f"c.{kind}")
+    assert found[-1] == ("t", "T", "y") and found[0] == ("0", "", "x")
+    assert opened(tmp_path / f"c.{kind}").description()["columns"]["title"] == []
+    (tmp_path / f"c.{kind}").write_text("\n".join(f'{{"id": "{number}", "title": "x"}}' for number in range(3)))
+    assert passages(tmp_path / f"c.{kind}", columns=("text=title",))[0] == ("0", "", "x")
