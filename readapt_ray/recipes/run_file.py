@@ -14,6 +14,7 @@ from readapt_ray.yaml_files import DistinctLoader, options_of, read_yaml
 
 _MARKS = ("[", "{", '"', "'")
 """First characters of a YAML list, section or quoted text."""
+_NULLS = ("null", "~")
 
 
 def read_run(file: str, changes: Mapping[str, Any], problems: Problems | None = None) -> RunConfig:
@@ -100,9 +101,8 @@ def parse_change(text: str) -> tuple[str, Any]:
             problem = getattr(error, "problem", None) or "no YAML"
             raise InputError(f"--set {text!r}: {value!r} is not a whole YAML list or section: {problem}") from None
         return name, value  # such as "a,b",c, a comma list of two items
-    is_yaml = (
-        (found is None and value.strip()) or isinstance(found, bool | int | float) or value.lstrip().startswith(_MARKS)
-    )
+    is_null = found is None and value.strip().lower() in _NULLS  # `#2.jsonl` is a comment, and no null
+    is_yaml = is_null or isinstance(found, bool | int | float) or value.lstrip().startswith(_MARKS)
     return name, found if is_yaml else value.strip()
 
 

@@ -20,6 +20,8 @@ from readapt_ray.recipes.run_file import parse_change
         ("", ""),
         (" ", ""),
         ("null", None),
+        ("~", None),
+        ("#2.jsonl", "#2.jsonl"),
         ("1e-4", "1e-4"),
         ("[1, 2]", [1, 2]),
         ("{lora_rank: 4}", {"lora_rank": 4}),
