@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else "--help"
     ending = _Ending(command)
+    _replace_closed_streams()
     try:
         warnings.filterwarnings("ignore")
         termination.handle_sigterm(ending.give_up if command != "serve" else None, is_ray_gone=_is_ray_gone)
@@ -82,6 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"readapt: failed: {type(error).__name__}: {error} (READAPT_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _replace_closed_streams() -> None:
+    """Open the null device in place of closed standard streams (`readapt ... >&-`).
+
+    Without this, the next file that is opened would get the number of the stream, and what C++ code prints.
+    """
+    for name, mode in (("stdin", os.O_RDONLY), ("stdout", os.O_WRONLY), ("stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, mode), "r" if mode == os.O_RDONLY else "w"))
 
 
 class _Ending:
@@ -257,7 +268,7 @@ def _doctor(arguments: Sequence[str]) -> None:
 
     options = parser_of("doctor").parsed(arguments)
     values = flags.given(doctor.DoctorConfig, options)
-    if options.config:
+    if options.config is not None:
         run = flags.read_options(options.config)
         values.setdefault("models", [run[name] for name in ("pretrained", "retriever") if name in run])
         values.setdefault("root", run.get("root"))
@@ -316,7 +327,7 @@ def _status(arguments: Sequence[str]) -> None:
         print(history.as_text(Location(options.root)))
         return
     usd_per_hour = None
-    if options.cluster:
+    if options.cluster is not None:
         from readapt_ray.planner.cluster_files import read_cluster
         from readapt_ray.planner.prices import read_prices
 

@@ -185,6 +185,13 @@ class Config(BaseModel):
     @classmethod
     def _plain(cls, name: str, value: Any) -> Any:
         field = cls.model_fields.get(name)
+        if value == "" and field is not None and field.default is None:
+            # Without this, `--exclude "$FILE"` with a variable that is not set would exclude nothing.
+            raise OptionError(
+                f"{{{name}}} is empty, as one from a variable that is not set; give a value, or leave it out"
+            )
+        if isinstance(value, bool) and field is not None and is_only_number(field.annotation):
+            return str(value).lower()  # pydantic takes `yes` of YAML for the number 1
         if isinstance(value, os.PathLike) and field is not None and is_only_list(field.annotation):
             return [os.fspath(value)]  # a comma in a path's name does not split it
         return cls._split_text(name, value) if isinstance(value, str) else _without_paths(value)
@@ -279,6 +286,11 @@ def is_list(annotation: Any) -> bool:
 def is_only_list(annotation: Any) -> bool:
     """Return whether an option takes only a list, never a single value."""
     return all(typing.get_origin(each) in (tuple, list) for each in _alternatives(annotation))
+
+
+def is_only_number(annotation: Any) -> bool:
+    """Return whether an option takes only a number: its type is int or float, or None."""
+    return all(each in (int, float) for each in _alternatives(annotation))
 
 
 def _alternatives(annotation: Any) -> list[Any]:

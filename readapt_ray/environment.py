@@ -34,9 +34,15 @@ def cache_folder() -> Path:
     It may not exist yet.
 
     Raises:
-        InputError: the path exists and is not a folder.
+        InputError: the path exists and is not a folder; or it begins with `~`, and there is no such home folder.
     """
-    folder = Path(os.environ.get("READAPT_CACHE") or "~/.cache/readapt").expanduser()
+    text = os.environ.get("READAPT_CACHE") or "~/.cache/readapt"
+    try:
+        folder = Path(text).expanduser()
+    except RuntimeError:  # no HOME, and a user id without an entry in /etc/passwd, as in some containers
+        raise InputError(
+            f"the cache folder {text!r} is in a home folder, which this machine does not know; set READAPT_CACHE to a folder"
+        ) from None
     if folder.exists() and not folder.is_dir():
         raise _wrong("READAPT_CACHE", "a folder, or a path where one can be made")
     return folder

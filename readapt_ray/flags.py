@@ -66,7 +66,7 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
         InputError: an option is unknown, missing or wrong.
     """
     options = config_parser(command, description, config_class).parsed(arguments)
-    values = read_options(options.config) if options.config else {}
+    values = {} if options.config is None else read_options(options.config)
     return config_class.parse(values | given(config_class, options), where=f"readapt {command}", flags=True)
 
 

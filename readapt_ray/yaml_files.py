@@ -29,6 +29,19 @@ class DistinctLoader(yaml.SafeLoader):
             known.add((name.tag, str(name.value)))
         return node
 
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Construct a value from a node.
+
+        Raises:
+            ConstructorError: the text of the node cannot be such a value, as a date in month 13 (`2024-13-01`).
+        """
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):  # PyYAML lets the errors of Python's constructors through
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{str(node.value)[:40]!r} is no valid {kind}; write text in quotes"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
 
 _WORDS: dict[type, str] = {type(None): "nothing", str: "text", list: "a list"}
 
@@ -75,6 +88,8 @@ def parse_yaml(text: str, where: str) -> list[Any]:
         raise InputError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not YAML: {first_line(error)}") from None
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply to be read; write fewer brackets inside brackets") from None
 
 
 def options_of(documents: list[Any], where: str, what: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,23 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word(arguments: list[s
             check=False,
         )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("closed", [(1,), (0, 1), (2,), (0, 1, 2)], ids=str)
+def test_closed_streams_are_as_the_null_device(closed: tuple[int, ...], tmp_path: Path) -> None:
+    """`readapt ... >&-`: the command works, and files that it opens do not get the numbers of the streams."""
+    script = (
+        "import sys\nfrom readapt_ray import cli\ncode = cli.main(['--version'])\nprint('said', file=sys.stderr)\n"
+        "with open(sys.argv[1], 'w') as file:\n    file.write(f'{code} {file.fileno() > 2}')\n"
+    )
+    closing = " ".join(f"{each}>&-" for each in closed)
+    command = ["sh", "-c", f'exec "$0" "$@" {closing}', sys.executable, "-c", script, str(tmp_path / "found")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, timeout=120, check=False)
+    assert (tmp_path / "found").read_text() == "0 True", done.stderr
+    assert (done.stdout.strip(), done.stderr.strip()) == (
+        "" if 1 in closed else version("readapt-ray"),
+        "" if 2 in closed else "said",
+    )
 
 
 def test_a_connection_that_breaks_is_a_failure_though_stdout_is_read(

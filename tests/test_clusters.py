@@ -19,8 +19,9 @@ import pytest
 import ray
 import yaml
 
-from readapt_ray import planner
+from readapt_ray import environment, planner
 from readapt_ray.cluster import step_metrics
+from readapt_ray.planner.quantities import quantity
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.serving import keys, server
 from tests import factories
@@ -261,10 +262,31 @@ def test_every_container_of_the_service_has_the_api_keys_that_its_page_names() -
     cluster = cluster_of(read("kuberay/rayservice.yaml"))
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         [container] = group["template"]["spec"]["containers"]
-        given = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in container["env"]}
+        given = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in container["env"] if "valueFrom" in each}
         assert given == {keys.ENVIRONMENT: {"name": "readapt-api-keys", "key": "api_keys"}}
     page = (CLUSTERS / "kuberay/rayservice.yaml").read_text()
     assert "kubectl create secret generic readapt-api-keys --from-file=api_keys=" in page
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_no_pod_is_evicted_for_what_the_caches_hold(name: str) -> None:
+    """Kubernetes evicts a pod whose volume is over its limit, and the cache sees the free space of the node's disk only."""
+    hub_bytes = 43e9  # three models of 7B, as the page counts
+    cluster = cluster_of(read(f"kuberay/{name}.yaml"))
+    for group in cluster["workerGroupSpecs"]:
+        spec = group["template"]["spec"]
+        [container] = spec["containers"]
+        [volume] = (each["emptyDir"] for each in spec["volumes"] if each["name"] == "models")
+        variables = {each["name"]: each.get("value") for each in container.get("env", ())}
+        cache_bytes = 1e9 * float(variables.get("READAPT_CACHE_GB", environment._CACHE_GB))
+        others = 0 if group["groupName"] == "index" else hub_bytes
+        assert cache_bytes + others < quantity(volume["sizeLimit"], name)
+        limit = container["resources"]["limits"]["ephemeral-storage"]
+        assert quantity(volume["sizeLimit"], name) <= quantity(limit, name)
+    if name == "rayservice":
+        [index] = (group["template"]["spec"] for group in cluster["workerGroupSpecs"] if group["groupName"] == "index")
+        [copied] = (each for each in index["containers"][0]["env"] if each["name"] == "READAPT_CACHE_GB")
+        assert float(copied["value"]) > 8.85e6 * 4096 * 4 / 1e9  # the flat index of MS MARCO in float32
 
 
 def test_the_job_waits_for_the_nodes_that_stay_and_asks_for_gpus_when_it_needs_them() -> None:

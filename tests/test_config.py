@@ -22,6 +22,7 @@ from readapt_ray.stages.ingest import IngestConfig
 from readapt_ray.stages.merge import MergeConfig
 from readapt_ray.stages.pack import PackConfig
 from readapt_ray.stages.tune import TuneConfig
+from readapt_ray.yaml_files import parse_yaml
 
 GAINS = "nDCG(gains={0:0,1:1,2:5})@10"
 
@@ -300,3 +301,40 @@ def test_options_that_are_used_or_have_their_defaults_are_taken(options: str) ->
 def test_a_comparison_refuses_queries_only_in_a_section(section: str) -> None:
     refused = NOT_IN_A_COMPARISON[section]["queries_only"]
     assert refused == "set queries_only of the comparison, which compares models for queries beside the others"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_a_switch_is_no_number(value: bool) -> None:
+    """YAML reads `yes` as true, and pydantic would take that for 1."""
+    with pytest.raises(
+        InputError, match=f'^ServeConfig: num_replicas = "{str(value).lower()}": must be a whole number$'
+    ):
+        ServeConfig.parse({"retriever": "r", "num_replicas": value})
+    with pytest.raises(InputError, match=r"num_gpus_per_replica = .*: must be a number$"):
+        ServeConfig.parse({"retriever": "r", "num_gpus_per_replica": value})
+    assert ServeConfig.parse({"retriever": "r", "truncate": value}).truncate is value
+
+
+def test_an_empty_text_is_no_way_to_leave_an_option_out() -> None:
+    with pytest.raises(InputError, match="PackConfig: exclude is empty, as one from a variable that is not set"):
+        PackConfig.parse({"pretrained": "p", "corpus": "c", "output": "o", "exclude": ""})
+    assert PackConfig.parse({"pretrained": "p", "corpus": "c", "output": "o", "exclude": None}).exclude is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: 1\nb: 2024-02-31", "'2024-02-31' is no valid timestamp; write text in quotes in line 2, column 4"),
+        ("b: {c: [2024-13-01]}", "'2024-13-01' is no valid timestamp"),
+        ("b: 0x_", "'0x_' is no valid int"),
+        ("b: !!int x", "'x' is no valid int"),
+        ("b: !!bool x", "'x' is no valid bool"),
+        ("b: !!timestamp x", "'x' is no valid timestamp"),
+        ("b: " + "1" * 5000, "1' is no valid int"),
+        ("[" * 1000, "is nested too deeply to be read"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_a_value_that_yaml_cannot_make_is_named(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(said)):
+        parse_yaml(text, "'f.yaml'")

@@ -6,6 +6,8 @@ import pytest
 
 from readapt_ray import cli
 from readapt_ray.errors import InputError
+from readapt_ray.filesystems import last_part
+from readapt_ray.serving.options import ServeConfig
 from readapt_ray.storage import Location
 
 
@@ -101,6 +103,22 @@ def test_only_options_end_the_path_of_a_uri(uri: str, path: str, monkeypatch: py
     assert Location(uri).path == path
 
 
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("s3://bucket/run/adapted?scheme=http&endpoint_override=http://minio:9000", "adapted"),
+        ("s3://bucket/run/adapted/", "adapted"),
+        ("run/adapted/", "adapted"),
+        ("intfloat/e5-mistral-7b-instruct", "e5-mistral-7b-instruct"),
+        ("e5-mistral", "e5-mistral"),
+        ("what?a=b", "what?a=b"),
+    ],
+)
+def test_the_name_of_a_model_is_without_the_options_of_its_store(name: str, last: str) -> None:
+    assert last_part(name) == last
+    assert ServeConfig(retriever=name).names() == [last]
+
+
 def test_of_several_processes_one_creates_a_file(tmp_path: Path) -> None:
     file = Location(str(tmp_path / "new" / "a"))
     with ThreadPoolExecutor(8) as pool:
@@ -119,6 +137,12 @@ def test_of_several_processes_one_creates_a_file(tmp_path: Path) -> None:
         ("find", "--root", "", "--doc-id", "a"),
         ("clean", "--root", ""),
         ("doctor", "--root", ""),
+        ("train", "--pretrained", "p", "--corpus", "c", "--exclude", "", "--output", "made"),
+        ("serve", "--retriever", "r", "--index", ""),
+        ("serve", "--retriever", "r", "--require-report", ""),
+        ("serve", "--retriever", "r", "--config", "", "--write-config", "made"),
+        ("doctor", "--config", ""),
+        ("status", "--root", ".", "--cluster", ""),
     ],
     ids=" ".join,
 )
@@ -128,7 +152,7 @@ def test_an_empty_path_is_refused_and_does_not_mean_the_root_of_the_disk(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.jsonl").write_text('{"_id": "a", "text": "hello there"}\n')
     assert cli.main(arguments) == InputError.exit_code
-    assert "a path is empty, as one from a variable that is not set" in capsys.readouterr().err
+    assert "is empty, as one from a variable that is not set" in capsys.readouterr().err
     assert [each.name for each in tmp_path.iterdir()] == ["c.jsonl"]
 
 

@@ -225,6 +225,17 @@ def _beside(entry: Path, suffix: str) -> Path:
 
 
 def _opened(path: Path) -> IO[str]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # On NFS a shared lock needs a file that can be read, and an exclusive one a file that can be written.
-    return path.open("a+")
+    """Open a lock file, and make its folder.
+
+    Raises:
+        StorageError: the cache folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # On NFS a shared lock needs a file that can be read, and an exclusive one a file that can be written.
+        return path.open("a+")
+    except OSError as error:
+        raise StorageError(
+            f"the cache folder {environment.cache_folder()} cannot be written ({error.strerror or error}); set READAPT_CACHE to a "
+            f"folder that this user may write"
+        ) from error

@@ -267,7 +267,7 @@ def own_folder(name: str) -> Path | None:
 
     A folder of a catalog name counts only if it holds a config.json or adapter_config.json.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # an unknown ~user stays as it is; Path.expanduser would fail
     if folder.suffix == gguf_files.SUFFIX and folder.is_file():
         return folder.resolve()
     if not folder.is_dir():

@@ -10,10 +10,11 @@ from readapt_ray.errors import InputError
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.recipes.problems import Problems
 from readapt_ray.storage import Location
-from readapt_ray.yaml_files import options_of, read_yaml
+from readapt_ray.yaml_files import DistinctLoader, options_of, read_yaml
 
 _MARKS = ("[", "{", '"', "'")
 """First characters of a YAML list, section or quoted text."""
+_NULLS = ("null", "~")
 
 
 def read_run(file: str, changes: Mapping[str, Any], problems: Problems | None = None) -> RunConfig:
@@ -85,7 +86,7 @@ def parse_change(text: str) -> tuple[str, Any]:
     """Split `NAME=VALUE` into the name and the parsed value.
 
     Numbers, true, false, null, quoted text, and lists or sections in brackets are parsed as YAML. Any other value is plain
-    text, such as `query: {text}`, `notes #2.jsonl` and `2024-01-01`.
+    text, such as `query: {text}`, `notes #2.jsonl`, `2024-01-01` and nothing.
 
     Raises:
         InputError: the text is not NAME=VALUE, or a bracket is not closed.
@@ -94,12 +95,14 @@ def parse_change(text: str) -> tuple[str, Any]:
     if not mark or not name:
         raise InputError(f"--set {text!r} is not NAME=VALUE, such as train.lora_rank=16")
     try:
-        found = yaml.safe_load(value)
-    except yaml.YAMLError:
+        found = yaml.load(value, DistinctLoader)
+    except yaml.YAMLError as error:
         if value.lstrip().startswith(("[", "{")):
-            raise InputError(f"--set {text!r}: {value!r} is not a whole YAML list or section") from None
+            problem = getattr(error, "problem", None) or "no YAML"
+            raise InputError(f"--set {text!r}: {value!r} is not a whole YAML list or section: {problem}") from None
         return name, value  # such as "a,b",c, a comma list of two items
-    is_yaml = found is None or isinstance(found, bool | int | float) or value.lstrip().startswith(_MARKS)
+    is_null = found is None and value.strip().lower() in _NULLS  # `#2.jsonl` is a comment, and no null
+    is_yaml = is_null or isinstance(found, bool | int | float) or value.lstrip().startswith(_MARKS)
     return name, found if is_yaml else value.strip()
 
 

@@ -105,8 +105,18 @@ class PassageStore:
             batch, place = self._batches[number], row - self._starts[number]
             passage_id, title, text = (batch[name][place].as_py() for name in TEXT_COLUMNS)
             if passage_id == doc_id:  # not another doc_id with the same hash
-                columns = {name: batch[name][place].as_py() for name in self.columns}
+                columns = {name: _as_python(batch[name][place]) for name in self.columns}
                 yield doc_id, Passage(doc_id, title, text, columns or None)
+
+
+def _as_python(value: pa.Scalar) -> object:
+    """Return a value of Arrow as Python's; a time that Python cannot hold (year 0, year 12023) as text."""
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError):
+        if pa.types.is_list(value.type) or pa.types.is_large_list(value.type):
+            return [_as_python(each) for each in value.values]
+        return value.cast(pa.string()).as_py()
 
 
 def _drop(entry: Path, use: IO[str]) -> None:

@@ -8,6 +8,7 @@ on how much of a key is right.
 import contextlib
 import hashlib
 import hmac
+import math
 import os
 import time
 from collections import Counter
@@ -68,7 +69,7 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
         entries = yaml.load(content, DistinctLoader)
     except TwiceError as error:
         raise InputError(f"{where}: {error.problem}; keep one of them, and give each key its own name") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         raise InputError(f"{where} is not YAML in UTF-8; it must hold one `name: key` a line") from None
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{where} holds no keys; it must hold one `name: key` a line")
@@ -104,8 +105,8 @@ def _parse(name: str, entry: Any, where: str) -> ApiKey:
         )
     allowed = None if domains is None else frozenset(domains)
     within = _within(name, values["within"], where) if "within" in values else None
-    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
-        raise InputError(f"{where}: requests_per_minute of {name!r} is {rate!r}; it must be a number over 0")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf):
+        raise InputError(f"{where}: requests_per_minute of {name!r} is {rate!r}; it must be a finite number over 0")
     # No message shows a key.
     if not isinstance(key, str) or len(key) < _MIN_CHARACTERS:
         raise InputError(

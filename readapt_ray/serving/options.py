@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, OptionError
+from readapt_ray.filesystems import last_part
 from readapt_ray.generations import with_folders
 from readapt_ray.serving.domain_options import VERSION_NAME, DomainOptions, parse_domains, parse_scales
 from readapt_ray.serving.versions import SUFFIXES, LossPolicy, Routing, SideOptions, parse_split
@@ -319,7 +320,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             own = {"base": self.base or "", "bundles": bundles[:_SPARE_BUNDLES], "indexes": indexes[:1], "corpus": None}
             return {VERSION_NAME: DomainsConfig.parse(common | own | {"max_domain_bytes": self.max_domain_bytes})}
         if not self.versions:
-            return {self.name or self.retriever.rstrip("/").rsplit("/", 1)[-1]: VersionConfig.parse(common)}
+            return {self.name or last_part(self.retriever): VersionConfig.parse(common)}
         return {
             name: VersionConfig.parse(common | values, where=f"version {name!r}")
             for name, values in self.versions.items()

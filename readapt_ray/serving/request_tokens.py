@@ -104,7 +104,7 @@ class InputTokenizer:
         try:
             return self._unlimited.ids([text], kind)[0]
         except InputError:
-            raise invalid(f"'{param}' holds text that is not valid Unicode", param) from None
+            raise _not_unicode(param) from None
 
     def _rows(
         self, items: Sequence[Item], names: Sequence[str], kind: Kind, param: str, *, truncate: bool
@@ -115,6 +115,7 @@ class InputTokenizer:
             if len(item) > self._most[kind] or len(text) > self._most[kind]:
                 if not truncate:
                     raise self._too_long(f"{name} has {_size(item)}", kind, param)
+                _check_unicode(text, param)  # an answer may repeat the part that is cut off
                 text = _cut_between_words(text, self._most[kind])
                 cut.append((name, item, text))
             elif not text.strip():
@@ -125,7 +126,7 @@ class InputTokenizer:
             for name, item, text in cut:
                 self._check_cut(name, item, text, kind, param)
         except InputError:
-            raise invalid(f"'{param}' holds text that is not valid Unicode", param) from None
+            raise _not_unicode(param) from None
         for row, name in zip(rows, names, strict=True):
             if len(row) > self._limits[kind]:
                 raise self._too_long(f"{name} has {len(row):,} tokens", kind, param)
@@ -158,6 +159,18 @@ class InputTokenizer:
             )
         ids = ids[: self._most[kind]]
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _check_unicode(text: str, param: str) -> None:
+    """Refuse a text that holds half a surrogate pair, and so cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _not_unicode(param) from None
+
+
+def _not_unicode(param: str) -> RequestError:
+    return invalid(f"'{param}' holds text that is not valid Unicode", param)
 
 
 def _cut_between_words(text: str, num_characters: int) -> str:

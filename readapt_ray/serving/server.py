@@ -78,12 +78,15 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
     logger.info("serving %s at %s (%s)", shortened(config.names()), url, "anybody" if config.allow_anonymous else who)
     if blocking and not config.update:
-        _say_how_to_update(config.port)
-        _wait_for_signal()
-        server_file.remove(config.port)
-        _end_where_ray_ends()
-        _drain(config.drain_s)
-        stop()
+        try:
+            _say_how_to_update(config.port)
+            _wait_for_signal()
+            server_file.remove(config.port)
+            _end_where_ray_ends()
+            _drain(config.drain_s)
+        finally:  # a second Ctrl-C ends the wait for requests; gateways that refuse all requests must not stay
+            server_file.remove(config.port)
+            stop()
     return url
 
 

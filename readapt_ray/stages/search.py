@@ -25,6 +25,7 @@ from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.search_pieces import Content, Pieces, vector_pieces
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.filesystems import last_part
 from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
 from readapt_ray.retrieval.bridge import Bridge
@@ -248,7 +249,7 @@ def _run(
                 num_results += len(table)
                 yield table
 
-    tag = for_queries.model.name.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
+    tag = last_part(for_queries.model.name) + ("" if config.mode == "dense" else f"-{config.mode}")
     try:
         write_tables(workspace.location.uri, tables(), tag=tag)
     except RayError as error:

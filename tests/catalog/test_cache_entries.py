@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from readapt_ray import environment
 from readapt_ray.catalog import models
-from readapt_ray.errors import InputError
+from readapt_ray.errors import InputError, StorageError
 from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -135,3 +136,31 @@ def test_a_limit_of_wrong_form_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     name = made(tmp_path / "m", pickled=False, seed=0)
     with pytest.raises(InputError, match=f"READAPT_CACHE_GB = '{value}': must be a number of 0 or more, in gigabytes"):
         models.open_model(name)
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_the_variable_that_moves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = made(tmp_path / "m", pickled=True, seed=0)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("READAPT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(
+        StorageError, match=r"file/cache cannot be written \(Not a directory\); set READAPT_CACHE to a folder"
+    ):
+        models.open_model(name)
+
+
+def test_a_user_without_a_home_folder_is_told_to_set_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    monkeypatch.delenv("READAPT_CACHE")
+    with pytest.raises(InputError, match=r"'~/\.cache/readapt' is in a home folder.*set READAPT_CACHE to a folder"):
+        environment.cache_folder()
+    monkeypatch.setenv("READAPT_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(InputError, match="'~nobody-of-this-name/cache' is in a home folder"):
+        environment.cache_folder()
+    monkeypatch.setenv("READAPT_CACHE", str(tmp_path))
+    assert environment.cache_folder() == tmp_path

@@ -45,6 +45,8 @@ def test_a_folder_a_file_uri_and_a_missing_model(tmp_path: Path, monkeypatch: py
     assert models.open_model(f"file://{folder}").folder == by_uri.folder
     with pytest.raises(ModelError, match="no model '/absent/x'"):
         models.open_model("/absent/x")
+    with pytest.raises(ModelError, match="no model '~nobody-of-this-name/x'"):
+        models.open_model("~nobody-of-this-name/x")
     with pytest.raises(ModelError, match="the folder is empty or does not exist"):
         models.open_model(f"file://{tmp_path}/absent")
     (tmp_path / "empty").mkdir()

@@ -245,6 +245,20 @@ def test_columns_that_were_kept_come_with_the_passages(tmp_path):
     }
 
 
+def test_a_time_that_python_cannot_hold_comes_as_text(tmp_path):
+    """A passage of the year 12023 or -1 must not fail every search that finds it."""
+    made = ingest_artifact(tmp_path / "corpus", small_corpus(10))
+    [file] = (tmp_path / "corpus/passages").iterdir()
+    seconds = pa.array([317_270_000_000, -63_000_000_000, 0], pa.timestamp("s"))
+    lists = pa.array([[0, 317_270_000_000], [], None], pa.list_(pa.timestamp("s")))
+    texts = {"doc_id": ["a", "b", "c"], "title": ["", "", ""], "text": ["x", "y", "z"]}
+    pq.write_table(pa.table(texts | {"day": seconds, "days": lists}), file)
+    found = PassageStore.open(made.uri).find(["a", "b", "c"])
+    assert [str(each.columns["day"])[:5] for each in found.values()] == ["12023", "-0027", "1970-"]
+    assert found["a"].columns["days"][0] == datetime.datetime(1970, 1, 1)
+    assert found["a"].columns["days"][1][:5] == "12023"
+
+
 def test_a_document_that_was_split_is_its_first_passage(tmp_path):
     pieces = [Passage("d#1", "t", "one"), Passage("d#2", "t", "two"), Passage("e", "", "whole")]
     made = ingest_artifact(tmp_path / "corpus", pieces)

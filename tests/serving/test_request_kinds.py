@@ -1,6 +1,7 @@
 """Clients that people have already say what they want in several ways: by the model's name, by `input_type`, by Cohere's API."""
 
 import base64
+import json
 
 import numpy as np
 import pytest
@@ -91,6 +92,16 @@ def test_cohere_cuts_what_is_too_long_unless_told_not_to(version, world):
                            ({"embedding_types": ["int8"]}, "embedding_types"), ({"input_type": "image"}, "input_type")):  # fmt: skip
         refused = post(version, COHERE, {"texts": [long]} | changes)
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), refused.text
+
+
+@pytest.mark.parametrize(("path", "field"), [(COHERE, "texts"), (EMBEDDINGS, "input"), (SEARCH, "query")])
+def test_the_part_that_is_cut_off_is_text_too(version, path, field):
+    """Cohere's answer repeats the whole text, and half a surrogate pair cannot be written."""
+    long = "array " * 20_000
+    body = json.dumps({field: [long + "\ud800"], "truncate": "END" if path == COHERE else True})
+    bad = post(version, path, body)
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, field), bad.text
+    assert "not valid Unicode" in bad.json()["error"]["message"]
 
 
 def test_the_server_cuts_by_default_where_it_is_told_to(version, world):

@@ -9,6 +9,7 @@ import pytest
 
 from readapt_ray.errors import InputError
 from readapt_ray.serving import server, server_file
+from readapt_ray.serving.options import ServeConfig
 
 
 @pytest.fixture(autouse=True)
@@ -68,3 +69,23 @@ def test_a_server_starts_although_its_file_cannot_be_written(own_folder, caplog)
     assert server_file.write(8000, "127.0.0.1:6379") == {"RAY_ADDRESS": "127.0.0.1:6379"}
     assert "updates must set RAY_ADDRESS" in caplog.text
     server_file.remove(8000)
+
+
+@pytest.mark.parametrize("step", ["_say_how_to_update", "_wait_for_signal", "_drain"])
+def test_ctrl_c_at_any_moment_stops_what_was_deployed(own_folder, monkeypatch, step):
+    """Gateways that refuse all requests must not stay on a cluster when a second Ctrl-C ends the wait for requests."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    done = []
+    for name in ("_deploy", "_wait_for_signal", "_end_where_ray_ends", "_drain"):
+        monkeypatch.setattr(server, name, lambda *_: None)
+    monkeypatch.setattr(server, "_checked", lambda *_: {})
+    monkeypatch.setattr(server, "_say_how_to_update", lambda port: server_file.write(port, "127.0.0.1:6379"))
+    monkeypatch.setattr(server.haproxy, "watch", lambda *_: None)
+    monkeypatch.setattr(server, "stop", lambda: done.append([each.name for each in own_folder.iterdir()]))
+    monkeypatch.setattr(server, step, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        server.serve(ServeConfig(retriever="r", port=8000))
+    assert done == [[]]

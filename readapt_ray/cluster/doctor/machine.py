@@ -3,6 +3,7 @@
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from readapt_ray.cluster.doctor.findings import Check, Finding, Problem, failed,
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import read_yaml
 
-_BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+_BOOTSTRAP = "~/ray_bootstrap_config.yaml"
 """The cluster file on a head that `ray up` started."""
 _PROVIDER_MODULES = {"aws": "boto3", "gcp": "googleapiclient"}
 """The module that Ray's autoscaler imports on the head node, for each type of provider."""
@@ -91,7 +92,7 @@ def check_packages() -> Finding:
 
 def _provider_module() -> str | None:
     """Return the module that the autoscaler on this head node imports for its cloud; None on other machines."""
-    file = _BOOTSTRAP.expanduser()
+    file = Path(os.path.expanduser(_BOOTSTRAP))  # stays as it is without a home folder; Path.expanduser would fail
     if not file.is_file():
         return None
     (cluster,) = read_yaml(Location(str(file)), "the cluster file of this head")

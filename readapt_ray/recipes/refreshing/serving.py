@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from readapt_ray.errors import InputError, ReadaptError
+from readapt_ray.filesystems import last_part
 from readapt_ray.flags import read_options
 from readapt_ray.generations import Generation
 from readapt_ray.storage import Location
@@ -41,7 +42,7 @@ def update_server(file: str, root: Location, generation: Generation) -> None:
         ReadaptError: the server could not be updated. The generation is published nevertheless.
     """
     options = server_options(file)
-    model = str(generation.settings["retriever"]).rstrip("/").rsplit("/", 1)[-1]
+    model = last_part(str(generation.settings["retriever"]))
     name = f"{options.get('name') or model}-{generation.number}"
     given = ["--config", file, "--update", "--root", root.uri, "--as-of", str(generation.number), "--name", name]
     command = [sys.executable, "-m", "readapt_ray.cli", "serve", *given]
