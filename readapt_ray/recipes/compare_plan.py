@@ -150,9 +150,9 @@ class Plan:
         self._config = config
         self._corpus = corpus
         self._depth = depth_of(config.measures)
-        self.queries = config.queries or f"{corpus.uri}/queries"
+        self.queries = config.queries or (corpus.location / "queries").uri
         self._columns = {"columns": list(config.columns)} if config.columns else {}
-        self._qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
+        self._qrels = config.qrels or (corpus.location / "qrels/test.parquet").uri
         for stage in ("embed", "train", "merge", "finetune", "synthesize"):
             self._check_section(stage)
         if config.bm25:
@@ -207,7 +207,7 @@ class Plan:
         yield made
         if config.queries_only:
             last = making[-1].config
-            output = f"{last.output}-queries"
+            output = Location(last.output).beside("-queries").uri
             step = Step(
                 making[-1].name, making[-1].stage, last.model_copy(update={"queries_only": True, "output": output})
             )
@@ -396,4 +396,6 @@ def file_name(name: str) -> str:
 
 
 def _label(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]
+    """Return the last part of a model's name; the options of a URI do not count."""
+    path = name.partition("?")[0] if "://" in name else name
+    return path.rstrip("/").rsplit("/", 1)[-1]
