@@ -396,6 +396,5 @@ def file_name(name: str) -> str:
 
 
 def _label(name: str) -> str:
-    """Return the last part of a model's name; the options of a URI do not count."""
-    path = name.partition("?")[0] if "://" in name else name
+    path = name.partition("?")[0] if "://" in name else name  # without the options of a URI
     return path.rstrip("/").rsplit("/", 1)[-1]
