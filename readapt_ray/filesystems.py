@@ -77,6 +77,12 @@ def sibling(uri: str, name: str) -> str:
     return other if "://" not in uri or _split(other) == (other, "") else f"{other}?"
 
 
+def last_part(name: str) -> str:
+    """Return the last part of a path, a URI or a hub id: "adapted" of `s3://bucket/run/adapted?scheme=http`."""
+    head = _split(name)[0] if "://" in name else name
+    return head.rstrip("/").rsplit("/", 1)[-1]
+
+
 def check_uri(uri: str) -> None:
     """Refuse a path or URI that is empty, or that contains credentials.
 

@@ -15,6 +15,7 @@ from readapt_ray.cluster import on_worker
 from readapt_ray.config import Config, OptionError
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
+from readapt_ray.filesystems import last_part
 from readapt_ray.recipes.chain import Section, SectionRules, Step, pack_options, stage_config
 from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.sources.columns import ColumnsOption
@@ -88,7 +89,7 @@ class CompareConfig(Config):
     @field_validator("retrievers", mode="after")
     @classmethod
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        labels = [_label(each) for each in value]
+        labels = [last_part(each) for each in value]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError("give at least one, each with another last part")
         return value
@@ -169,7 +170,7 @@ class Plan:
                 yield self._by_words(each, f"{each.name} + {BM25}", "hybrid")
 
     def _of_retriever(self, name: str, model: models.OpenModel) -> Iterator[Candidate]:
-        config, encoding, label, row = self._config, model.encoding, _label(name), models.find_row(name)
+        config, encoding, label, row = self._config, model.encoding, last_part(name), models.find_row(name)
         if (config.finetune or config.synthesize) and model.is_adapter and not config.readapt:
             raise ModelError(
                 f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "
@@ -299,7 +300,7 @@ class Plan:
     def _written_queries(self) -> Step:
         """Plan the step in which a language model writes queries. It reads the vectors of the first retriever."""
         config = self._config
-        vectors = (Location(config.output) / f"vectors/{file_name(_label(config.retrievers[0]))}").uri
+        vectors = (Location(config.output) / f"vectors/{file_name(last_part(config.retrievers[0]))}").uri
         wired = {"corpus": self._corpus.uri, "model": config.synthesize, "vectors": vectors}
         return self._step("queries", "synthesize", config.synthesize_options, **wired)
 
@@ -393,8 +394,3 @@ class Plan:
 def file_name(name: str) -> str:
     """Return the file name of a candidate from its name in the table: "e5 + BM25" -> "e5-BM25"."""
     return name.replace(" + ", "-")
-
-
-def _label(name: str) -> str:
-    path = name.partition("?")[0] if "://" in name else name  # without the options of a URI
-    return path.rstrip("/").rsplit("/", 1)[-1]
