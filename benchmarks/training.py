@@ -394,7 +394,7 @@ def flops_of(shape: str) -> float:
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY[shape], **SHAPES[shape]))
     adapter = dora.AdapterShape(method="lora", rank=RANK, alpha=ALPHA, dropout=DROPOUT, targets=TARGETS)
-    return flops_per_token(measure_shape(model, shape), adapter, mean_attended=40)
+    return flops_per_token(measure_shape(model, shape), adapter, mean_tokens=80)
 
 
 def _thinned(curve: list[tuple[int, float]], points: int = 12) -> list[tuple[int, float]]:

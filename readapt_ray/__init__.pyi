@@ -873,6 +873,7 @@ def paper(
     sizes: Sequence[int] = (1000, 10000, 100000, 1000000),
     readapter_scale: float = 1.0,
     knowledge_scale: float = 0.5,
+    layer_scales: Sequence[str] = (),
     measure: str = 'nDCG@10',
     train: dict[str, Any] = {},
     embed: dict[str, Any] = {},
@@ -904,6 +905,8 @@ def paper(
             (default: 1.0)
         knowledge_scale: Weight of the adapter's change to the pretrained model; 0.5 is the paper's value.
             (default: 0.5)
+        layer_scales: Factors of knowledge_scale in ranges of layers, such as 0-11=0.8,12-23=0.2; the paper has
+            none.
         measure: Measure to compare by. (default: nDCG@10)
         train: Options of train and pack by name (in a YAML file).
         embed: Options of embed by name (in a YAML file).
@@ -1261,9 +1264,9 @@ def synthesize(
         max_passage_chars: Characters of a passage that the model reads; the rest is cut. (default: 2000)
         max_query_tokens: Maximum tokens of an answer. (default: 48)
         temperature: Temperature of the sampling; 0 takes the likeliest token each time. (default: 0.7)
-        budget_tokens: Maximum tokens of prompts and answers at an endpoint. When they are spent, the queries so
-            far are kept, and the same command with a larger budget asks for the rest. If omitted, there is no
-            limit.
+        budget_tokens: Maximum tokens of prompts and answers at an endpoint; a request that may exceed it is not
+            sent. The queries so far are then kept, and the same command with a larger budget asks for the rest.
+            If omitted, there is no limit.
         dtype: Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
             AVX512_BF16, else float32. (default: auto)
         num_requests: Maximum number of requests to an endpoint at the same time. (default: 8)
@@ -1438,7 +1441,7 @@ def tune(
     num_workers: int | None = None,
     seed: int = 0,
     encoding: Encoding | str | Path | None = None,
-    accept: Sequence[Literal['vocabulary']] = (),
+    accept: Sequence[Literal['config', 'tokenizer', 'vocabulary', 'base']] = (),
 ) -> Artifact:
     """Find the best scales for merge on withheld queries.
 
@@ -1481,8 +1484,8 @@ def tune(
         seed: Random seed for the sample of passages and for the split of the queries. (default: 0)
         encoding: JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or
             the catalog says.
-        accept: Mismatches between retriever and pretrained to allow, separated by commas: vocabulary (only one
-            of them has some tokens).
+        accept: Mismatches to allow, separated by commas: config, tokenizer, vocabulary (only one of retriever
+            and pretrained has some tokens), base (an adapter's base model).
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.

@@ -12,7 +12,7 @@ import logging
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -35,6 +35,8 @@ _SMALL_PATTERNS = tuple(f"*{suffix}" for suffix in _SMALL_SUFFIXES)
 _PATTERNS = (*_SMALL_PATTERNS, "*.safetensors")
 # Files of the folder itself, of modules of sentence-transformers (1_Pooling), and of the parts of a bundle.
 _OF_THE_MODEL = re.compile(r"((\d+_\w+|retriever|knowledge-\d+)/)?[^/]+")
+_GGUF = ".gguf"
+_NUM_NAMED = 4
 _ATTEMPTS = 5
 _ATTEMPTS_UNANSWERED = 3
 """Attempts if the hub does not answer. There may be no network, or the name may be a mistyped folder."""
@@ -152,6 +154,8 @@ def _snapshot(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
     folder = fetch(*(_PATTERNS if with_weights else _SMALL_PATTERNS))
     if with_weights and not converted_weights.has_safetensors(folder):
         folder = fetch(*_PATTERNS, *converted_weights.PICKLED)
+    if not _has_configuration(folder) or (with_weights and not _has_weights(folder)):
+        _refuse_gguf_on_hub(hub_id, revision)
     model_cache.checked_snapshot(folder, fetch)
     return folder
 
@@ -162,9 +166,44 @@ def _configuration(hub_id: str, revision: str | None) -> tuple[Path, int]:
     folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_CONFIGURATION)))
     if _has_all_weights(folder):
         return folder, 0
+    if not _has_configuration(folder):
+        _refuse_gguf_on_hub(hub_id, revision)
     files = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
     sizes_bytes = {file.rfilename: file.size or 0 for file in files}
     return folder, sum(size for name, size in _to_fetch(sizes_bytes).items() if not (folder / name).is_file())
+
+
+def _has_configuration(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _CONFIGURATION)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Return whether a folder of the hub's cache has any weights that can be read."""
+    return converted_weights.has_safetensors(folder) or any(folder.glob("*.bin"))
+
+
+def _refuse_gguf_on_hub(hub_id: str, revision: str | None) -> None:
+    """Refuse a model whose weights on the hub are GGUF alone; most such repositories have one model several times."""
+    from huggingface_hub import HfApi
+
+    files = HfApi().model_info(hub_id, revision=revision).siblings or []
+    _refuse_gguf(
+        hub_id, [file.rfilename for file in files], f"fetch one of them (hf download {hub_id} FILE --local-dir .)"
+    )
+
+
+def _refuse_gguf(what: str, names: Iterable[str], how: str) -> None:
+    """Refuse a model that has GGUF files among these names, and say how to use one.
+
+    Raises:
+        ModelError: there are such files.
+    """
+    found = sorted(name for name in names if name.endswith(_GGUF))
+    if found:
+        shown = ", ".join(found[:_NUM_NAMED]) + (
+            f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""
+        )
+        raise ModelError(f"{what!r} has its weights as GGUF alone: {shown}; {how}, and give the path of that file")
 
 
 def _has_all_weights(folder: Path) -> bool:
@@ -250,7 +289,14 @@ def check_at_uri(uri: str) -> tuple[list[str], int]:
 
 def _at_uri(uri: str, *, with_weights: bool) -> tuple[dict[str, int], str]:
     """Return the sizes of the files to fetch, by name, and a fingerprint of the listing."""
-    listing = [(name, info) for name, info in Location(uri).listing(recursive=True) if _OF_THE_MODEL.fullmatch(name)]
+    location = Location(uri)
+    if location.is_file():
+        _refuse_gguf(uri, [location.name], "copy it to this machine")
+        raise ModelError(f"no model at {uri!r}: it is a file; give the folder of a model")
+    listing = [(name, info) for name, info in location.listing(recursive=True) if _OF_THE_MODEL.fullmatch(name)]
+    names = [name for name, _ in listing]
+    if not any(Path(name).match(pattern) for name in names for pattern in ("*.safetensors", "*.bin")):
+        _refuse_gguf(uri, names, "copy one of them to this machine")
     if not listing:
         raise ModelError(f"no model at {uri!r}: the folder is empty or does not exist")
     sizes_bytes = _to_fetch({name: int(info.size) for name, info in listing})

@@ -76,6 +76,16 @@ def _encoder(**changes: object) -> Encoding:
     return Encoding.model_validate({"pooling": "mean", "add_bos": True, "add_eos": True} | changes)
 
 
+_E5 = (
+    ("e5-small-v2", "microsoft/MiniLM-L12-H384-uncased", "2212.03533"),
+    ("e5-base-v2", "google-bert/bert-base-uncased", "2212.03533"),
+    ("e5-large-v2", "google-bert/bert-large-uncased-whole-word-masking", "2212.03533"),
+    ("multilingual-e5-small", "microsoft/Multilingual-MiniLM-L12-H384", "2402.05672"),
+    ("multilingual-e5-base", "FacebookAI/xlm-roberta-base", "2402.05672"),
+    ("multilingual-e5-large", "FacebookAI/xlm-roberta-large", "2402.05672"),
+)
+"""Name, pretrained model and paper of each E5 encoder. Without its prompts, one of these finds far less."""
+
 RETRIEVERS: tuple[Retriever, ...] = (
     Retriever(
         name="quickstart-retriever",
@@ -141,6 +151,18 @@ RETRIEVERS: tuple[Retriever, ...] = (
             source=f"model card of Qwen/Qwen3-Embedding-{size}, from memory",
         )
         for size in ("0.6B", "4B", "8B")
+    ),
+    *(
+        Retriever(
+            name=name,
+            hub_id=f"intfloat/{name}",
+            pretrained=pretrained,
+            encoding=_encoder(query_template="query: {text}", passage_template="passage: {title} {text}"),
+            dora_targets=BERT_TARGETS,
+            objective="masked_lm",
+            source=f"model card of intfloat/{name} and arXiv {paper}, from memory; its files name no prompts",
+        )
+        for name, pretrained, paper in _E5
     ),
     Retriever(
         name="m3e-base",

@@ -354,11 +354,10 @@ class TrainWorker:
         free = memory.free_bytes(self.device, ray.train.get_context().get_local_world_size())
         memory.check_fits(self._model_shape, setup, free_bytes=free, correction=correction)
 
-    def run(self, objective: Any, *, mean_attended: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
+    def run(self, objective: Any, *, mean_tokens: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
         """Train from the last checkpoint (if any) to the last step. All workers must call it.
 
-        `mean_attended`: tokens that a token attends to on average, for FLOPs. `doc_ids_of`: doc_ids of numbered
-        passages.
+        `mean_tokens`: tokens of a text on average, for FLOPs. `doc_ids_of`: doc_ids of numbered passages.
         """
         import torch
 
@@ -375,7 +374,7 @@ class TrainWorker:
             descent,
             checkpoints=self.output / "checkpoints",
             reporter=step_metrics.StepPoster(self._monitor, self.output),
-            flops_per_token=flops_per_token(self._model_shape, self.shape, mean_attended=mean_attended),
+            flops_per_token=flops_per_token(self._model_shape, self.shape, mean_tokens=mean_tokens),
             doc_ids_of=doc_ids_of,
         )
 

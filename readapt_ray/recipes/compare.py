@@ -93,7 +93,7 @@ def _refuse_foreign_report(config: CompareConfig) -> None:
     Raises:
         ArtifactConflictError: the output holds such a report.
     """
-    folder = f"{config.output}/report"
+    folder = (Location(config.output) / "report").uri
     record = artifacts.read_manifest(folder) or artifacts.read_lease(folder)
     if record is None:
         return

@@ -151,9 +151,9 @@ class Plan:
         self._config = config
         self._corpus = corpus
         self._depth = depth_of(config.measures)
-        self.queries = config.queries or f"{corpus.uri}/queries"
+        self.queries = config.queries or (corpus.location / "queries").uri
         self._columns = {"columns": list(config.columns)} if config.columns else {}
-        self._qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
+        self._qrels = config.qrels or (corpus.location / "qrels/test.parquet").uri
         for stage in ("embed", "train", "merge", "finetune", "synthesize"):
             self._check_section(stage)
         if config.bm25:
@@ -208,7 +208,7 @@ class Plan:
         yield made
         if config.queries_only:
             last = making[-1].config
-            output = f"{last.output}-queries"
+            output = Location(last.output).beside("-queries").uri
             step = Step(
                 making[-1].name, making[-1].stage, last.model_copy(update={"queries_only": True, "output": output})
             )

@@ -183,8 +183,10 @@ def search_words(
         passing: bool [N], rows that may be found; None for all.
 
     Raises:
-        InputError: top_k is under 1.
+        InputError: there is no query, or top_k is under 1.
     """
+    if not queries:
+        raise InputError("no query is given; give one text or more")
     from readapt_ray.retrieval.exact import TopK, joined  # imports torch, which building an index does not need
 
     found = []

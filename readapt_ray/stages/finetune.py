@@ -188,7 +188,7 @@ def _work(job: dict[str, Any]) -> None:
         seed=config.seed,
         queries_only=config.queries_only,
     )
-    worker.run(objective, mean_attended=reader.mean_tokens() / 2, doc_ids_of=reader.doc_ids)
+    worker.run(objective, mean_tokens=reader.mean_tokens(), doc_ids_of=reader.doc_ids)
     if torch.distributed.get_rank() == 0:
         contract = json.dumps({"encoding": job["encoding"], **job["passages_model"]}, indent=2)
         (worker.output / CONTRACT_NAME).write_text(contract + "\n")

@@ -23,11 +23,12 @@ from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.query_writing import WritingJob
 from readapt_ray.cluster.round_trip import find_passages
 from readapt_ray.config import OptionError, StageConfig, UsedWith
-from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
+from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError, ModelError
 from readapt_ray.progress import amount
 from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA
 from readapt_ray.retrieval.footers import open_passages
 from readapt_ray.seeds import random_generator
+from readapt_ray.storage import Location
 from readapt_ray.synthesis.endpoint import EndpointWriter, check_endpoint
 from readapt_ray.synthesis.prompts import DEFAULT_PROMPT, PASSAGE_FIELD
 from readapt_ray.synthesis.query_filter import REASONS
@@ -67,8 +68,8 @@ class SynthesizeConfig(StageConfig):
     temperature: float = Field(default=0.7, ge=0, le=2)
     """Temperature of the sampling; 0 takes the likeliest token each time."""
     budget_tokens: int | None = Field(default=None, ge=1)
-    """Maximum tokens of prompts and answers at an endpoint. When they are spent, the queries so far are kept, and the
-    same command with a larger budget asks for the rest. If omitted, there is no limit."""
+    """Maximum tokens of prompts and answers at an endpoint; a request that may exceed it is not sent. The queries so far
+    are then kept, and the same command with a larger budget asks for the rest. If omitted, there is no limit."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else
     float32."""
@@ -168,9 +169,11 @@ def _synthesize(
     answers = query_writing.read_answers(job)
     kept, reasons = _chosen(answers, vectors, config.round_trip_k, workspace)
     if not len(kept):
+        if not len(answers):
+            raise InputError(f"budget_tokens = {config.budget_tokens:,} has no room for a request; give more")
         raise CorpusError(
-            f"model {config.model!r} wrote no query that can be used: {_told(reasons)}; try an instruct model or another prompt, and "
-            f"see the answers in {job.answers}"
+            f"model {config.model!r} wrote no query that can be used: {_told(reasons)}; {_advice(reasons)}, and see the answers in "
+            f"{job.answers}"
         )
     _write(kept, workspace)
     workspace.counts |= {
@@ -253,6 +256,12 @@ def _told(reasons: dict[str, int]) -> str:
     return "; ".join(f"{count:,} {REASONS[name]}" for name, count in reasons.items()) or "none was asked for"
 
 
+def _advice(reasons: dict[str, int]) -> str:
+    """Say what may give more queries."""
+    thinks = "a larger max_query_tokens if the model thinks before it answers, " if reasons.get("empty") else ""
+    return f"try {thinks}an instruct model or another prompt"
+
+
 def _log_result(config: SynthesizeConfig, workspace: Workspace, num_wanted: int) -> None:
     counts = workspace.counts
     left_out = workspace.details["left_out"]
@@ -271,6 +280,7 @@ def _log_result(config: SynthesizeConfig, workspace: Workspace, num_wanted: int)
         )
     if counts["num_queries"] < _MIN_KEPT * counts["num_answers"]:
         logger.warning(
-            "synthesize: under a tenth of the answers gave a query; read some in %s/answers, and try another model or prompt",
-            config.output,
+            "synthesize: under a tenth of the answers gave a query; read some in %s, and %s",
+            Location(config.output) / "answers",
+            _advice(left_out),
         )

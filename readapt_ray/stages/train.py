@@ -260,8 +260,7 @@ def _work(job: dict[str, Any]) -> None:
         batches=shares,
         dtype=worker.dtype,
     )
-    seen = 0.5 if config.objective == "causal_lm" else 1.0
-    worker.run(objective, mean_attended=seen * job["mean_tokens"], doc_ids_of=_doc_ids(job["passages"]))
+    worker.run(objective, mean_tokens=job["mean_tokens"], doc_ids_of=_doc_ids(job["passages"]))
     task_type = "CAUSAL_LM" if config.objective == "causal_lm" else "FEATURE_EXTRACTION"
     worker.save(trained_on=job["config"]["pretrained"], task_type=task_type)
 

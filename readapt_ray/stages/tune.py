@@ -27,7 +27,7 @@ from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.scale_scoring import MODELS, Sample, ScaleScoring, ScoringJob
 from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.errors import CorpusError, InputError, ModelError
 from readapt_ray.evaluation import scale_search
 from readapt_ray.evaluation.measure_options import MeasureOption, drops_self_hits
 from readapt_ray.progress import amount
@@ -36,7 +36,7 @@ from readapt_ray.retrieval.footers import check_complete
 from readapt_ray.seeds import random_generator
 from readapt_ray.sources.columns import ColumnsOption
 from readapt_ray.storage import Location
-from readapt_ray.weights.scale_options import LayerScale, LayerScalesOption, check_layers, layer_scales
+from readapt_ray.weights.scale_options import LayerScalesOption, layer_scales
 
 logger = logging.getLogger("readapt_ray")
 
@@ -88,9 +88,9 @@ class TuneConfig(StageConfig):
     encoding: EncodingOption = None
     """JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or the catalog
     says."""
-    accept: tuple[Literal["vocabulary"], ...] = ()
-    """Mismatches between retriever and pretrained to allow, separated by commas: vocabulary (only one of them has
-    some tokens)."""
+    accept: tuple[Literal["config", "tokenizer", "vocabulary", "base"], ...] = ()
+    """Mismatches to allow, separated by commas: config, tokenizer, vocabulary (only one of retriever and pretrained has
+    some tokens), base (an adapter's base model)."""
 
     inputs: ClassVar[frozenset[str]] = frozenset(
         {"pretrained", "retriever", "adapter", "corpus", "queries", "qrels", "encoding"}
@@ -118,7 +118,8 @@ def tune(config: TuneConfig) -> Artifact:
         ArtifactMissingError: the corpus is not the output of `readapt ingest`.
         InputError: a layer or the queries cannot be used; at least two queries need a relevant passage.
         CorpusError: no queries are given, and the corpus gives fewer than two pseudo-queries.
-        ModelError: a model cannot be found or read.
+        ModelError: a model cannot be found or read, or `adapter` is not an adapter.
+        WeightMismatchError: the models do not fit each other, as in merge.
         CorruptFileError: a file of the corpus is missing.
         PlacementError: the cluster does not have the CPUs or GPUs that the actors need.
         WorkerError: actors died repeatedly.
@@ -132,7 +133,8 @@ def tune(config: TuneConfig) -> Artifact:
         own = {"queries": (corpus.location / "queries").uri, "qrels": (corpus.location / f"qrels/{split}.parquet").uri}
         config = config.model_copy(update=own)
     found = {name: models.open_model(getattr(config, name)) for name in MODELS}
-    layers = _layers(config, found["pretrained"])
+    layers = layer_scales(config.layer_scales)
+    _check_models(config, found)
     config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
     encoding = config.encoding or found["retriever"].encoding
     inputs = {"corpus": corpus.fingerprint, **{name: model.fingerprint for name, model in found.items()}}
@@ -161,14 +163,14 @@ def tune(config: TuneConfig) -> Artifact:
     )
 
 
-def _layers(config: TuneConfig, pretrained: models.OpenModel) -> tuple[LayerScale, ...]:
-    """Parse the layer scales, and check that the model has these layers."""
-    from readapt_ray.weights.weight_files import Checkpoint
+def _check_models(config: TuneConfig, found: Mapping[str, models.OpenModel]) -> None:
+    """Check what merge would refuse, since scales of models that do not belong together say nothing."""
+    from readapt_ray.weights.merge_plan import check_pair
 
-    layers = layer_scales(config.layer_scales)
-    if layers:
-        check_layers(layers, Checkpoint(pretrained.folder, name=pretrained.name).names())
-    return layers
+    pretrained, retriever, adapter = (found[name] for name in MODELS)
+    if not adapter.is_adapter:
+        raise ModelError(f"adapter = {config.adapter!r} is not an adapter; give the output of `readapt train`")
+    check_pair(pretrained, retriever, accept=config.accept, layer_scales=config.layer_scales, adapters=[adapter])
 
 
 def _own_split(config: TuneConfig, corpus: Artifact) -> str | None:

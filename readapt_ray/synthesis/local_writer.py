@@ -89,7 +89,10 @@ class LocalWriter:
     def _encoded(self, prompt: str, max_tokens: int) -> list[int]:
         if self._tokenizer.chat_template:
             text = self._tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,  # an option of templates such as Qwen3's; others ignore it
             )
             ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         else:

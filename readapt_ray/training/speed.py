@@ -30,7 +30,7 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-def flops_per_token(shape: ModelShape, adapter: AdapterShape | None, *, mean_attended: float = 0.0) -> float:
+def flops_per_token(shape: ModelShape, adapter: AdapterShape | None, *, mean_tokens: float = 0.0) -> float:
     """Count the model FLOPs per token of one forward and backward pass.
 
     A weight takes 2 forward, 2 for the gradient of its input, and 2 for its own gradient if it is trained. So N weights
@@ -41,14 +41,14 @@ def flops_per_token(shape: ModelShape, adapter: AdapterShape | None, *, mean_att
     Args:
         shape: shape of the model with its language-model head.
         adapter: the adapter that is trained; None trains all weights.
-        mean_attended: number of tokens that a token attends to on average.
+        mean_tokens: tokens of a text on average; in a causal model a token attends to half of them.
     """
     if adapter is None:
         weights = 6.0 * shape.num_matrix_parameters
     else:
         low_rank = sum(adapter.rank * (inputs + outputs) for inputs, outputs in shape.adapted(adapter.targets))
         weights = 4.0 * shape.num_matrix_parameters + 6.0 * low_rank
-    return weights + 12.0 * shape.num_layers * shape.attention_width * mean_attended
+    return weights + 12.0 * shape.num_layers * shape.attention_width * shape.attended(mean_tokens)
 
 
 def run_flops(
@@ -69,7 +69,7 @@ def run_flops(
         gradient_checkpointing: whether the backward pass runs the forward pass again.
     """
     mean_tokens = num_tokens / max(1.0, num_passages)
-    each = flops_per_token(shape, adapter, mean_attended=shape.attended(mean_tokens))
+    each = flops_per_token(shape, adapter, mean_tokens=mean_tokens)
     again = shape.forward_flops(mean_tokens) if gradient_checkpointing else 0.0
     norms = 0.0
     if adapter is not None and adapter.method == "dora":

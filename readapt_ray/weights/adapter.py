@@ -43,6 +43,8 @@ _HARMLESS = {
 # These initialisations subtract the factors from the base weights, so the factors alone are not the update.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NUM_LISTED = 10
+_DEFAULT_ALPHA = 8
+"""lora_alpha of a config without one, as in PEFT."""
 # Weights whose factors are cached: the current one, and the next one that another core has begun.
 _NUM_HELD = 2
 
@@ -132,7 +134,7 @@ class Adapter:
         matched = next(
             (each for each in patterns if re.match(rf"(.*\.)?({each})$", self._paths[name])), self._paths[name]
         )
-        alpha = float(patterns.get(matched, self._config["lora_alpha"]))
+        alpha = float(patterns.get(matched, self._config.get("lora_alpha", _DEFAULT_ALPHA)))
         return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
 
     def _check(self, base: Checkpoint) -> None:

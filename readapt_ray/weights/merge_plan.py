@@ -129,16 +129,22 @@ def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
 
 
 def check_pair(
-    pretrained: OpenModel, retriever: OpenModel, *, accept: Sequence[str], layer_scales: Sequence[str] = ()
+    pretrained: OpenModel,
+    retriever: OpenModel,
+    *,
+    accept: Sequence[str],
+    layer_scales: Sequence[str] = (),
+    adapters: Sequence[OpenModel] = (),
 ) -> None:
-    """Check that a retriever was made from a pretrained model, before there is a knowledge adapter to merge.
+    """Check that a retriever was made from a pretrained model, and knowledge adapters, as far as there are any yet.
 
-    Headers of weights, configs and tokenizers are read. The pretrained model is hashed only if the retriever is an
-    adapter that readapt made.
+    Headers of weights, configs and tokenizers are read. The pretrained model is hashed only if an adapter was made by
+    readapt.
 
     Args:
         pretrained: the model before retrieval training.
         retriever: the model after it.
+        adapters: knowledge adapters or tuned models.
         accept: mismatches to allow: config, tokenizer, vocabulary, base.
         layer_scales: ranges of layers that a later merge will scale, such as 0-11=0.8; the models must have them.
 
@@ -148,8 +154,8 @@ def check_pair(
         InputError: the models lack layers of `layer_scales`.
     """
     refuse_query_model(retriever)
-    check_layers(ranges_of(layer_scales), _open_pair(pretrained, retriever, (), accept).names())
-    check_bases(pretrained, [retriever], accept="base" in accept)
+    check_layers(ranges_of(layer_scales), _open_pair(pretrained, retriever, adapters, accept).names())
+    check_bases(pretrained, [retriever, *adapters], accept="base" in accept)
 
 
 def _check_origins(roles: Roles, plan: MergePlan) -> None:

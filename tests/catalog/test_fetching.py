@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import errors
 
 from readapt_ray.catalog import fetching, models
+from readapt_ray.catalog.reachable import check_reachable
 from readapt_ray.errors import InputError, ModelError, ReadaptError
 from readapt_ray.storage import Location
 from tests import factories
@@ -190,3 +191,38 @@ def test_a_tokenizer_is_fetched_without_weights(tmp_path: Path, monkeypatch: pyt
         assert not list(small.folder.glob("*.safetensors"))
         assert list(models.open_model(name).folder.glob("*.safetensors")), "the weights come when they are needed"
     assert fetched[-1].endswith(".safetensors")
+
+
+@pytest.mark.parametrize("with_weights", [True, False])
+def test_a_model_of_gguf_files_on_the_hub_says_how_to_use_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_weights: bool
+) -> None:
+    """Most of these repositories hold one model several times, and some also its config.json."""
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "described").mkdir()
+    (tmp_path / "described" / "config.json").write_text("{}")
+    names = [f"it.{kind}.gguf" for kind in ("Q2_K", "Q4_0", "Q5_0", "Q6_K", "Q8_0")]
+    told = SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=1) for name in ["README.md", *names]])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: told)
+    folders = [tmp_path / "described"] * with_weights + [tmp_path / "bare"]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(folders[0]))
+    while folders:
+        with pytest.raises(
+            ModelError, match=r"it.Q2_K.gguf, .* and 1 more; fetch one of them \(hf download me/it FILE"
+        ):
+            models.open_model("me/it", with_weights=with_weights)
+        del folders[0]
+    folders.append(tmp_path / "bare")
+    with pytest.raises(ModelError, match="has its weights as GGUF alone"):
+        check_reachable("me/it")
+
+
+@pytest.mark.parametrize("name", ["models", "models/it.gguf"])
+def test_a_gguf_file_in_a_store_is_to_be_copied_here(tmp_path: Path, name: str) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "it.gguf").write_bytes(b"GGUF")
+    for find in (models.open_model, check_reachable):
+        with pytest.raises(
+            ModelError, match=r"GGUF alone: it\.gguf; copy (it|one of them) to this machine, and give the path"
+        ):
+            find((tmp_path / name).as_uri())

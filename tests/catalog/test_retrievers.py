@@ -118,6 +118,10 @@ DUE = {
     "qwen3-embedding-0.6b": (byte_level, f"Instruct: {WEB}\nQuery:{QUERY}", *PLAIN),
     "qwen3-embedding-4b": (byte_level, f"Instruct: {WEB}\nQuery:{QUERY}", *PLAIN),
     "qwen3-embedding-8b": (byte_level, f"Instruct: {WEB}\nQuery:{QUERY}", *PLAIN),
+    **dict.fromkeys(("e5-small-v2", "e5-base-v2", "e5-large-v2"), (bert, *PREFIXED)),
+    **dict.fromkeys(
+        ("multilingual-e5-small", "multilingual-e5-base", "multilingual-e5-large"), (xlm_roberta, *PREFIXED)
+    ),
     "m3e-base": (bert, QUERY, *PLAIN),
     "bge-base-zh": (bert, CHINESE + QUERY, *PLAIN),
     "bce-embedding-base": (xlm_roberta, QUERY, *PLAIN),
@@ -162,7 +166,8 @@ def test_pooling_and_bases_are_those_of_the_model_cards() -> None:
     last, mean, cls = (
         {row.name for row in RETRIEVERS if row.encoding.pooling == kind} for kind in ("last", "mean", "cls")
     )
-    assert mean == {"m3e-base", "all-minilm-l6-v2"}
+    e5 = {name for name in DUE if "e5-" in name and name != "e5-mistral"}
+    assert mean == {"m3e-base", "all-minilm-l6-v2"} | e5 and len(e5) == 6
     assert cls == {"bge-base-zh", "bce-embedding-base"}
     assert len(last) == 8
     assert all(row.encoding.normalize for row in RETRIEVERS)

@@ -454,7 +454,7 @@ def test_tune_takes_the_corpus_own_queries_but_never_those_that_are_reported_on(
         tune.TuneConfig(
             pretrained=str(base),
             retriever=str(base),
-            adapter=str(base),
+            adapter=str(factories.lora_adapter(tmp_path / "adapter", base)),
             corpus=str(tmp_path / "corpus"),
             output=str(tmp_path / "tuned"),
         )

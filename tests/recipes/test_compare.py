@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from readapt_ray import cli
-from readapt_ray.artifacts import open_artifact
+from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.evaluation.runs import read_run
@@ -18,8 +18,9 @@ from readapt_ray.recipes import compare
 from readapt_ray.recipes.chain import stage_parts
 from readapt_ray.recipes.compare import to_markdown
 from readapt_ray.recipes.compare_plan import CompareConfig, Plan, file_name
+from readapt_ray.storage import Location
 from tests import factories
-from tests.stages.test_synthesize import Endpoint
+from tests.chat_endpoint import Endpoint
 
 TRAINING = {"batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1}
 
@@ -180,6 +181,30 @@ def test_layers_that_the_model_lacks_are_refused_before_an_adapter_is_trained(
     with pytest.raises(InputError, match=r"layer_scales = '0-7=0.5': the model has the layers 0 to 1"):
         compare.compare(config(pieces, **asked, output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+def test_everything_is_under_a_store_whose_address_has_options(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`s3://bucket/folder?endpoint_override=HOST`, as MinIO needs it: the options stay behind the names of files."""
+    options = "?scheme=http&endpoint_override=127.0.0.1:9000"
+    corpus = Artifact(
+        Location(f"s3://bucket/corpus{options}"), open_artifact(str(pieces / "corpus"), "ingest").manifest
+    )
+    retrievers_ = [f"s3://bucket/{name}{options}" for name in ("first", "second")]
+    opened = models.open_model(str(pieces / "first"))
+    monkeypatch.setattr(models, "open_model", lambda name: opened)
+    given = config(pieces, retrievers=retrievers_, output=f"s3://bucket/out{options}", queries_only=True, finetune=True)
+    monkeypatch.setattr(models, "find_row", lambda name: None)
+    plan = Plan(given, corpus)
+    candidates = list(plan.candidates())
+    assert [each.name for each in candidates] == [
+        *("first", "first + finetune", "first + finetune + queries-only"),
+        *("second", "second + finetune", "second + finetune + queries-only"),
+    ]
+    places = {step.config.output for each in candidates for step in each.stages} | {plan.queries}
+    assert all(place.endswith(options) and place.count("?") == 1 for place in places)
+    paths = {place.removesuffix(options) for place in places}
+    assert {"s3://bucket/corpus/queries", "s3://bucket/out/models/first-finetuned-queries"} < paths
+    assert candidates[0].search.config.qrels == f"s3://bucket/corpus/qrels/test.parquet{options}"
 
 
 def test_rows_for_queries_alone_and_behind_a_bridge_search_the_vectors_of_the_retriever(

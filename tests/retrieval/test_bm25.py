@@ -87,6 +87,11 @@ class Asked(list):
         return super().__getitem__(place)
 
 
+def test_no_query_is_told():
+    with pytest.raises(InputError, match="no query is given"):
+        search_words(built(TEXTS, []), IDS, [], 10)
+
+
 def test_a_word_costs_the_same_however_often_a_query_repeats_it():
     (one,) = built(TEXTS, [])
     asked = Asked(one.indptr.tolist())

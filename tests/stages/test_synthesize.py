@@ -1,9 +1,5 @@
 """Queries that a language model writes: from an endpoint that misbehaves, and from a model on Ray."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -20,55 +16,15 @@ from readapt_ray.stages.synthesize import SynthesizeConfig, synthesize
 from readapt_ray.synthesis import endpoint
 from readapt_ray.training.labelled_pairs import open_pairs
 from tests import factories
+from tests.chat_endpoint import chat_endpoint
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-class Endpoint:
-    """An endpoint whose answers a test decides."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict] = []
-        self.keys: list[str] = []
-        self.answer = lambda number, request: (200, f"what is asked as number {number}")
-        self.lock = threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append(body)
-                    outer.keys.append(self.headers["Authorization"])
-                    number = len(outer.requests)
-                status, said = outer.answer(number, body)
-                content = said
-                if isinstance(said, str) and status == 200:
-                    message = {"role": "assistant", "content": said}
-                    content = {"choices": [{"index": 0, "message": message}], "usage": {"total_tokens": 100}}
-                data = json.dumps(content).encode()
-                self.send_response(status)
-                if status == 429:
-                    self.send_header("Retry-After", "0.05")
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-
-
 @pytest.fixture
 def server():
-    made = Endpoint()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    with chat_endpoint() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +94,12 @@ def test_an_endpoint_that_goes_down_loses_nothing(corpus, server, tmp_path, monk
     server.answer = lambda number, _: (500, {}) if number > PASSAGES_A_PIECE + 5 else (200, f"what is number {number}")
     with pytest.raises(WorkerError, match="run the same command again"):
         synthesize(config(corpus, server, tmp_path / "queries", **options))
-    assert len(list((tmp_path / "queries/answers").iterdir())) == 1
+    assert len(list((tmp_path / "queries/answers").glob("part-*.parquet"))) == 2
     server.requests.clear()
     server.answer = lambda number, _: (200, f"what is later number {number}")
     made = synthesize(config(corpus, server, tmp_path / "queries", **options))
-    assert len(server.requests) == 150 - PASSAGES_A_PIECE and made.manifest.counts["num_queries"] == 150
+    assert len(server.requests) == 150 - PASSAGES_A_PIECE - 5 and made.manifest.counts["num_queries"] == 150
+    assert not list((tmp_path / "queries/answers").glob("*-partly*"))
 
 
 @pytest.mark.parametrize(
@@ -188,19 +145,30 @@ def test_nonsense_is_counted_by_reason_and_all_nonsense_is_refused(corpus, serve
         synthesize(config(corpus, server, tmp_path / "none", **options))
 
 
+def test_an_endpoint_that_writes_nothing_of_use_is_not_asked_about_the_whole_corpus(corpus, server, tmp_path):
+    server.answer = lambda *_: (200, "")
+    with pytest.raises(CorpusError, match=r"256 empty answers; try a larger max_query_tokens"):
+        synthesize(config(corpus, server, tmp_path / "queries", queries_per_passage=4))
+    assert len(server.requests) == 256
+
+
 def test_a_budget_that_is_spent_keeps_what_is_there(corpus, server, tmp_path, caplog):
     made = synthesize(config(corpus, server, tmp_path / "queries", num_passages=150, budget_tokens=6_500))
-    assert made.manifest.counts["num_passages"] == 2 * PASSAGES_A_PIECE
+    counts = made.manifest.counts
+    assert counts["num_tokens"] == 100 * counts["num_passages"] == 100 * len(server.requests)
+    assert PASSAGES_A_PIECE - 5 < counts["num_passages"] <= 65 and counts["num_queries"] == counts["num_passages"]
     assert made.manifest.details["is_budget_spent"]
-    assert "budget of 6,500 tokens was spent after 128 of 150 passages" in caplog.text
+    assert f"budget of 6,500 tokens was spent after {counts['num_passages']} of 150 passages" in caplog.text
+    with pytest.raises(InputError, match="budget_tokens = 50 has no room for a request"):
+        synthesize(config(corpus, server, tmp_path / "none", budget_tokens=50))
 
 
 def test_a_larger_budget_asks_for_the_rest_alone(corpus, server, tmp_path):
     options = config(corpus, server, tmp_path / "queries", num_passages=150, budget_tokens=6_500)
     part, num_asked = synthesize(options), len(server.requests)
     whole = synthesize(options.model_copy(update={"budget_tokens": 1_000_000}))
-    assert len(server.requests) - num_asked == 150 - 128
-    assert (part.manifest.counts["num_passages"], whole.manifest.counts["num_passages"]) == (128, 150)
+    assert len(server.requests) == 150 and part.manifest.counts["num_passages"] == num_asked < 70
+    assert whole.manifest.counts["num_passages"] == 150
     assert not whole.manifest.details["is_budget_spent"] and whole.fingerprint != part.fingerprint
     fresh = synthesize(options.model_copy(update={"budget_tokens": 1_000_000, "output": str(tmp_path / "fresh")}))
     assert fresh.fingerprint == whole.fingerprint and fresh.manifest.counts == whole.manifest.counts
@@ -213,7 +181,7 @@ def test_a_budget_buys_queries_for_all_parts_of_the_corpus(tmp_path, server):
     large = factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(40 * PASSAGES_A_PIECE), num_files=2)
     options = {"num_passages": 40 * PASSAGES_A_PIECE, "budget_tokens": 10 * PASSAGES_A_PIECE * 100}
     made = synthesize(config(large, server, tmp_path / "queries", **options))
-    assert made.manifest.counts["num_passages"] == 10 * PASSAGES_A_PIECE
+    assert 10 * PASSAGES_A_PIECE - 5 < made.manifest.counts["num_passages"] <= 10 * PASSAGES_A_PIECE
     names = sorted(each.name for each in (made.location / "answers").files(".parquet"))
     numbers = [int(each[5:10]) for each in names]
     assert min(numbers) < 10 and max(numbers) >= 30
@@ -228,6 +196,8 @@ def test_a_budget_buys_queries_for_all_parts_of_the_corpus(tmp_path, server):
         ({"endpoint": "http://host/v1?api_key=secret"}, "READAPT_ENDPOINT_KEY"),
         ({"endpoint": "http://host/v1?sv=2024&sig=secret"}, "READAPT_ENDPOINT_KEY"),
         ({"endpoint": "localhost:8000"}, "no URL such as"),
+        ({"endpoint": "http://host:port/v1"}, "no URL such as"),
+        ({"endpoint": "http://[::1/v1"}, "no URL such as"),
         ({"prompt": "Write a query."}, "has no {passage}"),
         ({"endpoint": None, "budget_tokens": 5}, "endpoint"),
         ({"endpoint": None, "num_requests": 5}, "endpoint"),

@@ -9,10 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from readapt_ray.artifacts import Workspace
+from readapt_ray.artifacts import Workspace, produce
 from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import scale_scoring
-from readapt_ray.errors import CorpusError, CorruptFileError, InputError, ModelError, PlacementError, WorkerError
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import (
+    CorpusError,
+    CorruptFileError,
+    InputError,
+    ModelError,
+    PlacementError,
+    WeightMismatchError,
+    WorkerError,
+)
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.records import Passage, Qrel, Query
 from readapt_ray.stages import tune
@@ -316,6 +325,29 @@ def test_pairs_are_scored_with_the_factors_of_layers(ray_session: None, tmp_path
     assert found["0-1=2"][0.5] == found[""][1.0]
     with pytest.raises(InputError, match=r"layer_scales = '0-5=0.5': the model has the layers 0 to 1"):
         tune.tune(judged(tmp_path, **names, layer_scales="0-5=0.5"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_do_not_belong_together_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
+    """Of another base with the same shapes, every pair would score worse than the retriever as it is."""
+    base = factories.tiny_decoder(tmp_path / "base")
+    models = {
+        "pretrained": str(base),
+        "retriever": str(factories.write_contract(factories.full_retriever(tmp_path / "retriever", base))),
+    }
+    passages = factories.small_corpus(20)
+    factories.ingest_artifact(tmp_path / "corpus", passages, *factories.small_queries(passages, 6))
+    with pytest.raises(ModelError, match="retriever' is not an adapter; give the output of `readapt train`"):
+        tune.tune(judged(tmp_path, **models, adapter=models["retriever"]))
+
+    def write(workspace: Workspace) -> None:
+        factories.dora_adapter(workspace.location.local_path, base)
+        (workspace.location / "README.md").delete()
+
+    other = StageConfig(output=str(tmp_path / "adapter"))
+    produce("train", other, inputs={"corpus": "89ab", "pretrained": "0123"}, work=write)
+    with pytest.raises(WeightMismatchError, match=r"fingerprint 0123.*--accept base"):
+        tune.tune(judged(tmp_path, **models, adapter=str(tmp_path / "adapter")))
     assert not (tmp_path / "out").exists()
 
 

@@ -114,4 +114,6 @@ def test_flops_are_four_a_frozen_and_six_a_trained_weight() -> None:
     matrices = V * H + L * (4 * H * H + 3 * H * F)
     low_rank = L * R * (H + H + F + H)
     attention = 12 * L * H * 10
-    assert speed.flops_per_token(HEADED, SHAPE, mean_attended=10) == 4 * matrices + 6 * low_rank + attention
+    assert speed.flops_per_token(HEADED, SHAPE, mean_tokens=20) == 4 * matrices + 6 * low_rank + attention
+    encoder = replace(HEADED, is_causal=False)  # a token attends to all tokens, not to those before it
+    assert speed.flops_per_token(encoder, SHAPE, mean_tokens=10) == 4 * matrices + 6 * low_rank + attention

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from readapt_ray.errors import ModelError, WeightMismatchError
@@ -72,6 +73,16 @@ def test_rank_stabilised_scaling(bases, tmp_path):
     folder = factories.lora_adapter(tmp_path, bases["decoder"], rank=4, alpha=6, use_rslora=True)
     adapter = Adapter(folder, Checkpoint(bases["decoder"]))
     assert adapter.factors(adapter.names()[0]).scaling == pytest.approx(6 / math.sqrt(4))
+
+
+def test_a_config_without_alpha_has_the_alpha_of_peft(bases, tmp_path):
+    folder = factories.lora_adapter(tmp_path, bases["decoder"], rank=4, alpha=6)
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["lora_alpha"]
+    file.write_text(json.dumps(config))
+    adapter = Adapter(folder, Checkpoint(bases["decoder"]))
+    assert adapter.factors(adapter.names()[0]).scaling == LoraConfig().lora_alpha / 4
 
 
 def test_modules_of_the_head_are_named_and_take_no_part(tmp_path):

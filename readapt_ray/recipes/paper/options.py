@@ -13,6 +13,7 @@ from readapt_ray.evaluation.measure_options import MeasureOption
 from readapt_ray.recipes.chain import Section
 from readapt_ray.recipes.paper.variants import EXPERIMENTS
 from readapt_ray.storage import Location
+from readapt_ray.weights.scale_options import LayerScalesOption
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
@@ -45,6 +46,8 @@ class PaperConfig(Config):
     """Weight of the retriever's change to the pretrained model; 1.0 is the paper's value."""
     knowledge_scale: float = 0.5
     """Weight of the adapter's change to the pretrained model; 0.5 is the paper's value."""
+    layer_scales: LayerScalesOption = ()
+    """Factors of knowledge_scale in ranges of layers, such as 0-11=0.8,12-23=0.2; the paper has none."""
     measure: MeasureOption = "nDCG@10"
     """Measure to compare by."""
     train: Section = Field(default_factory=dict)
@@ -122,7 +125,7 @@ def collection(text: str, data: str | None) -> Collection:
         return Collection(name, source)
     row = row or corpora.corpus(name)
     if not mark:
-        folder = Location(f"{data.rstrip('/')}/{row.name}") if data else None
+        folder = Location(data) / row.name if data else None
         in_data = folder is not None and folder.is_folder()
         if not in_data and Location(row.name).exists():
             raise CorpusError(

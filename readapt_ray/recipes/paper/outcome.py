@@ -67,8 +67,8 @@ def write_outcome(reproduction: Reproduction, experiment: str, seeds: Sequence[i
 
 
 def _values(reproduction: Reproduction, experiment: str, own: Collection, seeds: Sequence[int]) -> _Outcome:
-    qrels = f"{reproduction.corpus(own).uri}/qrels/{own.split}.parquet"
-    judgements = group_judgements(read_qrels(qrels))
+    qrels = reproduction.corpus(own).location / f"qrels/{own.split}.parquet"
+    judgements = group_judgements(read_qrels(qrels.uri))
     measures = parse_measures(reproduction.config.measure)
 
     def measured(variant: Variant, seed: int) -> NDArray[np.float64]:

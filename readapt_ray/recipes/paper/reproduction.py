@@ -30,6 +30,7 @@ from readapt_ray.recipes.paper.options import Collection, PaperConfig, collectio
 from readapt_ray.recipes.paper.variants import READAPTED, Variant, variants_of
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
+from readapt_ray.weights.merge_plan import check_pair
 
 logger = logging.getLogger("readapt_ray")
 
@@ -69,7 +70,10 @@ class Reproduction:
             raise InputError(f"the catalog does not know {config.retriever!r}; say what it was made from: pretrained")
         self.pretrained = config.pretrained or str(row and row.pretrained)
         self.encoding = models.open_model(config.retriever).encoding
-        models.open_model(self.pretrained)
+        before = models.open_model(self.pretrained)
+        if config.layer_scales:
+            after = models.open_model(config.retriever)
+            check_pair(before, after, accept=(), layer_scales=config.layer_scales)
         self._check_sections()
 
     def _check_sections(self) -> None:
@@ -140,11 +144,11 @@ class Reproduction:
 
     def corpus(self, own: Collection) -> Artifact:
         """Ingest a corpus unless that is done, and return its artifact."""
-        return self._make("ingest", {}, source=own.source, output=f"{self._folder(own)}/corpus")
+        return self._make("ingest", {}, source=own.source, output=self._at(own, "corpus"))
 
     def run_file(self, own: Collection, variant: Variant, seed: int) -> str:
         """Return the path of a variant's TREC run, whether it exists or not. `own` is the corpus that is searched."""
-        return f"{self._folder(own)}/runs/{_label(variant, seed)}.trec"
+        return self._at(own, f"runs/{_label(variant, seed)}.trec")
 
     def search(self, own: Collection, variant: Variant, seed: int) -> Artifact:
         """Make the TREC run of a variant, and before it every artifact that it needs: model, corpus, vectors."""
@@ -156,15 +160,15 @@ class Reproduction:
             retriever=model,
             corpus=corpus.uri,
             encoding=_with_task(self.encoding, own.task),
-            output=f"{self._folder(own)}/vectors/{_label(variant, seed)}",
+            output=self._at(own, f"vectors/{_label(variant, seed)}"),
         )
         return self._make(
             "search",
             {"top_k": depth_of(self.config.measure), **self.config.search},
             retriever=model,
             vectors=vectors.uri,
-            queries=f"{corpus.uri}/queries",
-            qrels=f"{corpus.uri}/qrels/{own.split}.parquet",
+            queries=(corpus.location / "queries").uri,
+            qrels=(corpus.location / f"qrels/{own.split}.parquet").uri,
             drop_self_hits=own.drops_self_hits,
             output=self.run_file(own, variant, seed),
         )
@@ -177,7 +181,7 @@ class Reproduction:
         source = self._domain(own, variant)
         assert source is not None
         adapter = self._adapter(source, variant, seed)
-        scales = {
+        scales: Section = {
             "readapter_scale": self.config.readapter_scale
             if variant.readapter_scale is None
             else variant.readapter_scale,
@@ -185,9 +189,11 @@ class Reproduction:
             if variant.knowledge_scale is None
             else variant.knowledge_scale,
         }
-        return self._merged(adapter, scales, f"{self._folder(own)}/models/{_label(variant, seed)}")
+        if self.config.layer_scales and scales["knowledge_scale"]:
+            scales["layer_scales"] = self.config.layer_scales
+        return self._merged(adapter, scales, self._at(own, f"models/{_label(variant, seed)}"))
 
-    def _merged(self, adapter: str, scales: dict[str, float], output: str) -> str:
+    def _merged(self, adapter: str, scales: Section, output: str) -> str:
         return self._make(
             "merge",
             {},
@@ -209,7 +215,7 @@ class Reproduction:
         """Train an adapter on the retriever itself, with the language-model head of the pretrained model."""
         from readapt_ray.recipes.paper.headed import add_head
 
-        folder = f"{self._folder(own)}/models/retriever"
+        folder = self._at(own, "models/retriever")
         merged = self._merged(
             self._adapter(own, Variant(name=READAPTED), self.config.seeds[0]),
             {"readapter_scale": 1.0, "knowledge_scale": 0.0},
@@ -217,7 +223,7 @@ class Reproduction:
         )
         body = models.open_model(merged).folder
         whole = add_head(
-            Location(str(body)), models.open_model(self.pretrained).folder, Location(f"{folder}-with-head")
+            Location(str(body)), models.open_model(self.pretrained).folder, Location(folder).beside("-with-head")
         )
         return self._trained(
             own, self.corpus(own).uri, whole.uri, method="dora", seed=seed, name=f"continued-seed{seed}"
@@ -231,7 +237,7 @@ class Reproduction:
             pack_options(self.config.train),
             pretrained=pretrained,
             corpus=passages,
-            output=f"{self._folder(source)}/blocks/{name}",
+            output=self._at(source, f"blocks/{name}"),
         )
         # A retriever's config.json names no head, so take the objective of its pretrained model.
         objective = self.config.train.get("objective") or objective_of(models.open_model(self.pretrained))
@@ -242,7 +248,7 @@ class Reproduction:
             corpus=blocks.uri,
             method=method,
             seed=seed,
-            output=f"{self._folder(source)}/adapters/{name}",
+            output=self._at(source, f"adapters/{name}"),
         ).uri
 
     def _targets(self) -> Section:
@@ -255,7 +261,7 @@ class Reproduction:
         if variant.passages == "all":
             return corpus.uri
         name = f"{variant.passages}-seed{seed}" if variant.passages.isdecimal() else variant.passages
-        folder = Location(f"{self._folder(source)}/subsets")
+        folder = Location(self._at(source, "subsets"))
         wanted = _wanted(corpus, source, variant.passages, seed)
 
         def write(workspace: Workspace) -> None:
@@ -277,8 +283,9 @@ class Reproduction:
     def _make(self, stage: str, options: Section, **wired: Any) -> Artifact:
         return make(stage, options, RULES, **wired)
 
-    def _folder(self, own: Collection) -> str:
-        return f"{self.config.root.rstrip('/')}/{own.name}"
+    def _at(self, own: Collection, name: str) -> str:
+        """Return the path or URI of an artifact of a corpus."""
+        return (Location(self.config.root) / f"{own.name}/{name}").uri
 
 
 def _label(variant: Variant, seed: int) -> str:

@@ -18,6 +18,7 @@ from readapt_ray.recipes.paper.options import PaperConfig, collection
 from readapt_ray.recipes.paper.published import paper_gain, paper_scores
 from readapt_ray.recipes.paper.reproduction import Reproduction
 from readapt_ray.recipes.paper.variants import EXPERIMENTS, variants_of
+from readapt_ray.storage import Location
 from tests import factories
 
 TRAIN = {"block_tokens": 64, "batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1}
@@ -65,6 +66,49 @@ def test_arms_that_a_corpus_cannot_have_are_left_out(tiny: Path) -> None:
     alone = Reproduction(config(tiny, corpora=["nfcorpus"], experiments=["baselines"]))
     assert "wrong domain" not in {variant for _, variant in named(alone, "baselines")}
     assert "wrong domain" in {variant for _, variant in named(reproduction, "baselines")}
+
+
+def test_everything_is_under_a_store_whose_address_has_options(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "?scheme=http&endpoint_override=127.0.0.1:9000"
+    reproduction = Reproduction(config(tiny, root=f"s3://bucket/paper{options}"))
+    asked = []
+
+    def make(stage: str, _: Any, __: Any, **wired: Any) -> SimpleNamespace:
+        asked.append((stage, wired))
+        return SimpleNamespace(uri=wired["output"], location=Location(wired["output"]))
+
+    monkeypatch.setattr("readapt_ray.recipes.paper.reproduction.make", make)
+    for own, variant in reproduction.steps("table1", 0):
+        reproduction.search(own, variant, 0)
+    places = {value for _, wired in asked for value in wired.values() if str(value).startswith("s3://")}
+    assert all(place.endswith(options) and place.count("?") == 1 for place in places)
+    paths = {place.removesuffix(options).removeprefix("s3://bucket/paper/") for place in places}
+    assert {
+        "nfcorpus/corpus/queries",
+        "nfcorpus/corpus/qrels/test.parquet",
+        "scifact/runs/readapted-seed0.trec",
+    } < paths
+
+
+def test_layer_scales_are_those_of_every_merge_that_adds_knowledge(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reproduction = Reproduction(config(tiny, corpora=["nfcorpus"], layer_scales=["0=0.25"]))
+    merged = {}
+
+    def make(stage: str, _: Any, __: Any, **wired: Any) -> SimpleNamespace:
+        if stage == "merge":
+            merged[Location(wired["output"]).name] = wired.get("layer_scales")
+        return SimpleNamespace(uri=wired["output"], location=Location(wired["output"]))
+
+    monkeypatch.setattr("readapt_ray.recipes.paper.reproduction.make", make)
+    for variant in variants_of("baselines"):
+        if not variant.is_base and not variant.continues_retriever and variant.domain == "own":
+            reproduction._model(reproduction.collections["nfcorpus"], variant, 0)
+    assert merged == {
+        **dict.fromkeys(("readapted-seed0", "knowledge-alone-seed0", "plain-LoRA-seed0"), ("0=0.25",)),
+        **dict.fromkeys(("readapter-0.5", "readapter-1.5")),
+    }
+    with pytest.raises(InputError, match=r"layer_scales = '90=0\.25'"):
+        Reproduction(config(tiny, layer_scales=["90=0.25"]))
 
 
 def test_only_what_a_seed_changes_is_made_again_for_another_seed(tiny: Path) -> None:
