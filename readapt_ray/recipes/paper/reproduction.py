@@ -30,7 +30,6 @@ from readapt_ray.recipes.paper.options import Collection, PaperConfig, collectio
 from readapt_ray.recipes.paper.variants import READAPTED, Variant, variants_of
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
-from readapt_ray.weights.merge_plan import check_pair
 
 logger = logging.getLogger("readapt_ray")
 
@@ -72,6 +71,8 @@ class Reproduction:
         self.encoding = models.open_model(config.retriever).encoding
         before = models.open_model(self.pretrained)
         if config.layer_scales:
+            from readapt_ray.weights.merge_plan import check_pair
+
             after = models.open_model(config.retriever)
             check_pair(before, after, accept=(), layer_scales=config.layer_scales)
         self._check_sections()
