@@ -41,6 +41,21 @@ def open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         ) from error
 
 
+def listed(filesystem: pafs.FileSystem, folder: pafs.FileSelector) -> list[pafs.FileInfo]:
+    """Return the entries of a folder.
+
+    Raises:
+        InputError: a name is not UTF-8. pyarrow can neither return nor open such a file.
+    """
+    found: list[pafs.FileInfo] = filesystem.get_file_info(folder)
+    try:
+        for each in found:
+            _ = each.path
+    except UnicodeDecodeError as error:
+        raise InputError(f"the name of the file {error.object!r} is not UTF-8; rename it") from error
+    return found
+
+
 def extended(uri: str, tail: str) -> str:
     """Append `tail`, such as "/corpus" or "-blocks", to the path of a local path or URI. Options of a URI stay last."""
     if "://" not in uri:

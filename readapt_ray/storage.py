@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 
 from readapt_ray import object_streams, ranged_reads
 from readapt_ray.errors import InputError, StorageError
-from readapt_ray.filesystems import check_uri, extended, open_filesystem, sibling
+from readapt_ray.filesystems import check_uri, extended, listed, open_filesystem, sibling
 
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
@@ -141,7 +141,7 @@ class Location:
         """List the same files as `files`, each as its path relative to this folder and its `pafs.FileInfo`."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         found = []
-        for info in self.filesystem.get_file_info(selector):
+        for info in listed(self.filesystem, selector):
             relative = info.path[len(self.path.rstrip("/")) + 1 :]
             is_temporary = info.base_name.startswith(_TEMPORARY)
             if info.type == pafs.FileType.File and relative.endswith(suffix) and not is_temporary:
@@ -151,7 +151,7 @@ class Location:
     def children(self) -> tuple[list[str], list[str]]:
         """Return the names of the files, and those of the folders, directly in this folder, without temporary ones."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
-        infos = [each for each in self.filesystem.get_file_info(selector) if not each.base_name.startswith(_TEMPORARY)]
+        infos = [each for each in listed(self.filesystem, selector) if not each.base_name.startswith(_TEMPORARY)]
         files = [each.base_name for each in infos if each.type == pafs.FileType.File]
         folders = [each.base_name for each in infos if each.type == pafs.FileType.Directory]
         return sorted(files), sorted(folders)
@@ -174,7 +174,7 @@ class Location:
                     break
         else:
             selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
-            for info in self.filesystem.get_file_info(selector):
+            for info in listed(self.filesystem, selector):
                 (folders if info.type == pafs.FileType.Directory else files).append(info.path[start:])
         return sorted(files), sorted(folders)
 

@@ -27,6 +27,8 @@ _DEVICE_FLOPS: Final = {"GPU": 4.5e14, "CPU": 1.6e11}
 """FLOPs per second of a large GPU and of a CPU core with AMX, at the share of the peak that encoders reach."""
 _SHARD_BYTES: Final = 256 << 20
 """Most bytes of a shard's texts, and of its vectors in float32."""
+_ROW_BYTES: Final = 1024
+"""Bytes that an encoder holds for a passage, however short and however small its vector: ids, hashes, Python objects."""
 _LAYER_S: Final = 0.00025
 """Seconds that the host needs to start the kernels of a layer, for any number of tokens.
 
@@ -70,8 +72,8 @@ class TextSize(NamedTuple):
 def shard_rows(num_passages: int, text: TextSize, shape: ModelShape, dimension: int, *, on_gpus: bool) -> int:
     """Return the default number of passages per data shard: some 45 seconds of work for one device.
 
-    It is less if the texts or vectors of a shard would take over 256 MiB, or if the corpus would be cut into fewer than
-    32 shards; but at least 256.
+    It is less if the texts or vectors of a shard would take over 256 MiB (so at most 262,144, as each passage counts as
+    at least 1 KiB), or if the corpus would be cut into fewer than 32 shards; but at least 256.
 
     Args:
         num_passages: passages of the corpus.
@@ -82,7 +84,7 @@ def shard_rows(num_passages: int, text: TextSize, shape: ModelShape, dimension: 
     """
     flops = text.num_tokens * shape.forward_flops(text.num_tokens)
     at_work = _SHARD_S * _DEVICE_FLOPS["GPU" if on_gpus else "CPU"] / flops
-    in_memory = _SHARD_BYTES / max(text.num_bytes, 4.0 * dimension)
+    in_memory = _SHARD_BYTES / max(text.num_bytes, 4.0 * dimension, _ROW_BYTES)
     return max(MIN_SHARD_ROWS, int(min(at_work, in_memory, num_passages / SHARDS)))
 
 

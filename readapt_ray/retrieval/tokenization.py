@@ -19,6 +19,8 @@ from readapt_ray.weights.tokenizer import edge_tokens
 Kind = Literal["query", "passage"]
 
 _FIELDS = ("text", "title", "task")
+_TEXTS_AT_ONCE = 8192
+"""Texts per call of the Rust tokenizer, whose results take some 100 bytes per token until their ids are taken."""
 
 
 def fill_query(encoding: Encoding, text: str) -> str:
@@ -173,7 +175,10 @@ class TextTokenizer:
                     else []
                 )
                 return [list(ids) for ids in rows]
-            return [row.ids for row in self._backend.encode_batch_fast(filled, add_special_tokens=False)]
+            parts = (filled[first : first + _TEXTS_AT_ONCE] for first in range(0, len(filled), _TEXTS_AT_ONCE))
+            return [
+                row.ids for part in parts for row in self._backend.encode_batch_fast(part, add_special_tokens=False)
+            ]
         except (TypeError, UnicodeEncodeError) as error:
             for index, text in enumerate(filled):
                 if text != text.encode("utf-8", "replace").decode("utf-8"):

@@ -2,19 +2,19 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from readapt_ray.damage import READ_ERRORS
-from readapt_ray.errors import CorpusError
+from readapt_ray.errors import CorpusError, first_line
 from readapt_ray.sources.columns import passage_columns
 from readapt_ray.sources.lines import refuse_damaged
 from readapt_ray.sources.listing import DataFile
 from readapt_ray.sources.read_options import ReadOptions
-from readapt_ray.sources.source import BadRow, Row, Span
+from readapt_ray.sources.source import BadRow, Row, Span, Unreadable
 from readapt_ray.sources.tables import BATCH_ROWS, Advance, Layout, SplitAt, Values
 from readapt_ray.storage import Location
 
@@ -66,6 +66,7 @@ def _parquet_rows(
         range(parquet.num_row_groups) if span is None else range(span.start, min(span.end, parquet.num_row_groups))
     )
     wanted = list(dict.fromkeys(columns))
+    _refuse_repeated(parquet.schema_arrow.names, wanted, label)
     try:
         for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted, use_threads=False):
             yield from _batch_rows(batch, columns, label, number)
@@ -91,7 +92,24 @@ def _cells(column: pa.Array) -> Iterator[object]:
         column = column.dictionary_decode()
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         column = column.cast(pa.large_binary())
-    return (value.as_py() for value in column)
+    return map(_python_value, column)
+
+
+def _python_value(value: pa.Scalar) -> object:
+    """Convert a value to Python; to `Unreadable` if Python cannot hold it, such as the year 20201."""
+    try:
+        return value.as_py()
+    except (OverflowError, ValueError) as error:
+        return Unreadable(f"{value.type}: {first_line(error)}")
+
+
+def _refuse_repeated(found: Sequence[str], wanted: Iterable[str], label: str) -> None:
+    """Refuse a file that has a wanted column more than once: which one is meant is not known."""
+    for name in wanted:
+        if list(found).count(name) > 1:
+            raise CorpusError(
+                f"{label} has {list(found).count(name)} columns {name!r}; write it again with one, or name another column with --columns"
+            )
 
 
 class Parquet:
@@ -129,6 +147,7 @@ def schema_layout(schema: pa.Schema, label: str, options: ReadOptions) -> Layout
             message.
     """
     columns = passage_columns(schema.names, label, options.columns)
+    _refuse_repeated(schema.names, columns.names, label)
     return Layout(columns, tuple(schema.names), tuple(schema.field(name).type for name in columns.kept))
 
 
@@ -174,6 +193,7 @@ def arrow_rows(
     number, size_bytes = 0, max(file.size_bytes(), 1)
     with _open_arrow(file, label) as (schema, batches):
         columns = pick(schema.names)
+        _refuse_repeated(schema.names, columns, label)
         for batch, position in batches:
             for start in range(0, batch.num_rows, BATCH_ROWS):
                 part = batch.slice(start, BATCH_ROWS)

@@ -19,7 +19,7 @@ from pydantic import BeforeValidator
 
 from readapt_ray.config import meant
 from readapt_ray.errors import CorpusError, InputError
-from readapt_ray.sources.source import MISSING, Row
+from readapt_ray.sources.source import MISSING, Row, Unreadable
 
 ID_NAMES: Final = (*("doc_id", "_id", "id", "pid", "passage_id", "docid", "document_id", "docno", "corpus_id", "url"),)
 TITLE_NAMES: Final = ("title", "headline", "doc_title", "page_title")
@@ -117,16 +117,21 @@ def kept_value(raw: object, kind: pa.DataType) -> Any:
     parsed ("7", "true"), and blank text becomes None.
 
     Raises:
-        ValueError: the value does not fit the type.
+        ValueError: the value does not fit the type, or its text cannot be written as UTF-8.
     """
     if is_absent(raw):
         return None
+    if isinstance(raw, Unreadable):
+        raise ValueError(raw.text)
     if pa.types.is_string(kind):
-        return raw if isinstance(raw, str) else _as_text(raw)
+        text = raw if isinstance(raw, str) else _as_text(raw)
+        text.encode("utf-8")  # JSON can hold half of a surrogate pair: UnicodeEncodeError is a ValueError
+        return text
     if isinstance(raw, str) and not raw.strip():
         return None
     try:
-        return pa.scalar(_number(raw, kind), kind).as_py()
+        value = pa.scalar(_number(raw, kind), kind).as_py()
+        return None if is_absent(value) else value  # the text "nan"
     except (pa.ArrowException, OverflowError, TypeError) as error:
         raise ValueError(str(raw)) from error
 
@@ -139,6 +144,8 @@ def _as_text(raw: object) -> str:
 
 def _number(raw: object, kind: pa.DataType) -> object:
     """Convert text to a number or boolean, and a float without fraction to an integer, if the column has that type."""
+    if isinstance(raw, str) and "_" in raw and not pa.types.is_boolean(kind):
+        raise ValueError(raw)  # Python reads 1_000 as 1000
     if isinstance(raw, bool):
         if not pa.types.is_boolean(kind):
             raise ValueError(raw)

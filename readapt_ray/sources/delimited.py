@@ -9,6 +9,7 @@ import collections
 import csv
 import functools
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ _PEEKED_BYTES = 1 << 20
 _DELIMITERS = ",;\t|"
 _DOUBLED: dict[str, Any] = {}
 _ESCAPED: dict[str, Any] = {"doublequote": False, "escapechar": "\\"}
+_BACKSLASH_PAIR = re.compile(r"\\.")
 
 
 class _Header(NamedTuple):
@@ -291,19 +293,32 @@ def _has_open_quote(text: str, delimiter: str) -> bool:
 def _continued(
     taken: list[Line | BadRow], read: Callable[[], Line | BadRow | None], delimiter: str, max_chars: int
 ) -> list[str] | None:
-    """Read further lines into `taken` until one closes the quote. Return the fields; None if no line closes it."""
+    """Read further lines into `taken` until one closes the quote. Return the fields; None if no line closes it.
+
+    A record can end where the number of quotes is even: of all quotes if they are doubled, else of those without a
+    backslash before them. Each of the two is tried once, so that a stray quote does not cost a parse per line.
+    """
     texts = [each.text for each in taken if isinstance(each, Line)]
-    num_quotes, size = texts[0].count('"'), len(texts[0])
-    while size < max_chars and (following := read()) is not None:
+    size, is_open = len(texts[0]), _quotes(texts[0])
+    untried = {0, 1}
+    while untried and size < max_chars and (following := read()) is not None:
         taken.append(following)
         if isinstance(following, BadRow):
             return None
         texts.append(following.text)
         size += len(following.text)
-        num_quotes += following.text.count('"')
-        if '"' in following.text and num_quotes % 2 == 0:
-            return _parsed(texts, delimiter)
+        is_open = tuple((before + more) % 2 for before, more in zip(is_open, _quotes(following.text), strict=True))
+        ended = {way for way in untried if not is_open[way]} if '"' in following.text else set()
+        if ended and (fields := _parsed(texts, delimiter)) is not None:
+            return fields
+        untried -= ended
     return None
+
+
+def _quotes(text: str) -> tuple[int, ...]:
+    """Return the number of quotes in a text, and of those without a backslash before them."""
+    num_quotes = text.count('"')
+    return num_quotes, _BACKSLASH_PAIR.sub("", text).count('"') if '\\"' in text else num_quotes
 
 
 def _are_rows(lines: Sequence[Line | BadRow], delimiter: str, num_columns: int) -> bool:
@@ -321,11 +336,21 @@ def _fields(text: str, num_columns: int, delimiter: str = "\t") -> list[str]:
 
 
 def _parsed(lines: Sequence[str], delimiter: str) -> list[str] | None:
-    """Parse lines as one CSV record, with quotes escaped by doubling or by a backslash. None if they are not one."""
+    """Parse lines as one CSV record, with quotes escaped by doubling or by a backslash. None if they are not one.
+
+    Lines with both `""` and `\\"`, such as a field that ends with an escaped quote, are first read as doubled. As
+    escaped they are read only if all their quotes are well formed, because csv does not check that.
+    """
     csv.field_size_limit(sys.maxsize)
     ended = [f"{line}\n" for line in lines]
-    has_escaped = any('\\"' in line for line in lines) and not any('""' in line for line in lines)
-    for quoting in (_ESCAPED, _DOUBLED) if has_escaped else (_DOUBLED,):
+    has_escaped = any('\\"' in line for line in lines)
+    if not has_escaped:
+        ways = [_DOUBLED]
+    elif not any('""' in line for line in lines):
+        ways = [_ESCAPED, _DOUBLED]
+    else:
+        ways = [_DOUBLED, _ESCAPED] if _is_escaped("\n".join(lines), delimiter) else [_DOUBLED]
+    for quoting in ways:
         try:
             rows = list(csv.reader(ended, delimiter=delimiter, strict=True, **quoting))
         except csv.Error:
@@ -333,3 +358,9 @@ def _parsed(lines: Sequence[str], delimiter: str) -> list[str] | None:
         if len(rows) == 1:
             return rows[0]
     return None
+
+
+def _is_escaped(record: str, delimiter: str) -> bool:
+    """Return whether each field is quoted as a whole, with inner quotes behind backslashes, or has no quote."""
+    field = rf'(?:"(?:[^"\\]|\\.)*"|[^"{re.escape(delimiter)}\n]*)'
+    return re.fullmatch(rf"{field}(?:{re.escape(delimiter)}{field})*", record, re.DOTALL) is not None

@@ -136,8 +136,8 @@ def split_front_matter(text: str) -> tuple[dict[str, Any], str]:
     head = found[2] or ""
     try:
         fields: object = yaml.safe_load(head) if found[1] == "---" else tomllib.loads(head)
-    except (yaml.YAMLError, tomllib.TOMLDecodeError, ValueError):
-        fields = _loose_fields(head)  # such as `title: Tides: a guide`
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):
+        fields = _loose_fields(head)  # such as `title: Tides: a guide`, `!!bool maybe` or a thousand open brackets
     if isinstance(fields, dict) or fields is None:
         return {str(name): value for name, value in (fields or {}).items()}, text[found.end() :]
     return {}, text

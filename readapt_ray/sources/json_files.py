@@ -194,7 +194,8 @@ def _values(file: Location, label: str, options: ReadOptions, advance: Advance =
     """Yield each JSON value of a file. If the file is one array, yield its elements.
 
     Raises:
-        CorpusError: the file is cut short, is not JSON, or has a value longer than a row may be.
+        CorpusError: the file is cut short, is not JSON, has text after its array (such as a second array), or has a
+            value longer than a row may be.
     """
     chunks = _chunks(file, label, shares(file, advance))
     first = next(chunks, "")
@@ -206,7 +207,7 @@ def _values(file: Location, label: str, options: ReadOptions, advance: Advance =
         at = 0
         while not ended and (at := _skip(buffer, at)) < len(buffer):
             if buffer[at] == "]" and is_array:
-                ended = True
+                ended, at = True, at + 1
                 break
             try:
                 value, at = _DECODER.raw_decode(buffer, at)
@@ -217,7 +218,11 @@ def _values(file: Location, label: str, options: ReadOptions, advance: Advance =
             number += 1
             yield value
         place = _behind(place, buffer[:at])
-        buffer = buffer[at:] + chunk if not ended else ""
+        buffer = buffer[at:] + chunk
+        if ended and (rest := buffer.lstrip()):
+            found = _behind(place, buffer[: len(buffer) - len(rest)])
+            where = f"line {found.line}, column {found.column}"
+            raise _not_json(label, number, f"after the end of its array there is more text, {where}")
     if is_array and not ended:
         raise _not_json(label, number, "its array has no end")
 

@@ -8,6 +8,7 @@ A folder of such files can be read too, such as that of an ingest artifact. Text
 like the ids of passages (`cleaning.clean_id`), so that they match.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ from readapt_ray.sources.label_tables import (
 from readapt_ray.sources.lines import Line, plain_name, read_lines
 from readapt_ray.sources.listing import data_files
 from readapt_ray.sources.source import REASONS, BadRow
+from readapt_ray.sources.tables import Values
 from readapt_ray.storage import Location
 
 _Record = TypeVar("_Record", Query, Qrel)
@@ -72,7 +74,7 @@ def read_qrels(uri: str, columns: Sequence[str] = ()) -> list[Qrel]:
                 f"{uri!r} has judgements of {len(splits)} splits; give one: {location}/{{{','.join(splits)}}}"
             )
         location = location / splits[0]
-    return _all_good(iter_qrels(location, ColumnChoice.parse(columns, ())), uri, "judgement")
+    return _all_good(iter_qrels(location, choice=ColumnChoice.parse(columns, ())), uri, "judgement")
 
 
 def read_doc_ids(uri: str) -> frozenset[str]:
@@ -163,39 +165,59 @@ def _query(place: str, query_id: object, text: object) -> Query | BadRow:
         return BadRow(place, "missing_id")
     if not isinstance(text, str):
         return BadRow(place, text_fault(text), "" if is_absent(text) else shown(text))
-    if not is_unicode(text):
+    if not (is_unicode(text) and is_unicode(identifier)):
         return BadRow(place, "not_utf8")
     cleaned = clean_text(text).replace("\n", " ")
     return Query(identifier, cleaned) if cleaned else BadRow(place, "empty_text")
 
 
-def iter_qrels(location: Location, choice: ColumnChoice | None = None) -> Iterator[Qrel | BadRow]:
-    """Yield the judgements of a file or folder, and a bad row for each row that is not a judgement.
+def iter_qrels(*locations: Location, choice: ColumnChoice | None = None) -> Iterator[Qrel | BadRow]:
+    """Yield the judgements of files or folders, and a bad row for each row that is not a judgement.
 
     A repeated judgement is left out. If it has another relevance, it is a bad row.
 
     Args:
-        location: a file, or a folder of tables.
+        locations: files, or folders of tables, of one split, in their order.
         choice: columns that the user gave; None means well-known names.
 
     Raises:
         CorpusError: for the same reasons as `iter_queries`.
     """
-    seen: dict[tuple[str | None, str | None], int] = {}
-    for row in label_rows(location, QRELS, choice or ColumnChoice()):
-        if isinstance(row, BadRow):
-            yield row
+    rows = (label_rows(each, QRELS, choice or ColumnChoice()) for each in locations)
+    yield from without_repeats(map(_qrel, itertools.chain.from_iterable(rows)))
+
+
+def _qrel(row: Values | BadRow) -> tuple[str, Qrel] | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    place, (query_id, doc_id, value) = row
+    pair, relevance = (_identifier(query_id), _identifier(doc_id)), _whole_number(value)
+    if pair[0] is None or pair[1] is None:
+        return BadRow(place, "missing_id")
+    if not (is_unicode(pair[0]) and is_unicode(pair[1])):
+        return BadRow(place, "not_utf8")
+    if relevance is None:
+        return BadRow(place, "bad_relevance", shown(value))
+    return place, Qrel(pair[0], pair[1], relevance)
+
+
+def without_repeats(judgements: Iterable[tuple[str, Qrel] | BadRow]) -> Iterator[Qrel | BadRow]:
+    """Yield each judgement once, and a bad row for one that gives an earlier query and passage another relevance.
+
+    Args:
+        judgements: judgements with their places, or bad rows, which are yielded unchanged.
+    """
+    seen: dict[tuple[str, str], int] = {}
+    for each in judgements:
+        if isinstance(each, BadRow):
+            yield each
             continue
-        place, (query_id, doc_id, value) = row
-        pair, relevance = (_identifier(query_id), _identifier(doc_id)), _whole_number(value)
-        if pair[0] is None or pair[1] is None:
-            yield BadRow(place, "missing_id")
-        elif relevance is None:
-            yield BadRow(place, "bad_relevance", shown(value))
-        elif pair not in seen:
-            seen[pair] = relevance
-            yield Qrel(pair[0], pair[1], relevance)
-        elif seen[pair] != relevance:
+        place, qrel = each
+        pair = qrel.query_id, qrel.doc_id
+        if pair not in seen:
+            seen[pair] = qrel.relevance
+            yield qrel
+        elif seen[pair] != qrel.relevance:
             yield BadRow(place, "conflicting_judgement")
 
 
@@ -210,7 +232,7 @@ def _whole_number(value: object) -> int | None:
         number = float(value)
     except ValueError:
         return None
-    return int(number) if number.is_integer() else None
+    return int(number) if number.is_integer() and abs(number) < 1 << 63 else None
 
 
 def _all_good(records: Iterable[_Record | BadRow], uri: str, what: str) -> list[_Record]:

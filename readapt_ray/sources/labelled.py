@@ -7,7 +7,6 @@
 The parts of a configuration have its name in front: `de-corpus`, `de-queries`, `de-qrels`.
 """
 
-import itertools
 import re
 from collections.abc import Iterator
 from typing import Final
@@ -43,10 +42,7 @@ class PartsSource(LabelledTableSource):
         for name, file in sorted(self._qrels.items()):
             parts.setdefault(_split(name), []).append(file)
         choice = self.options.columns
-        return {
-            split: itertools.chain.from_iterable(iter_qrels(file, choice) for file in files)
-            for split, files in parts.items()
-        }
+        return {split: iter_qrels(*files, choice=choice) for split, files in parts.items()}
 
 
 def parts_source(

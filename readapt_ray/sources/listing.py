@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pyarrow.fs as pafs
 
 from readapt_ray.damage import READ_ERRORS
+from readapt_ray.errors import CorpusError
 from readapt_ray.sources.lines import plain_name, refuse_damaged
 from readapt_ray.storage import Location, state_of
 
@@ -87,6 +88,31 @@ def listed(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, 
     found = [DataFile(name, location / name, info) for name, info in location.listing(recursive=True)]
     files = [file for file in found if is_data(file.label, suffixes, hidden)]
     return Listing(files, count_not_read(found, files, hidden))
+
+
+def check_unchanged(
+    location: Location, suffixes: tuple[str, ...], files: Iterable[DataFile], *, hidden: tuple[str, ...] = HIDDEN
+) -> None:
+    """Check that files still have the size and time of their listing. This takes one listing of the folder.
+
+    Args:
+        location: the file or folder that was listed.
+        suffixes: as in `listed`.
+        files: files that `listed` returned.
+        hidden: as in `listed`.
+
+    Raises:
+        CorpusError: a file was changed or removed since it was listed.
+    """
+    now = {file.label: file.state() for file in listed(location, suffixes, hidden=hidden).files}
+    for each in files:
+        if now.get(each.label) != each.state():
+            raise changed(each.label)
+
+
+def changed(label: str) -> CorpusError:
+    """Return (do not raise) the error for a file that changed while it was read."""
+    return CorpusError(f"{label} changed while it was read; wait until nobody writes it and run `readapt ingest` again")
 
 
 def count_not_read(

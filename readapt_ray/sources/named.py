@@ -13,6 +13,7 @@ from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.cleaning import clean_id
 from readapt_ray.sources.columns import TEXT_NAMES, ColumnChoice, Columns, kept_schema, passage_columns, type_of_values
+from readapt_ray.sources.judgements import without_repeats
 from readapt_ray.sources.label_tables import QUERY_TEXT_NAMES
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import MISSING, BadRow, Row, Source
@@ -111,13 +112,16 @@ class NamedSource(Source):
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
         """Return the judgements of the collection, under the split in its name ("test" if the name has none).
 
-        Empty if the collection has no judgements. The iterator can be read once.
+        A repeated judgement is left out; with another relevance, it is a bad row. Empty if the collection has no judgements. The iterator can be read once.
         """
         if not self.has_qrels:
             return {}
         split = next((part for part in reversed(self._name.split("/")) if part in _SPLITS), "test")
-        qrels = self._read("qrels_iter")
-        return {split: (Qrel(clean_id(q.query_id), clean_id(q.doc_id), int(q.relevance)) for q in qrels)}
+        qrels = (
+            (f"{self._name} qrel {number}", Qrel(clean_id(each.query_id), clean_id(each.doc_id), int(each.relevance)))
+            for number, each in enumerate(self._read("qrels_iter"), start=1)
+        )
+        return {split: without_repeats(qrels)}
 
     def fingerprint(self) -> str:
         """Hash the name only. The content of a published collection does not change."""

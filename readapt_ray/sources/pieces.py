@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from readapt_ray.errors import CorpusError
 from readapt_ray.sources.arrow_files import open_parquet
 from readapt_ray.sources.formats import FORMATS
 from readapt_ray.sources.lines import is_compressed
-from readapt_ray.sources.listing import DataFile
+from readapt_ray.sources.listing import DataFile, changed
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Span
 from readapt_ray.sources.table_sources import TableSource
@@ -51,9 +50,7 @@ class FileRange:
             CorpusError: its size or modification time changed.
         """
         if state_of(self.file.info()) != self.state:
-            raise CorpusError(
-                f"{self.label} changed while it was read; wait until nobody writes it and run `readapt ingest` again"
-            )
+            raise changed(self.label)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,15 @@ MISSING: Final = _Missing()
 """The value of a field that a row does not have. This differs from null."""
 
 
+class Unreadable(NamedTuple):
+    """The value of a field that Python cannot hold, such as a date after the year 9999. `text` says what it is."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 class Row(NamedTuple):
     """A raw, unchecked passage from a source. `place` is file and line."""
 

@@ -12,7 +12,7 @@ from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.arrow_files import saved_files
 from readapt_ray.sources.columns import FIELDS, kept_schema
 from readapt_ray.sources.judgements import iter_qrels, iter_queries
-from readapt_ray.sources.listing import DataFile, Listing, contents_of, count_not_read, listed
+from readapt_ray.sources.listing import DataFile, Listing, check_unchanged, contents_of, count_not_read, listed
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Source
 from readapt_ray.sources.tables import Layout, TableFormat
@@ -93,7 +93,11 @@ class TableSource(Source):
         return {"files": len(self._files), "files_not_read": self._listing.counts(), "columns": self._columns}
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the rows of all files, one file after the other."""
+        """Yield the rows of all files, one file after the other.
+
+        Raises:
+            CorpusError: a file is damaged, or changed since it was listed.
+        """
         files = self._files
         sizes = [max(file.size_bytes(), 1) for file in files]
         total, before = sum(sizes), 0
@@ -105,6 +109,7 @@ class TableSource(Source):
             yield from self.table_format.rows(file, label, self.options, advance)
             before += size
             self.fraction_read = before / total
+        check_unchanged(self._location, self.table_format.suffixes, files)
 
     def fingerprint(self) -> str:
         """Return a hash of the content of all files, and set `contents`: the digests of each file, by its label.
@@ -168,7 +173,7 @@ class LabelledTableSource(TableSource):
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
         """Return the judgements by split, one file per split."""
-        return {split: iter_qrels(file, self.options.columns) for split, file in self._qrels.items()}
+        return {split: iter_qrels(file, choice=self.options.columns) for split, file in self._qrels.items()}
 
     def fingerprint(self) -> str:
         """Hash the content of passages, queries and judgements. `contents` is set for the passages."""

@@ -23,7 +23,7 @@ from readapt_ray.sources.cleaning import encoded_white_space
 from readapt_ray.sources.columns import FIELDS, first_of, is_absent, kept_schema, type_of_values
 from readapt_ray.sources.documents import Document, UnreadableDocumentError
 from readapt_ray.sources.lines import plain_name, read_lines, read_whole
-from readapt_ray.sources.listing import DataFile, Listing, contents_of, listed
+from readapt_ray.sources.listing import DataFile, Listing, check_unchanged, contents_of, listed
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import MISSING, BadRow, Row, Source
 from readapt_ray.storage import Location
@@ -117,13 +117,18 @@ class TextSource(Source):
         return {"files": len(self._files), "files_not_read": self._listing.counts()}
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Yield the passages of all files, in order. A long file gives several; an unreadable one gives a bad row."""
+        """Yield the passages of all files, in order. A long file gives several; an unreadable one gives a bad row.
+
+        Raises:
+            CorpusError: a file changed since it was listed.
+        """
         for number, (label, document) in enumerate(self._documents()):
             if isinstance(document, BadRow):
                 yield document
             else:
                 yield from self._passages(label, document)
             self.fraction_read = (number + 1) / len(self._files)
+        check_unchanged(self._location, TEXT_SUFFIXES, self._files, hidden=TEXT_HIDDEN)
 
     def _documents(self) -> Iterator[tuple[str, Document | BadRow]]:
         """Yield each file in order, while threads read the next ones."""

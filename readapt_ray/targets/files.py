@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from readapt_ray.storage import Location
+from readapt_ray.storage import Location, name_when_whole
 from readapt_ray.targets.target import Layout, Record, matrix
 
 VARIABLES = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
@@ -38,10 +38,13 @@ class FilesTarget:
         """Accept vectors of any dimension, and columns of any name."""
 
     def record(self) -> Record | None:
-        """Return the record in its file; without that, None if the folder is missing or has no file, else {}."""
+        """Return the record in its file; without that, None if the folder is missing or has no file, else {}.
+
+        Temporary files, which a killed export leaves, do not count.
+        """
         if (self._folder / _RECORD).is_file():
             return dict(json.loads((self._folder / _RECORD).read_text()))
-        return {} if any(self._folder.entries()[0]) else None
+        return {} if self._folder.files(recursive=True) else None
 
     def create(self, layout: Layout, record: Record) -> None:
         """Write the record; files of rows come with `write`."""
@@ -82,7 +85,11 @@ class FilesTarget:
         self._remove(pa.array(doc_ids, pa.string()), self._files())
 
     def finish(self) -> None:
-        """Do nothing: there is no index."""
+        """Remove the temporary files that killed exports left, since they may hold deleted passages."""
+        for name in self._folder.entries(recursive=False)[0]:
+            final = name_when_whole(name) or ""
+            if final == _RECORD or _OURS.fullmatch(f"{final.rpartition('.')[0]}.parquet"):
+                (self._folder / name).delete()
 
     def count(self) -> int:
         """Count the rows in the Parquet files that exports wrote to the folder, from their footers.

@@ -75,8 +75,10 @@ class OpenSearchTarget:
             "doc_id": {"type": "keyword"},
             "vector": {"type": "knn_vector", "dimension": layout.dimension, "method": method},
             **{name: {"type": "text"} for name in ("title", "text") if name in layout.payload.names},
+            **{each.name: {"type": "date"} for each in layout.payload if _is_date(each.type)},
         }
-        mapping = {"_meta": {_KEY: dict(record)}, "properties": fields}
+        # A text that looks like a date would make its field a date, which then refuses all other texts.
+        mapping = {"_meta": {_KEY: dict(record)}, "date_detection": False, "properties": fields}
         self._client.indices.create(index=self._name, body={"settings": {"index.knn": True}, "mappings": mapping})
 
     def set_record(self, record: Record) -> None:
@@ -136,3 +138,8 @@ class OpenSearchTarget:
             for each in vectors
         )
         return [[hit["_id"] for hit in answer["hits"]["hits"]] for answer in found]
+
+
+def _is_date(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_list(kind) else kind
+    return bool(pa.types.is_date(kind) or pa.types.is_timestamp(kind))

@@ -88,6 +88,14 @@ def test_a_collection_becomes_rows_queries_and_qrels(made):
     assert source.has_qrels
 
 
+def test_a_judgement_that_a_collection_repeats_is_taken_once_and_a_conflict_is_a_bad_row(made, monkeypatch):
+    judged = [DocQrel("q1", "d2", 1), DocQrel("q1", "d2", 1), DocQrel("q1", "d2", 0), DocQrel("q1", "d1", 0)]
+    monkeypatch.setattr(made, "qrels_iter", lambda: iter(judged), raising=False)
+    (found,) = NamedSource("made/dev/small", ReadOptions()).qrels().values()
+    conflict = BadRow("made/dev/small qrel 3", "conflicting_judgement")
+    assert list(found) == [Qrel("q1", "d2", 1), conflict, Qrel("q1", "d1", 0)]
+
+
 def test_a_collection_with_other_fields_gives_its_default_text(made):
     made.docs = (PlainDoc("d1", "x"),)
     assert list(NamedSource("made/dev/small", ReadOptions()).rows()) == [Row("made/dev/small:1", "d1", None, "x")]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -588,6 +589,7 @@ def test_a_shard_is_some_45_seconds_of_a_devices_work_and_fits_its_memory():
     assert shard_rows(large, text, shape, 1024, on_gpus=False) == 256
     assert shard_rows(32_000, text, shape, 1024, on_gpus=True) == 1000
     assert shard_rows(10, text, shape, 1024, on_gpus=True) == 256
+    assert shard_rows(large, TextSize(4, 40), replace(shape, num_layers=1), 16, on_gpus=True) == 1 << 18
 
 
 def test_an_output_keeps_the_size_of_shards_that_it_was_begun_with(world, ray_session, tmp_path, monkeypatch):

@@ -193,3 +193,15 @@ def test_payloads_are_json() -> None:
         {"doc_id": "a", "date": "2026-01-02", "tags": ["x", "y"], "raw": "b'\\x01'"},
         {"doc_id": "b", "tags": [], "share": 0.5},
     ]
+
+
+def test_opensearch_gives_dates_to_columns_of_dates_and_not_to_texts_that_look_like_one() -> None:
+    kinds = {"at": pa.timestamp("us"), "days": pa.list_(pa.date32()), "year": pa.int64(), "when": pa.string()}
+    columns = Layout(dimension=2, vector_dtype="float32", payload=pa.schema(list(kinds.items())))
+    with opensearch_server.running() as (address, cluster):
+        with opening.open_target(opening.parse(f"opensearch://{address}/i")) as target:
+            target.create(columns, {"export": "e"})
+        mappings = cluster.indices["i"]["mappings"]
+    assert mappings["date_detection"] is False
+    dates = [name for name, field in mappings["properties"].items() if field["type"] == "date"]
+    assert dates == ["at", "days"]

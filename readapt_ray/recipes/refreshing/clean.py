@@ -95,7 +95,8 @@ def clean(config: CleanConfig) -> Freed:
         generations.write(root, marked)
         for trace, _ in sorted(useless, key=lambda pair: _turn(pair[0])):
             remove_artifact(trace.location)
-        cache_entries.remove_unused("passages")
+        for kind in ("passages", "shards"):
+            cache_entries.remove_unused(kind)
         for name in (root / FOLDER_NAME).children()[1]:
             (root / FOLDER_NAME / name).remove_if_empty()
     return Freed(config.root, rows, max(deleted.values(), default=0), True)

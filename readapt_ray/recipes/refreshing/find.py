@@ -1,14 +1,15 @@
 """Find the artifacts under a root, the generations, and the vector database that hold a passage.
 
 All columns of doc_ids under the root are read, at some 10 million ids per second. Row groups whose statistics exclude the
-id are skipped.
+id are skipped. The id of a document that ingest split finds its passages `doc#1`, `doc#2` and so on.
 """
 
+import json
 import re
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -23,13 +24,19 @@ from readapt_ray.retrieval.parquet_rows import explain_damage
 from readapt_ray.storage import Location, name_when_whole
 
 _IDS = ".ids.parquet"
+_PART = r"#\d+"
+"""The end of a passage id, after the id of the document that it is a part of."""
+_PART_OR_NONE = rb"(?:#\d+)?"
+_WITH_IDS = ("report.json", ".jsonl")
+"""Ends of the names of text files in which objects have doc_ids."""
 
 
 def find(config: FindConfig) -> list[dict[str, Any]]:
     """Return a row per artifact that holds a passage, with keys `artifact`, `stage`, `generation` and `where`.
 
     The list is empty if none does. Blocks that were packed from a corpus with the passage are listed too; models are
-    not.
+    not. Passages `doc#1`, `doc#2` and so on are found by `doc`, too, and `where` names the first; they may also be of
+    another document whose own id ends like this.
 
     Raises:
         InputError: the root does not exist.
@@ -77,20 +84,32 @@ def _place(trace: Trace, doc_id: str) -> str:
     for file in trace.files():
         name = file.path[len(trace.location.path) + 1 :]
         if file.name.endswith(".parquet"):
-            row = _row_of(file, doc_id)
-            if row is not None and row not in _dead_rows(trace.location, final_name(name)):
-                return f"row {row:,} of {name}"
-            if row is not None:
-                deleted = f"row {row:,} of {name}, deleted; `readapt clean` removes it"
+            found = _rows_of(file, doc_id)
+            dead = _dead_rows(trace.location, final_name(name)) if found else frozenset()
+            for row, found_id in sorted(found, key=lambda pair: pair[0] in dead):
+                place = f"row {row:,} of {name}" + (f" ({found_id})" if found_id != doc_id else "")
+                if row not in dead:
+                    return place
+                deleted = f"{place}, deleted; `readapt clean` removes it"
+                break
         elif file.name.endswith(SINGLE_FILE_SUFFIX) and _is_ranked(file, doc_id):
             return file.name
+        elif file.name.endswith(_WITH_IDS) and _is_named(file, doc_id):
+            return name
     return deleted
 
 
 def _is_ranked(file: Location, doc_id: str) -> bool:
     """Return whether a doc_id is in the third column of a TREC run. Other columns may look like ids."""
-    line = rb"^\S+[ \t]+\S+[ \t]+" + re.escape(doc_id.encode()) + rb"[ \t]"
+    line = rb"^\S+[ \t]+\S+[ \t]+" + re.escape(doc_id.encode()) + _PART_OR_NONE + rb"[ \t]"
     return re.search(line, file.read_bytes(), re.MULTILINE) is not None
+
+
+def _is_named(file: Location, doc_id: str) -> bool:
+    """Return whether a JSON file of a report, or of passages, has an object with this doc_id."""
+    written = {json.dumps(doc_id, ensure_ascii=is_ascii)[1:-1].encode() for is_ascii in (True, False)}
+    ids = b"|".join(map(re.escape, sorted(written)))
+    return re.search(rb'"(?:doc_id|_id)":\s*"(?:' + ids + rb")" + _PART_OR_NONE + rb'"', file.read_bytes()) is not None
 
 
 def _dead_rows(artifact: Location, name: str) -> Set[int]:
@@ -101,33 +120,35 @@ def _dead_rows(artifact: Location, name: str) -> Set[int]:
     return set(read_row_numbers(dead).tolist()) if dead.is_file() else set()
 
 
-def _row_of(file: Location, doc_id: str) -> int | None:
-    """Return the row of a passage in a Parquet file; None if it is not there, or a killed writer left the file."""
+def _rows_of(file: Location, doc_id: str) -> list[tuple[int, str]]:
+    """Return row and id of a passage, or of a document's passages, in a Parquet file; none if a killed writer left it."""
     try:
-        return _row_in(file, doc_id)
+        return list(_rows_in(file, doc_id))
     except CorruptFileError:
         if name_when_whole(file.name) is None:
             raise
-        return None
+        return []
 
 
-def _row_in(file: Location, doc_id: str) -> int | None:
+def _rows_in(file: Location, doc_id: str) -> Iterator[tuple[int, str]]:
     with explain_damage(file), file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         if "doc_id" not in parquet.schema_arrow.names:
-            return None
+            return
         column, first = parquet.schema_arrow.names.index("doc_id"), 0
         for group in range(parquet.metadata.num_row_groups):
             metadata = parquet.metadata.row_group(group)
             if not _is_excluded(metadata.column(column).statistics, doc_id):
                 ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"].combine_chunks()
-                row = pc.index(ids, pa.scalar(doc_id, ids.type)).as_py()
-                if row >= 0:
-                    return first + int(row)
+                begins = pc.fill_null(pc.starts_with(ids, doc_id), False).to_numpy(zero_copy_only=False)
+                for row in np.flatnonzero(begins).tolist():
+                    found = ids[row].as_py()
+                    if found == doc_id or re.fullmatch(_PART, found[len(doc_id) :]):
+                        yield first + row, found
             first += metadata.num_rows
-    return None
 
 
 def _is_excluded(statistics: Any, doc_id: str) -> bool:
     if statistics is None or not statistics.has_min_max:
         return False
-    return not statistics.min <= doc_id <= statistics.max
+    behind = f"{doc_id}$"  # "$" comes after "#"
+    return not (statistics.min <= behind and doc_id <= statistics.max)

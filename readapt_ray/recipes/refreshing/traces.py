@@ -1,7 +1,8 @@
 """List the artifacts under a root, with their generations, inputs, and whether they hold passages."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +73,23 @@ def traces(root: Location, there: Iterable[Generation]) -> list[Trace]:
                 location=location,
                 stage=record.get("stage", ""),
                 fingerprint=record.get("fingerprint", ""),
-                inputs=frozenset(record.get("inputs", {}).values()),
+                inputs=frozenset(record.get("inputs", {}).values()) | _reported_runs(location, record),
                 generations=tuple(each.number for each in generations if name in each.artifacts.values()),
                 details=record.get("details", {}),
             )
         )
     return found
+
+
+def _reported_runs(location: Location, record: Mapping[str, Any]) -> frozenset[str]:
+    """Return the fingerprints of the runs that a report of `evaluate` compares; its own inputs have only their hash."""
+    if record.get("stage") != "evaluate":
+        return frozenset()
+    try:
+        provenance = json.loads((location / "report.json").read_bytes())["provenance"]
+        return frozenset(each["fingerprint"] for each in provenance.values() if "fingerprint" in each)
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):  # unfinished, or of an older release
+        return frozenset()
 
 
 def derived_from(origins: Iterable[Trace], among: Iterable[Trace]) -> list[Trace]:
