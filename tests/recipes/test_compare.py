@@ -121,7 +121,9 @@ def test_bad_input_is_named_before_anything_is_encoded(
 def test_runs_are_as_deep_as_the_measures_and_without_self_hits_where_the_corpus_wants_it(
     pieces: Path, source: str, asked: bool | None, drops: bool
 ) -> None:
-    corpus: Any = SimpleNamespace(uri="corpus", manifest=SimpleNamespace(config={"source": source}))
+    corpus: Any = SimpleNamespace(
+        uri="corpus", location=Location("corpus"), manifest=SimpleNamespace(config={"source": source})
+    )
     plan = Plan(config(pieces, measures=["nDCG@10", "R@200"], drop_self_hits=asked), corpus)
     searches: Any = [each.search.config for each in plan.candidates()]
     assert [(each.top_k, each.drop_self_hits) for each in searches] == [(200, drops)] * 2

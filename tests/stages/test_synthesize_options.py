@@ -14,17 +14,15 @@ from readapt_ray.sources.judgements import read_queries
 from readapt_ray.stages.synthesize import SynthesizeConfig, synthesize
 from readapt_ray.synthesis import endpoint
 from tests import factories
-from tests.stages.test_synthesize import Endpoint
+from tests.chat_endpoint import Endpoint, chat_endpoint
 
 NUM_PASSAGES = 100
 
 
 @pytest.fixture
 def server() -> Iterator[Endpoint]:
-    made = Endpoint()
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
+    with chat_endpoint() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
