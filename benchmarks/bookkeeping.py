@@ -3,12 +3,12 @@
     python benchmarks/bookkeeping.py --work DIR --sizes 100000,1000000,10000000
 
 The forward pass is a stub: an encoder of one layer, 16 wide, with a vocabulary of 384. Passages are in Parquet files;
-each has four words and a number. Each stage is a process of its own that starts Ray, as a job does. Reported are the peak
-memory of the driver, of Ray's head (GCS and raylet) and of Ray's largest worker; the seconds of the stage without Ray's
-start; the CPU seconds of the driver and of all Ray processes, which other work on the machine hardly changes; and the
-seconds of the same command when there is nothing left to do. "worse than linear" is the CPU time per passage divided by
-the CPU time per passage of the size before. A killed benchmark resumes: finished stages are not measured again, and an
-interrupted stage resumes as the product does; its seconds are the sum of its attempts.
+each has four words and a number. Each stage is a process of its own that starts Ray, as a job does. The result has the
+peak memory of the driver, of Ray's head (GCS and raylet) and of Ray's largest worker; the seconds of the stage without
+Ray's start; the CPU seconds of the driver and of all Ray processes, which other work on the machine hardly changes; and
+the seconds of the same command when there is nothing left to do. "worse than linear" is the CPU time per passage
+divided by the CPU time per passage of the size before. A killed benchmark resumes: finished stages are not measured
+again, and an interrupted stage resumes as the product does; its seconds are the sum of its attempts.
 """
 
 import argparse

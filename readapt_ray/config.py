@@ -185,7 +185,7 @@ class Config(BaseModel):
     @classmethod
     def _plain(cls, name: str, value: Any) -> Any:
         field = cls.model_fields.get(name)
-        if value == "" and field is not None and field.default is None:
+        if isinstance(value, str) and not value and field is not None and field.default is None:
             # Without this, `--exclude "$FILE"` with a variable that is not set would exclude nothing.
             raise OptionError(
                 f"{{{name}}} is empty, as one from a variable that is not set; give a value, or leave it out"

@@ -57,7 +57,7 @@ class _Stop:
     pipe: int | None = None
     """File descriptor to which Python writes the number of each signal it receives."""
     is_dropping: bool = False
-    """Whether Python is dropping an interrupt now: another one would be dropped with it."""
+    """Whether the hook for a dropped interrupt is running. A signal that arrives meanwhile would be dropped too."""
 
 
 _stop = _Stop()

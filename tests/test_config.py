@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -313,6 +314,11 @@ def test_a_switch_is_no_number(value: bool) -> None:
     with pytest.raises(InputError, match=r"num_gpus_per_replica = .*: must be a number$"):
         ServeConfig.parse({"retriever": "r", "num_gpus_per_replica": value})
     assert ServeConfig.parse({"retriever": "r", "truncate": value}).truncate is value
+
+
+def test_an_array_in_place_of_a_text_is_refused_by_its_option() -> None:
+    with pytest.raises(InputError, match="exclude"):
+        PackConfig.parse({"pretrained": "m", "corpus": "c", "output": "o", "exclude": np.array(["a", "b"])})
 
 
 def test_an_empty_text_is_no_way_to_leave_an_option_out() -> None:

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 from readapt_ray import environment
 from readapt_ray.artifacts import fingerprint
-from readapt_ray.catalog import converted_weights, model_cache
+from readapt_ray.catalog import converted_weights, gguf_files, model_cache
 from readapt_ray.errors import InputError, ModelError, ReadaptError, first_line
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from readapt_ray.storage import Location
@@ -35,7 +35,6 @@ _SMALL_PATTERNS = tuple(f"*{suffix}" for suffix in _SMALL_SUFFIXES)
 _PATTERNS = (*_SMALL_PATTERNS, "*.safetensors")
 # Files of the folder itself, of modules of sentence-transformers (1_Pooling), and of the parts of a bundle.
 _OF_THE_MODEL = re.compile(r"((\d+_\w+|retriever|knowledge-\d+)/)?[^/]+")
-_GGUF = ".gguf"
 _NUM_NAMED = 4
 _ATTEMPTS = 5
 _ATTEMPTS_UNANSWERED = 3
@@ -198,7 +197,7 @@ def _refuse_gguf(what: str, names: Iterable[str], how: str) -> None:
     Raises:
         ModelError: there are such files.
     """
-    found = sorted(name for name in names if name.endswith(_GGUF))
+    found = sorted(name for name in names if name.endswith(gguf_files.SUFFIX))
     if found:
         shown = ", ".join(found[:_NUM_NAMED]) + (
             f" and {len(found) - _NUM_NAMED} more" if len(found) > _NUM_NAMED else ""

@@ -160,7 +160,7 @@ RETRIEVERS: tuple[Retriever, ...] = (
             encoding=_encoder(query_template="query: {text}", passage_template="passage: {title} {text}"),
             dora_targets=BERT_TARGETS,
             objective="masked_lm",
-            source=f"model card of intfloat/{name} and arXiv {paper}, from memory; its files name no prompts",
+            source=f"model card of intfloat/{name}; pretrained: arXiv {paper}, from memory; its files name no prompts",
         )
         for name, pretrained, paper in _E5
     ),

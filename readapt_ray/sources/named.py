@@ -112,7 +112,8 @@ class NamedSource(Source):
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
         """Return the judgements of the collection, under the split in its name ("test" if the name has none).
 
-        A repeated judgement is left out; with another relevance, it is a bad row. Empty if the collection has no judgements. The iterator can be read once.
+        A repeated judgement is left out; with another relevance, it is a bad row. Empty if the collection has no
+        judgements. The iterator can be read once.
         """
         if not self.has_qrels:
             return {}

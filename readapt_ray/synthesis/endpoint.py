@@ -34,6 +34,8 @@ _FILTERED = "content_filter"
 _NO_QUOTA = "insufficient_quota"
 """Code of an error of status 429 that does not pass by waiting."""
 _TRANSIENT = (408, 409)
+_TOO_MANY_TOKENS = 1 << 31
+"""No request has so many tokens; such a count is an error of the endpoint."""
 _EXCERPT_CHARS = 200
 _KEY_WORDS = ("key", "token", "secret", "pass", "auth", "sig", "credential")
 _OPTIONAL = ("seed", "temperature")
@@ -283,10 +285,11 @@ def _text(content: Any) -> str:
 
 
 def _num_tokens(usage: Any) -> int:
-    """Return the tokens of a request as the endpoint counts them; 0 if it gives no positive number."""
+    """Return the tokens of a request as the endpoint counts them; 0 if it gives no plausible number."""
     count = getattr(usage, "total_tokens", None)
-    is_number = isinstance(count, int | float) and not isinstance(count, bool) and math.isfinite(count)
-    return max(0, int(count)) if is_number else 0  # type: ignore[arg-type]
+    if isinstance(count, bool) or not isinstance(count, int | float) or not 0 < count < _TOO_MANY_TOKENS:
+        return 0  # NaN too, as it is not over 0
+    return int(count)
 
 
 def _retry_after_s(header: str | None) -> float | None:

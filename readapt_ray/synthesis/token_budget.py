@@ -19,7 +19,7 @@ class TokenBudget:
         self.spent = spent
         """Tokens of all settled requests, and those of before."""
         self.is_exhausted = False
-        """Whether a request found no room."""
+        """Whether a request was left out because the budget had no room for it."""
         self._limit = limit
         self._reserved = 0
         self._settled = threading.Condition()

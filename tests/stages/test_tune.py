@@ -329,7 +329,7 @@ def test_pairs_are_scored_with_the_factors_of_layers(ray_session: None, tmp_path
 
 
 def test_models_that_do_not_belong_together_are_refused_before_anything_is_scored(tmp_path: Path) -> None:
-    """Of another base with the same shapes, every pair would score worse than the retriever as it is."""
+    """With an adapter of another base, whose shapes are the same, every pair of scales would score badly."""
     base = factories.tiny_decoder(tmp_path / "base")
     models = {
         "pretrained": str(base),

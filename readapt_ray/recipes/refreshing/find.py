@@ -10,6 +10,7 @@ from collections.abc import Iterator, Set
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -139,8 +140,8 @@ def _rows_in(file: Location, doc_id: str) -> Iterator[tuple[int, str]]:
             metadata = parquet.metadata.row_group(group)
             if not _is_excluded(metadata.column(column).statistics, doc_id):
                 ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"].combine_chunks()
-                begins = pc.fill_null(pc.starts_with(ids, doc_id), False).to_numpy(zero_copy_only=False)
-                for row in np.flatnonzero(begins).tolist():
+                near = pc.or_(pc.equal(ids, pa.scalar(doc_id, ids.type)), pc.starts_with(ids, f"{doc_id}#"))
+                for row in np.flatnonzero(pc.fill_null(near, False).to_numpy(zero_copy_only=False)).tolist():
                     found = ids[row].as_py()
                     if found == doc_id or re.fullmatch(_PART, found[len(doc_id) :]):
                         yield first + row, found
