@@ -6,6 +6,7 @@ from readapt_ray.catalog import retrievers
 from readapt_ray.catalog.encoding import Encoding, EncodingOption, read_encoding
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.retrieval import tokenization
 from readapt_ray.retrieval.tokenization import TextTokenizer, fill_passage, fill_query
 from tests import factories
 
@@ -107,6 +108,13 @@ def test_a_tokenizer_that_cuts_pads_and_adds_specials_by_itself_changes_nothing(
     texts = ["array shape axis dtype stride", "thread"]
     assert TextTokenizer(other, MINILM).ids(texts, "passage") == TextTokenizer(encoder, MINILM).ids(texts, "passage")
     assert TextTokenizer(encoder, MINILM).ids(texts, "passage") == encoder(texts)["input_ids"]
+
+
+def test_texts_are_tokenised_some_at_a_time_and_keep_their_order(encoder, monkeypatch):
+    texts = ["array shape", "thread", "lock queue", "file", "graph node"]
+    expected = encoder(texts)["input_ids"]
+    monkeypatch.setattr(tokenization, "_TEXTS_AT_ONCE", 2)
+    assert TextTokenizer(encoder, MINILM).ids(texts, "passage") == expected
 
 
 def test_python_tokenizers_give_the_same_ids(decoder):
